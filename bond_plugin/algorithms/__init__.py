@@ -1,0 +1,23 @@
+"""One file an algorithm, readable beside its paper, and the interface that all of them share."""
+
+from bond_plugin.algorithms.base import (
+    AdvantageInputs,
+    AdvantageOutputs,
+    Algorithm,
+    Config,
+    LossInputs,
+    LossOutputs,
+    Samples,
+    flag,
+)
+
+__all__ = [
+    "AdvantageInputs",
+    "AdvantageOutputs",
+    "Algorithm",
+    "Config",
+    "LossInputs",
+    "LossOutputs",
+    "Samples",
+    "flag",
+]

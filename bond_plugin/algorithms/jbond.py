@@ -1,0 +1,168 @@
+"""J-BOND: Algorithm 2 of "BOND: Aligning LLMs with Best-of-N Distillation", arXiv 2407.14622.
+
+For each prompt, one sample y of the policy (or n), two samples y'_1, y'_2 of the anchor, all scored:
+
+    y'_Bo2 = argmax r(y'_i)                                               best of the anchor's samples
+    G_FW   = -grad log pi(y'_Bo2)                                         forward KL, line 6
+    r      = -log 16 if r(y) < min_i r(y'_i) else 0                       Eq. 17
+    R      = r - (log pi(y) - log pi_anchor(y))                           Eq. 18
+    G_BW   = -grad log pi(y) (R - B)                                      backward KL
+    G_Reg  = +grad log pi(y) (log pi(y) - log pi_anchor(y))               Eq. 19
+    G      = (1 - beta) G_FW + beta G_BW + gamma G_Reg
+    theta_anchor <- (1 - eta) theta_anchor + eta theta                    each optimiser step
+
+so that, written for one sample of each kind, the loss is
+
+    -(1 - beta) log pi(y'_Bo2)  -  A log pi(y),     A = beta (R - B) - gamma (log pi(y) - log pi_anchor(y))
+
+with A held fixed. log pi is the sum over the tokens of the response.
+
+Where paper and proof disagree: the paper prints G_Reg with a leading minus. Descending +gamma KL(pi ||
+pi_anchor), which is what Eq. 19 states, gives the score-function gradient with a plus; a test on an
+enumerable policy decides for the plus.
+
+Ties: Theorem 1 assumes a strict order of rewards. Among equal rewards the order is drawn at random (seeded),
+for the best anchor sample and for the comparison in Eq. 17 alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bond_plugin.algorithms.base import (
+    AdvantageInputs,
+    AdvantageOutputs,
+    Algorithm,
+    Config,
+    LossInputs,
+    LossOutputs,
+    Samples,
+    flag,
+)
+from bond_plugin.bestofn.rewards import jbond_reward, leave_one_out_mean, strict_ranks
+
+
+@dataclass(frozen=True)
+class JBONDConfig(Config):
+    """Settings of J-BOND. The defaults are the paper's (section 5; eta for Gemma 7B)."""
+
+    beta: float = flag(
+        0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
+    )
+    eta: float = flag(0.02, "step of the anchor's moving average, anchor <- (1 - eta) anchor + eta policy, in [0, 1]")
+    gamma: float = flag(0.0, "coefficient of the extra KL to the anchor (Eq. 19), >= 0; larger is slower")
+    n_anchor_samples: int = flag(
+        2,
+        "samples of the anchor per prompt, >= 2. The target is Best-of-this-many of the anchor; the paper's is 2",
+    )
+    baseline: str = flag(
+        "batch",
+        "baseline B of the backward term: 'batch', the mean return of the other samples in the rollout batch, "
+        "or 'none'",
+        choices=("batch", "none"),
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"--bond.beta must lie in [0, 1], got {self.beta}")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"--bond.eta must lie in [0, 1], got {self.eta}")
+        if not (self.gamma >= 0.0 and math.isfinite(self.gamma)):
+            raise ValueError(f"--bond.gamma must be at least 0, got {self.gamma}")
+        if self.n_anchor_samples < 2:
+            raise ValueError(
+                f"--bond.n_anchor_samples must be at least 2 (Best-of-1 is the anchor itself), got "
+                f"{self.n_anchor_samples}"
+            )
+
+
+class JBOND(Algorithm):
+    """The advantages of J-BOND; :func:`policy_loss` is its loss."""
+
+    Config = JBONDConfig
+    policy_loss = "jbond"
+    config: JBONDConfig
+
+    def samples(self) -> Samples:
+        return Samples(
+            companions=self.config.n_anchor_samples,
+            trained_companions=1,
+            source="anchor",
+            anchor_eta=self.config.eta,
+        )
+
+    def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
+        """The best anchor sample of each prompt: ``[P, m]`` rewards to ``[P, 1]`` indices."""
+        return strict_ranks(companion_rewards, generator).argmax(dim=-1, keepdim=True)
+
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        cfg = self.config
+        if batch.anchor_log_probs is None:
+            raise ValueError("J-BOND needs log pi_anchor of the policy's samples")
+        prompts, n = batch.rewards.shape
+        m = batch.companion_rewards.shape[-1]
+
+        # Eq. 17 on a strict order. Each policy sample meets the anchor's samples alone, so that the order
+        # among equals is drawn afresh for each.
+        groups = torch.cat(
+            [
+                batch.rewards.reshape(prompts * n, 1),
+                batch.companion_rewards.repeat_interleave(n, dim=0),
+            ],
+            dim=-1,
+        )
+        ranks = strict_ranks(groups, batch.generator).to(batch.rewards.dtype)
+        log_quantile = jbond_reward(ranks[:, :1], ranks[:, 1:]).reshape(prompts, n)
+
+        # Eq. 18. For Best-of-m the quantile counts m - 1 times (Eq. 8 with N = m), which is once in the paper.
+        log_ratio = batch.log_probs - batch.anchor_log_probs
+        returns = (m - 1) * log_quantile - log_ratio
+        baseline = leave_one_out_mean(returns) if cfg.baseline == "batch" else torch.zeros_like(returns)
+        advantages = cfg.beta * (returns - baseline) - cfg.gamma * log_ratio
+        companion_advantages = torch.full_like(batch.companion_log_probs, 1.0 - cfg.beta)
+
+        wins = (batch.rewards.unsqueeze(-1) > batch.companion_rewards.unsqueeze(-2)).double()
+        draws = (batch.rewards.unsqueeze(-1) == batch.companion_rewards.unsqueeze(-2)).double()
+        return AdvantageOutputs(
+            advantages=advantages,
+            companion_advantages=companion_advantages,
+            metrics={
+                "bond/win_rate": (wins + 0.5 * draws).mean().item(),
+                "bond/fire_rate": (log_quantile < 0).double().mean().item(),
+                "bond/log_quantile": log_quantile.mean().item(),
+                "bond/kl_anchor": log_ratio.mean().item(),
+                "bond/forward_nll": -batch.companion_log_probs.mean().item(),
+            },
+        )
+
+
+def policy_loss(inputs: LossInputs) -> LossOutputs:
+    """-A log pi(y) on the policy's samples, -(1 - beta) log pi(y'_Bo2) on the anchor's best.
+
+    While the policy is the one that drew the samples (``on_policy``), this is the paper's estimator as it
+    stands. When a rollout is used for several optimiser steps, the policy's samples were drawn by an older
+    policy: each token's log pi is then replaced by PPO's clipped importance ratio pi / pi_old, whose
+    gradient at pi = pi_old is the same. The anchor's samples need no ratio: the forward KL is an
+    expectation under the target, whatever the policy has become.
+    """
+    mask = inputs.mask.to(inputs.log_probs.dtype)
+    # Log-probabilities are 0 outside the mask, but padding can carry anything: select, do not multiply.
+    log_probs = torch.where(inputs.mask.bool(), inputs.log_probs, 0.0)
+    plain = log_probs * inputs.advantages
+    if inputs.on_policy:
+        objective, clipped = plain, torch.zeros_like(plain)
+    else:
+        ratio = (log_probs - torch.where(inputs.mask.bool(), inputs.old_log_probs, 0.0)).clamp(-20, 20).exp()
+        unclipped = ratio * inputs.advantages
+        bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
+        companion = inputs.companion.unsqueeze(-1)
+        objective = torch.where(companion, plain, torch.minimum(unclipped, bounded))
+        clipped = ((bounded < unclipped) & ~companion).to(plain.dtype)
+    return LossOutputs(
+        row_loss=-(objective * mask).sum(dim=-1),
+        clip_fraction=((clipped * mask).sum() / mask.sum().clamp(min=1)).detach(),
+    )

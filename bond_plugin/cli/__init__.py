@@ -1,0 +1,1 @@
+"""The ``bond`` command. Importing it imports neither torch nor the host."""

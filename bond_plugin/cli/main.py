@@ -1,0 +1,50 @@
+"""``bond``: one command, one module a subcommand."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from bond_plugin import __version__
+
+#: Subcommand: (module with ``main(argv) -> int``, one line of help).
+COMMANDS = {
+    "train": ("bond_plugin.cli.train", "train with OpenRLHF's own PPO trainer and any installed algorithm"),
+    "evaluate": ("bond_plugin.cli.evaluate", "compare two models on held-out prompts: reward, win rate, KL"),
+}
+
+_USAGE = f"""\
+usage: bond COMMAND [flags]
+
+Best-of-N quality from a single sample, inside OpenRLHF (openrlhf-bond {__version__}).
+
+commands:
+{chr(10).join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())}
+
+examples:
+  bond train --recipe recipes/reviews/jbond-cpu.yaml
+  bond train --algo.advantage.estimator jbond <the flags of openrlhf.cli.train_ppo_ray>
+  bond train --recipe FILE.yaml --bond.beta 0.25 --dry-run
+
+`bond COMMAND --help` explains a command's flags; `bond --version` prints the version.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status (2 for a wrong command line)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"openrlhf-bond {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"; did you mean 'bond {close[0]}'?" if close else ""
+        print(f"bond: error: unknown command '{argv[0]}'{hint} (see bond --help)", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[argv[0]]
+    return importlib.import_module(module).main(argv[1:])

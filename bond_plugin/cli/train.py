@@ -1,0 +1,22 @@
+"""``bond train``: the host's own training command with every installed algorithm in it.
+
+Takes every flag of ``openrlhf.cli.train_ppo_ray`` unchanged, ``--bond.*`` for the selected algorithm,
+``--recipe`` and ``--dry-run``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(argv: list[str]) -> int:
+    """Train. Returns the exit status."""
+    from bond_plugin.host import hooks, launch
+    from bond_plugin.registry import RegistryError
+
+    try:
+        launch.run_host(argv)
+    except (RegistryError, hooks.HostMismatch) as error:
+        print(f"bond: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,54 @@
+"""The only part of the package that knows OpenRLHF, Ray, DeepSpeed and vLLM.
+
+``hooks.py`` lists everything that is attached to the host, one line each, and checks the host against it.
+The other files hold what is attached, one file for each thing: ``flags`` (parser), ``launch`` (Ray),
+``checks`` (refused combinations), ``sampling`` (rollouts), ``experience`` (rewards, log-probabilities,
+advantages), ``loss`` (policy loss), ``weights`` (anchor and reference), ``metrics`` (what a run shows),
+``rewards`` (errors in reward functions), ``cpu`` (machines without GPU).
+
+Importing this module is cheap, and :func:`load` imports nothing heavy either: it arms hooks which act when
+a module of the host is imported. It may be called any number of times, in any process.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Set in every process of a run: ``cpu`` or ``cuda``.
+DEVICE_VARIABLE = "BOND_DEVICE"
+#: Set in every process of a run, so that other users of vLLM on the machine are left alone.
+ACTIVE_VARIABLE = "BOND_ACTIVE"
+
+
+def on_cpu() -> bool:
+    """Whether this run was launched for machines without GPU."""
+    return os.environ.get(DEVICE_VARIABLE) == "cpu"
+
+
+def load() -> None:
+    """The entry point of the group ``openrlhf.plugins``: arm the hooks in this process."""
+    import sys
+
+    from bond_plugin.host import hooks, launch
+
+    if DEVICE_VARIABLE not in os.environ:
+        launch.settle_device(sys.argv[1:])  # the launching process, under a patched host
+    hooks.arm()
+
+
+def load_plugins() -> None:
+    """Load every entry of ``openrlhf.plugins`` in this process. Ray runs this at the start of each worker.
+
+    Raises:
+        RegistryError: duplicate names, or an entry that cannot be imported.
+    """
+    from bond_plugin import registry
+
+    for name in registry.names(registry.PLUGINS):
+        registry.load(registry.PLUGINS, name)()
+
+
+def load_in_vllm() -> None:
+    """The entry point of the group ``vllm.general_plugins``: load plugins in vLLM's own processes of a run."""
+    if os.environ.get(ACTIVE_VARIABLE):
+        load_plugins()

@@ -1,0 +1,266 @@
+"""What is refused before Ray starts: a run that would silently be another algorithm, or fail much later."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+from bond_plugin import registry
+from bond_plugin.algorithms.base import Algorithm
+from bond_plugin.host import flags, on_cpu
+
+_HOST_LOSSES = ("ppo", "gspo")
+
+
+def complete(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
+    """Fill in what the algorithm and the device imply where the user said nothing; returns notes to print."""
+    notes: list[str] = []
+
+    def default(dest: str, value: object, why: str) -> None:
+        *path, name = dest.split(".")
+        node = args
+        for part in path:
+            node = getattr(node, part)
+        if dest not in given and getattr(node, name) != value:
+            setattr(node, name, value)
+            notes.append(f"--{dest} is {value} ({why})")
+
+    if on_cpu():
+        default("vllm.sync_backend", "gloo", "no GPU")
+        default("vllm.enforce_eager", True, "no GPU")
+        default("ds.attn_implementation", "sdpa", "no GPU")
+    algorithm = flags.algorithm(args)
+    if algorithm is None:
+        return notes
+    name = args.algo.advantage.estimator
+    if algorithm.policy_loss != "ppo":
+        default("actor.policy_loss_type", algorithm.policy_loss, f"the policy loss of {name}")
+        default("algo.kl.init_coef", 0.0, f"{name} has no KL reward; the initial policy is kept for bond/kl_ref")
+        ignored = {
+            "reward.clip_range": "only the order of rewards counts",
+            "algo.advantage.gamma": "advantages are of whole responses",
+            "algo.advantage.lambd": "advantages are of whole responses",
+            "algo.advantage.no_std_norm": "advantages are not normalised",
+            "algo.kl.estimator": "no KL reward",
+        }
+        notes += [f"--{dest} has no effect under {name}: {why}" for dest, why in ignored.items() if dest in given]
+    return notes
+
+
+def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
+    """Everything that keeps this run from starting, each with the flag and the fix."""
+    found = [*_cpu(args), *_files(args)]
+    algorithm = flags.algorithm(args)
+    loss = args.actor.policy_loss_type
+    if loss not in _HOST_LOSSES:
+        registry.load(registry.POLICY_LOSSES, loss)
+        found += _own_loss(args, loss)
+    if algorithm is not None:
+        found += _own_estimator(args, algorithm, given)
+    return found
+
+
+def _cpu(args: SimpleNamespace) -> list[str]:
+    if not on_cpu():
+        return []
+    found = []
+    if args.vllm.sync_backend != "gloo":
+        found.append(f"--vllm.sync_backend {args.vllm.sync_backend} needs a GPU; use gloo")
+    if "flash" in args.ds.attn_implementation:
+        found.append(f"--ds.attn_implementation {args.ds.attn_implementation} needs a GPU; use sdpa or eager")
+    for dest, on in (
+        ("ds.packing_samples", args.ds.packing_samples),
+        ("ds.adam_offload", args.ds.adam_offload),
+        ("vllm.enable_sleep", args.vllm.enable_sleep),
+        ("vllm.sync_with_ray", args.vllm.sync_with_ray),
+    ):
+        if on:
+            found.append(f"--{dest} needs a GPU")
+    return found
+
+
+def _files(args: SimpleNamespace) -> list[str]:
+    found = []
+
+    def looks_local(path: str) -> bool:
+        return path.startswith((".", "/", "~")) or path.endswith((".json", ".jsonl", ".py", ".csv", ".parquet"))
+
+    if not args.actor.model_name_or_path:
+        found.append("--actor.model_name_or_path is missing: a model's name or folder")
+    if not args.data.prompt_dataset:
+        found.append("--data.prompt_dataset is missing: a data set's name or a .jsonl file of prompts")
+    named = {
+        "actor.model_name_or_path": [args.actor.model_name_or_path],
+        "reward.model_name_or_path": (args.reward.model_name_or_path or "").split(","),
+        "critic.model_name_or_path": [args.critic.model_name_or_path],
+        "data.prompt_dataset": (args.data.prompt_dataset or "").split(","),
+        "eval.dataset": (args.eval.dataset or "").split(","),
+    }
+    for dest, paths in named.items():
+        for path in paths:
+            path = (path or "").strip().partition("@")[0]
+            if path and looks_local(path) and not Path(path).expanduser().exists():
+                found.append(f"--{dest} {path}: no such file or folder")
+    for url in args.reward.remote_url or []:
+        if url.endswith(".py"):
+            found += _reward_file(url)
+    if not args.reward.remote_url and not args.reward.model_name_or_path:
+        found.append(
+            "no reward: give --reward.remote_url (a Python file with reward_func, or a server), or "
+            "--reward.model_name_or_path"
+        )
+    return found
+
+
+def _reward_file(path: str) -> list[str]:
+    try:
+        tree = ast.parse(Path(path).read_text(), filename=path)
+    except OSError as error:
+        return [f"--reward.remote_url {path}: {error.strerror or error}"]
+    except SyntaxError as error:
+        return [f"--reward.remote_url {path}: {error}"]
+    defined = {
+        name
+        for node in tree.body
+        for name in (
+            [node.name]
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            else [t.id for t in node.targets if isinstance(t, ast.Name)]
+            if isinstance(node, ast.Assign)
+            else [alias.asname or alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    if "reward_func" not in defined:
+        return [f"--reward.remote_url {path}: it defines no reward_func(queries, prompts, labels)"]
+    return []
+
+
+def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
+    """Modes in which a loss of ours would not be the loss it says."""
+    refused = {
+        "train.dynamic_batch_enable": (
+            args.train.dynamic_batch_enable,
+            "under ZeRO-1/2 the host keeps only the last micro-batch's gradient",
+        ),
+        "ds.ring_attn_size": (args.ds.ring_attn_size > 1, "not supported yet"),
+        "ds.tensor_parallel_size": (args.ds.tensor_parallel_size > 1, "not supported yet"),
+        "actor.dual_clip": (args.actor.dual_clip is not None, "this loss has no dual clip"),
+        "actor.loss_agg_mode": (
+            args.actor.loss_agg_mode != "token-mean",
+            "this loss is a mean over prompts; leave it at its default",
+        ),
+        "actor.entropy_coef": (
+            bool(args.actor.entropy_coef),
+            "it would add an entropy term to the objective",
+        ),
+        "algo.kl.use_loss": (args.algo.kl.use_loss, "it would add a KL term to the objective"),
+        "algo.advantage.is_correction_level": (
+            args.algo.advantage.is_correction_level != "off",
+            "this loss does not use it; the trainer/engine gap is reported as vllm_kl without it",
+        ),
+    }
+    return [
+        f"--{dest} cannot be used with the policy loss {loss}: {why}" for dest, (on, why) in refused.items() if on
+    ]
+
+
+def _own_estimator(args: SimpleNamespace, algorithm: Algorithm, given: frozenset[str]) -> list[str]:
+    name = args.algo.advantage.estimator
+    wants = algorithm.samples()
+    refused = {
+        "train.async_enable": (
+            args.train.async_enable,
+            "not supported yet: anchor and policy share the engines",
+        ),
+        "train.partial_rollout_enable": (args.train.partial_rollout_enable, "not supported yet"),
+        "vllm.enable_sleep": (args.vllm.enable_sleep, "not supported yet"),
+        "ds.enable_sleep": (args.ds.enable_sleep, "not supported yet"),
+        "train.enable_ema": (
+            args.train.enable_ema,
+            "the host would save its average instead of the policy; the anchor is an average already "
+            "(--bond.save_anchor saves it)",
+        ),
+        "train.agent_func_path": (
+            args.train.agent_func_path is not None,
+            "multi-turn agents: not supported yet",
+        ),
+        "data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "images: not supported yet"),
+        "algo.dynamic_filtering_enable": (
+            args.algo.dynamic_filtering_enable,
+            "it would drop prompts by their reward, which changes the target distribution",
+        ),
+        "rollout.vllm_generate_batch_size": (
+            args.rollout.vllm_generate_batch_size != args.rollout.batch_size,
+            "it must equal --rollout.batch_size: a step uses all its samples",
+        ),
+        "rollout.top_p": (
+            args.rollout.top_p != 1.0,
+            "samples must come from the policy itself, not from its truncated distribution; use 1.0",
+        ),
+        "ds.lora.rank": (args.ds.lora.rank > 0, "not supported yet"),
+        "ds.load_in_4bit": (args.ds.load_in_4bit, "not supported yet"),
+        "ds.adam_offload": (args.ds.adam_offload, "not supported yet"),
+        "ds.use_universal_ckpt": (args.ds.use_universal_ckpt, "the anchor has no universal checkpoint yet"),
+        "actor.optim": (
+            args.actor.optim != "adam",
+            "the anchor follows Adam's fp32 master weights; use adam",
+        ),
+    }
+    found = [f"--{dest} cannot be used with {name}: {why}" for dest, (on, why) in refused.items() if on]
+    if not 1 <= args.ds.zero_stage <= 3:
+        found.append(f"--ds.zero_stage {args.ds.zero_stage} cannot be used with {name}: use 2 or 3")
+    if not args.vllm.num_engines:
+        found.append("--vllm.num_engines must be at least 1: samples come from vLLM")
+    if algorithm.policy_loss != "ppo":
+        if args.actor.policy_loss_type != algorithm.policy_loss:
+            found.append(
+                f"--actor.policy_loss_type {args.actor.policy_loss_type} contradicts "
+                f"{flags.ESTIMATOR} {name}, whose loss is {algorithm.policy_loss}: drop the flag"
+            )
+        if args.algo.kl.init_coef > 0:
+            found.append(
+                f"--algo.kl.init_coef {args.algo.kl.init_coef} has no place in {name}: its KL is to the anchor, "
+                "by --bond.gamma. Drop the flag or set it to 0 (bond/kl_ref is reported without it)"
+            )
+    elif wants.trained_companions:
+        found.append(f"{name} trains on companions, so it needs a policy loss of its own, not the host's ppo")
+    if (
+        getattr(algorithm.config, "baseline", None) == "batch"
+        and args.rollout.batch_size * args.rollout.n_samples_per_prompt < 2
+    ):
+        found.append("--bond.baseline batch needs at least two samples a rollout; use --bond.baseline none")
+    return found + _sizes(args, wants.trained_companions)
+
+
+def _sizes(args: SimpleNamespace, companions: int) -> list[str]:
+    n, batch = args.rollout.n_samples_per_prompt, args.train.batch_size
+    samples = args.rollout.batch_size * n
+    ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+    found = []
+    if batch % n:
+        return [
+            f"--train.batch_size {batch} must be a multiple of --rollout.n_samples_per_prompt {n}: it counts "
+            "samples of the policy, and an optimiser step takes whole prompts"
+        ]
+    if samples % batch:
+        found.append(
+            f"--rollout.batch_size {args.rollout.batch_size} x --rollout.n_samples_per_prompt {n} = {samples} "
+            f"samples must be a multiple of --train.batch_size {batch}"
+        )
+    rows = batch // n * (n + companions)
+    if rows % (ranks * args.train.micro_batch_size):
+        found.append(
+            f"an optimiser step trains on {rows} responses ({batch} samples of the policy and "
+            f"{rows - batch} companions), which must be a multiple of --train.micro_batch_size "
+            f"{args.train.micro_batch_size} x {ranks} data-parallel ranks"
+        )
+    forward = args.rollout.batch_size * (n + companions)
+    if forward % (ranks * args.rollout.micro_batch_size):
+        found.append(
+            f"a rollout of {forward} responses must be a multiple of --rollout.micro_batch_size "
+            f"{args.rollout.micro_batch_size} x {ranks} data-parallel ranks"
+        )
+    return found

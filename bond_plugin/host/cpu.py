@@ -1,0 +1,182 @@
+"""What the host and vLLM need on a machine without GPU. Nothing here runs when there is one.
+
+OpenRLHF uses ``torch.cuda`` as its device interface throughout, imports flash-attn unconditionally, and
+sends weights to vLLM over NCCL; vLLM's CPU build prepacks weights at load, which would keep the old ones
+after an update. Each function below mends one of these, and is named for what it replaces.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+NEEDS_FLASH_ATTN = "openrlhf.models.ring_attn_utils"
+
+#: Environment of every process of a run on CPU.
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the Ray actor, where the hooks are
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+def install() -> None:
+    """Let ``torch.cuda``'s device calls answer for the CPU when torch is imported.
+
+    ``torch.cuda.is_available()`` stays False: code that asks is told the truth.
+    """
+    if "torch" in sys.modules:
+        _patch_torch()
+    else:
+        sys.meta_path.insert(0, _TorchFinder())
+
+
+def _patch_torch() -> None:
+    import torch
+
+    if getattr(torch.cuda, "_bond_cpu", False):
+        return
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: None
+    torch.cuda._bond_cpu = True
+
+
+class _TorchFinder:
+    """Calls :func:`_patch_torch` once torch is imported, so that a process that never does pays nothing."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        import importlib.util
+
+        spec = importlib.util.find_spec("torch")
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                _patch_torch()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+@contextmanager
+def flash_attn_stand_in() -> Iterator[None]:
+    """flash-attn as far as an import statement looks, for the duration of one import.
+
+    Afterwards ``import flash_attn`` fails again, as it must: the host takes that as the sign to compute
+    log-probabilities without its CUDA kernel.
+    """
+    names = {
+        "flash_attn": (),
+        "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
+        "flash_attn.utils": (),
+        "flash_attn.utils.distributed": ("all_gather",),
+    }
+    if "flash_attn" in sys.modules:
+        yield
+        return
+
+    def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("flash-attn is not installed: packed samples and ring attention need a GPU")
+
+    for name, functions in names.items():
+        module = types.ModuleType(name)
+        module.__path__ = []
+        for function in functions:
+            setattr(module, function, unavailable)
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def torch_adam(original: Any, self: Any, optim_dict: Any = None, *, max_norm: Any = None) -> dict:
+    """DeepSpeed's configuration with torch's own Adam: its CPU Adam would be compiled first (C++, minutes)."""
+    config = original(self, optim_dict, max_norm=max_norm)
+    optimizer = config.get("optimizer")
+    if optimizer and optimizer["type"] == "AdamW":
+        optimizer["params"] = {**optimizer["params"], "torch_adam": True}
+    return config
+
+
+def moving_average(original: Any, self: Any, model: Any, model_ema: Any, beta: float = 0.992, device: Any = None):
+    """The host's own average (``--train.enable_ema``) names the device "cuda"."""
+    return original(self, model, model_ema, beta, "cpu")
+
+
+def replay_buffer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """The buffer builds the device name "cuda:" + current_device()."""
+    import torch
+
+    current = torch.cuda.current_device
+    torch.cuda.current_device = lambda: 0
+    try:
+        original(self, *args, **kwargs)
+    finally:
+        torch.cuda.current_device = current
+    self.target_device = torch.device("cpu")
+
+
+class _GlooGroup:
+    """The part of vLLM's NCCL communicator that weight sync uses, over gloo."""
+
+    def __init__(self, host: str, port: int, rank: int, world_size: int) -> None:
+        from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+        timeout = datetime.timedelta(minutes=30)
+        store = TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+        self._group = ProcessGroupGloo(PrefixStore("bond", store), rank, world_size, timeout)
+        self._store = store
+
+    def broadcast(self, tensor: Any, src: int, stream: Any = None) -> None:
+        import torch
+        from torch.distributed import BroadcastOptions
+
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = src, 0
+        data = tensor.detach().contiguous()
+        self._group.broadcast([data.view(-1).view(torch.uint8)], options).wait()
+        if data.data_ptr() != tensor.data_ptr():
+            tensor.data.copy_(data)
+
+
+def gloo_group(original: Any, master_address: str, master_port: int, rank: int, world_size: int, device: Any):
+    """Weight sync over gloo. Without it NCCL turns itself off and the engine keeps uninitialised weights."""
+    return _GlooGroup(master_address, master_port, rank, world_size)
+
+
+def update_weight(original: Any, self: Any, name: str, dtype: Any, shape: Any, empty_cache: bool = False) -> None:
+    """vLLM worker: receive one tensor and load it."""
+    import torch
+
+    if dtype != self.model_config.dtype:
+        raise ValueError(f"{name} arrives as {dtype}, but the engine holds {self.model_config.dtype}")
+    weight = torch.empty(shape, dtype=dtype)
+    self._model_update_group.broadcast(weight, src=0)
+    self.model_runner.model.load_weights(weights=[(name, weight)])
+
+
+def no_shm_op(original: Any) -> None:
+    """DeepSpeed's shared-memory all-reduce is a C++ extension compiled at run time; gloo serves."""
+    return None
+
+
+def live_linear(original: Any, layer: Any, remove_weight: bool) -> None:
+    """vLLM's CPU linear layers keep their weight as it is, so that an update is seen."""
+    import torch
+
+    layer.cpu_linear = torch.nn.functional.linear

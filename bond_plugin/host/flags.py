@@ -1,0 +1,253 @@
+"""The host's parser, extended: our algorithms as choices, their settings as ``--bond.*``, recipes, dry runs.
+
+The host builds its parser and checks its arguments under ``if __name__ == "__main__"``. So the extension
+happens when that parser is asked to parse: it is recognised by ``--algo.advantage.estimator``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import sys
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from bond_plugin import recipe as recipes
+from bond_plugin import registry
+
+if TYPE_CHECKING:
+    from bond_plugin.algorithms.base import Algorithm
+
+ESTIMATOR = "--algo.advantage.estimator"
+POLICY_LOSS = "--actor.policy_loss_type"
+
+
+@dataclass
+class Invocation:
+    """What this process was asked to run, for the hooks that act later.
+
+    Attributes:
+        estimator: the value of ``--algo.advantage.estimator``.
+        given: destinations of the flags that the user or the recipe gave.
+        dry_run: print the configuration and stop before Ray starts.
+        args: the host's nested arguments, once the host has made them.
+        parser: to report errors in the usual way.
+    """
+
+    estimator: str
+    given: frozenset[str]
+    dry_run: bool
+    parser: argparse.ArgumentParser
+    args: SimpleNamespace | None = field(default=None)
+
+
+_current: Invocation | None = None
+
+
+def current() -> Invocation | None:
+    """The invocation of this process, or ``None`` where the host's parser has not run (in every worker)."""
+    return _current
+
+
+def algorithm_class(name: str) -> type[Algorithm] | None:
+    """The algorithm registered under ``name``, or ``None`` if the name is one of the host's own."""
+    if name not in registry.names(registry.ADVANTAGE_ESTIMATORS):
+        return None
+    from bond_plugin.algorithms.base import Algorithm  # torch: only where an algorithm is wanted
+
+    found = registry.load(registry.ADVANTAGE_ESTIMATORS, name)
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise registry.RegistryError(
+            f"'{name}' in '{registry.ADVANTAGE_ESTIMATORS}' must be a subclass of bond_plugin.algorithms.Algorithm"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _build(name: str, settings: tuple[tuple[str, Any], ...]) -> Algorithm | None:
+    found = algorithm_class(name)
+    return None if found is None else found(found.Config.from_args(SimpleNamespace(**dict(settings))))
+
+
+def algorithm(args: SimpleNamespace) -> Algorithm | None:
+    """The algorithm that a run's arguments select, in any process; ``None`` for the host's own estimators."""
+    advantage = getattr(getattr(args, "algo", None), "advantage", None)
+    if advantage is None:
+        return None  # one of the host's other trainers
+    settings = vars(getattr(args, "bond", SimpleNamespace()))
+    return _build(advantage.estimator, tuple(sorted(settings.items())))
+
+
+def extend_parsers() -> None:
+    """Let the host's parser know our flags as soon as it parses. May be called more than once."""
+    original = argparse.ArgumentParser.parse_args
+    if getattr(original, "_bond", False):
+        return
+
+    @functools.wraps(original)
+    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        if ESTIMATOR not in self._option_string_actions:
+            return original(self, args, namespace)
+        return _parse_host(original, self, list(sys.argv[1:] if args is None else args), namespace)
+
+    parse_args._bond = True
+    argparse.ArgumentParser.parse_args = parse_args
+
+
+def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str], namespace: Any) -> Any:
+    global _current
+    parser.prog = "bond train" if parser.prog.startswith("bond") else parser.prog
+    parser.allow_abbrev = False
+    try:
+        estimators = registry.names(registry.ADVANTAGE_ESTIMATORS)
+        losses = registry.names(registry.POLICY_LOSSES)
+        _add_choices(parser, ESTIMATOR, list(estimators), registry.ADVANTAGE_ESTIMATORS)
+        _add_choices(parser, POLICY_LOSS, list(losses), registry.POLICY_LOSSES)
+        _add_launch_flags(parser)
+
+        path = recipes.path_from(argv)
+        from_recipe = recipes.read(path) if path else {}
+        estimator = _last_value(argv, ESTIMATOR) or from_recipe.get(ESTIMATOR[2:])
+        estimator = estimator or parser.get_default(ESTIMATOR[2:])
+        selected = algorithm_class(estimator)
+        if selected is not None:
+            _add_config_flags(parser, estimator, selected)
+        if path:
+            argv = recipes.to_argv(from_recipe, parser, path) + argv
+        argv = recipes.expand_booleans(argv, parser)
+    except (registry.RegistryError, recipes.RecipeError) as error:
+        parser.error(str(error))
+
+    parsed, unknown = parser.parse_known_args(argv, namespace)
+    if unknown:
+        parser.error(_explain_unknown(unknown, parser, estimator))
+    if selected is not None:
+        try:
+            selected.Config.from_args(_bond_settings(parsed))
+        except ValueError as error:
+            parser.error(str(error))
+    given = frozenset(
+        action.dest
+        for token in argv
+        if (action := parser._option_string_actions.get(token.partition("=")[0])) is not None
+    )
+    dry_run = parsed.dry_run
+    del parsed.dry_run, parsed.recipe
+    _current = Invocation(estimator=estimator, given=given, dry_run=dry_run, parser=parser)
+    return parsed
+
+
+def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespace:
+    """Keep the host's nested arguments: the host goes on to complete them, and the launch reads them."""
+    nested = original(args)
+    if _current is not None and hasattr(args, ESTIMATOR[2:]):
+        _current.args = nested
+    return nested
+
+
+def _bond_settings(parsed: argparse.Namespace) -> SimpleNamespace:
+    return SimpleNamespace(**{k[5:]: v for k, v in vars(parsed).items() if k.startswith("bond.")})
+
+
+def _last_value(argv: list[str], option: str) -> str | None:
+    value = None
+    for i, token in enumerate(argv):
+        if token == option and i + 1 < len(argv):
+            value = argv[i + 1]
+        elif token.startswith(option + "="):
+            value = token.partition("=")[2]
+    return value
+
+
+def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str], group: str) -> None:
+    action = parser._option_string_actions[option]
+    taken = sorted(set(names) & set(action.choices or ()))
+    if taken:
+        raise registry.RegistryError(
+            f"the entry-point group '{group}' registers {', '.join(taken)}, which is a name of the host's own"
+        )
+    action.choices = [*(action.choices or ()), *names]
+    if names:
+        action.help = f"{action.help or ''} From installed plugins: {', '.join(names)}.".strip()
+
+
+def _add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("openrlhf-bond: launch")
+    group.add_argument(
+        "--recipe",
+        metavar="FILE.yaml",
+        help="take flags from a recipe: the dotted flags as nested YAML. Flags on the command line win",
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the final configuration and the state of each hook, and stop before Ray",
+    )
+    group.add_argument(
+        "--bond.device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda if this machine sees a GPU or RAY_ADDRESS names a cluster, else cpu",
+    )
+    group.add_argument(
+        "--bond.save_anchor",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="save the anchor beside the final policy, in <ckpt.output_dir>/anchor",
+    )
+
+
+def _add_config_flags(parser: argparse.ArgumentParser, name: str, selected: type[Algorithm]) -> None:
+    group = parser.add_argument_group(f"openrlhf-bond: {name} ({selected.__module__})")
+    for f in fields(selected.Config):
+        option = f"--bond.{f.name}"
+        if option in parser._option_string_actions:
+            raise registry.RegistryError(
+                f"the algorithm '{name}' defines {option}, which every algorithm has already; rename the field"
+            )
+        help_text = f"{f.metadata.get('help', '')} (default: {f.default})".replace("%", "%%")
+        kind: dict[str, Any]
+        if isinstance(f.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": type(f.default)}
+            if "choices" in f.metadata:
+                kind["choices"] = f.metadata["choices"]
+        group.add_argument(option, default=f.default, help=help_text, **kind)
+
+
+def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estimator: str) -> str:
+    messages = []
+    for token in unknown:
+        option = token.partition("=")[0]
+        if not option.startswith("--"):
+            messages.append(f"unexpected argument '{token}'")
+            continue
+        owners = _owners(option)
+        if owners:
+            messages.append(
+                f"{option} belongs to {' or '.join(owners)}, but {ESTIMATOR} is {estimator}: "
+                f"pass {ESTIMATOR} {owners[0]}, or drop {option}"
+            )
+            continue
+        messages.append(f"unknown flag {option}{nearest(option, parser._option_string_actions)}")
+    return "; ".join(messages)
+
+
+def nearest(option: str, known: Any) -> str:
+    """`` (did you mean …?)``, or nothing."""
+    close = difflib.get_close_matches(option, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _owners(option: str) -> list[str]:
+    if not option.startswith("--bond."):
+        return []
+    found = []
+    for name in registry.names(registry.ADVANTAGE_ESTIMATORS):
+        cls = algorithm_class(name)
+        if cls is not None and option[7:] in {f.name for f in fields(cls.Config)}:
+            found.append(name)
+    return found

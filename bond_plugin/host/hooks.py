@@ -1,0 +1,371 @@
+"""Everything that is attached to the host: one line each, checked when it is installed.
+
+A hook names a function of the host, the parameters it must have, and our function that is called in its
+place with the original as first argument. It is *armed* until the host imports the module, *installed*
+afterwards. If the host's function is missing or has other parameters, or the host has another version,
+installing raises :class:`HostMismatch`, which names the symbol: nothing ever trains with a hook missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+SUPPORTED_HOST = ("0.11.2",)
+
+_STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
+_TRAINER = "openrlhf.trainer.ppo_trainer:BasePPOTrainer"
+_ACTOR = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
+_SAMPLER = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
+_EXECUTOR = "openrlhf.utils.agent:SingleTurnAgentExecutor"
+
+
+class HostMismatch(RuntimeError):
+    """The installed host is not one that these hooks were written for."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One attachment.
+
+    Attributes:
+        target: ``module:qualified.name`` in the host.
+        parameters: the names that the target's parameters must have, in order; ``None`` replaces a name that
+            is not a function.
+        ours: ``module:name`` of the function called instead, with the original as first argument.
+        cpu: only on machines without GPU.
+        per_object: checked when the module is imported, but put on each object by :func:`attach`. For the
+            methods of the trainer: Ray copies them into the class it makes of it, past what is set on the base.
+    """
+
+    target: str
+    parameters: tuple[str, ...] | None
+    ours: str
+    cpu: bool = False
+    per_object: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def host_owned(self) -> bool:
+        return self.module.startswith("openrlhf.")
+
+
+def _hook(target: str, parameters: str | None, ours: str, **options: bool) -> Hook:
+    names = None if parameters is None else tuple(parameters.split())
+    return Hook(target, names, f"bond_plugin.host.{ours}", **options)
+
+
+HOOKS: tuple[Hook, ...] = (
+    # The launching process.
+    _hook("openrlhf.utils.config:hierarchize", "args", "flags:remember_arguments"),
+    _hook("ray:init", None, "launch:ray_init"),
+    _hook(
+        "openrlhf.trainer.ray.vllm_engine:create_vllm_engines",
+        "num_engines tensor_parallel_size pretrain seed full_determinism enable_prefix_caching enforce_eager "
+        "max_model_len shared_pg gpu_memory_utilization vllm_enable_sleep logprobs_mode agent_func_path "
+        "remote_rm_url max_images_per_prompt",
+        "sampling:create_vllm_engines",
+    ),
+    _hook(
+        f"{_STRATEGY}.__init__",
+        "self seed full_determinism max_norm micro_train_batch_size train_batch_size zero_stage args",
+        "loss:strategy_init",
+    ),
+    _hook("openrlhf.trainer.ppo_trainer:tqdm", None, "metrics:progress_bar"),
+    # The trainer, Ray's single controller.
+    _hook(
+        f"{_TRAINER}.__init__",
+        "self strategy actor_model_group critic_model_group reward_model_group reference_model_group "
+        "vllm_engines tokenizer",
+        "sampling:trainer_init",
+    ),
+    _hook(f"{_TRAINER}.init_checkpoint_states", "self", "sampling:init_checkpoint_states", per_object=True),
+    _hook(f"{_TRAINER}.broadcast_to_vllm", "self", "sampling:broadcast_to_vllm", per_object=True),
+    _hook(f"{_TRAINER}.train_step", "self rollout_samples global_step", "metrics:train_step", per_object=True),
+    _hook(f"{_TRAINER}._compute_rollout_stats", "self experiences", "metrics:rollout_stats", per_object=True),
+    _hook(
+        f"{_TRAINER}.save_logs_and_checkpoints",
+        "self global_step logs_dict client_states",
+        "metrics:save_logs_and_checkpoints",
+        per_object=True,
+    ),
+    _hook(f"{_SAMPLER}.generate_samples", "self generate_kwargs", "sampling:generate_samples"),
+    _hook(f"{_SAMPLER}.generate_eval_samples", "self generate_kwargs", "sampling:generate_eval_samples"),
+    _hook(
+        "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.make_experience_batch",
+        "self rollout_samples",
+        "experience:make_experience_batch",
+    ),
+    # The training workers.
+    _hook(f"{_STRATEGY}._ds_init_train_model", "self model cfg", "weights:init_train_model"),
+    _hook(
+        f"{_STRATEGY}.optimizer_step",
+        "self _optimizer model _scheduler name kwargs",
+        "weights:optimizer_step",
+    ),
+    _hook(
+        f"{_STRATEGY}.save_ckpt",
+        "self model save_dir tag max_num max_mem client_state save_latest metric_value metric_key",
+        "weights:save_ckpt",
+    ),
+    _hook(
+        f"{_STRATEGY}.load_ckpt",
+        "self model load_dir tag load_module_strict load_optimizer_states load_lr_scheduler_states load_module_only",
+        "weights:load_ckpt",
+    ),
+    _hook(f"{_STRATEGY}.save_model", "self model tokenizer output_dir kwargs", "weights:save_model"),
+    _hook(
+        f"{_ACTOR}.__init__",
+        "self strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size "
+        "buffer_limit buffer_cpu_offload eps_clip tokenizer dataloader_pin_memory vllm_engines kwargs",
+        "loss:actor_trainer_init",
+    ),
+    _hook(f"{_ACTOR}.ppo_train", "self kl_ctl", "loss:ppo_train"),
+    _hook(f"{_ACTOR}.training_step", "self experience kl_ctl step loss_batch_info", "loss:training_step"),
+    # The rollout engines.
+    _hook(
+        f"{_EXECUTOR}.execute",
+        "self prompt label sampling_params max_length hf_tokenizer llm_engine images",
+        "rewards:execute",
+    ),
+    _hook(f"{_EXECUTOR}._fetch_rewards_via_func", "self queries_list prompts_list labels_list", "rewards:fetch"),
+    _hook(f"{_EXECUTOR}._fetch_rewards_via_http", "self queries_list prompts_list labels_list", "rewards:fetch"),
+    # Machines without GPU.
+    _hook(f"{_STRATEGY}.get_ds_train_config", "self optim_dict max_norm", "cpu:torch_adam", cpu=True),
+    _hook(f"{_STRATEGY}.moving_average", "self model model_ema beta device", "cpu:moving_average", cpu=True),
+    _hook(
+        "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__init__",
+        "self sample_batch_size limit cpu_offload packing_samples dynamic_batch",
+        "cpu:replay_buffer_init",
+        cpu=True,
+    ),
+    _hook(
+        "openrlhf.utils.distributed_util:stateless_init_process_group",
+        "master_address master_port rank world_size device",
+        "cpu:gloo_group",
+        cpu=True,
+    ),
+    _hook(
+        "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap.update_weight",
+        "self name dtype shape empty_cache",
+        "cpu:update_weight",
+        cpu=True,
+    ),
+    _hook("deepspeed.comm.torch:build_shm_op", "", "cpu:no_shm_op", cpu=True),
+    _hook(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        "layer remove_weight",
+        "cpu:live_linear",
+        cpu=True,
+    ),
+)
+
+_RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's class
+
+_installed: set[str] = set()
+_armed = False
+
+
+def arm() -> None:
+    """Install the hooks of modules that are imported already, and the others when they will be.
+
+    Raises:
+        HostMismatch: the installed host has another version, or other symbols.
+    """
+    global _armed
+    if _armed:
+        return
+    check_version()
+    _armed = True
+    from bond_plugin.host import flags, on_cpu
+
+    flags.extend_parsers()
+    if on_cpu():
+        from bond_plugin.host import cpu
+
+        cpu.install()
+    sys.meta_path.insert(0, _Finder())
+    for module in list(_by_module()):
+        if module in sys.modules and not _is_loading(sys.modules[module]):
+            _install_module(sys.modules[module])
+
+
+def check_version() -> None:
+    """Raises :class:`HostMismatch` unless the installed OpenRLHF is a supported one."""
+    try:
+        version = importlib.metadata.version("openrlhf")
+    except importlib.metadata.PackageNotFoundError:
+        raise HostMismatch(
+            f"OpenRLHF is not installed. openrlhf-bond works with OpenRLHF {_supported()}: "
+            f"pip install openrlhf=={SUPPORTED_HOST[-1]}"
+        ) from None
+    if version not in SUPPORTED_HOST:
+        raise HostMismatch(
+            f"OpenRLHF {version} is installed, but openrlhf-bond supports {_supported()}. Install a supported "
+            f"version: pip install openrlhf=={SUPPORTED_HOST[-1]}"
+        )
+
+
+def check_all() -> None:
+    """Import every hooked module of the host and so install (and check) every hook, before Ray starts."""
+    for module, hooks in _by_module().items():
+        if all(hook.host_owned for hook in hooks):
+            importlib.import_module(module)
+
+
+def states() -> Iterator[tuple[str, str]]:
+    """Each hook's target and its state, for ``--dry-run``."""
+    for hook in _active():
+        yield hook.target, "installed" if hook.target in _installed else "armed (waits for the import)"
+
+
+def _active() -> Iterator[Hook]:
+    from bond_plugin.host import on_cpu
+
+    return (hook for hook in HOOKS if on_cpu() or not hook.cpu)
+
+
+def _by_module() -> dict[str, list[Hook]]:
+    grouped: dict[str, list[Hook]] = {}
+    for hook in _active():
+        grouped.setdefault(hook.module, []).append(hook)
+    return grouped
+
+
+def _install_module(module: ModuleType) -> None:
+    for hook in _by_module().get(module.__name__, ()):
+        if hook.target not in _installed:
+            _install(hook, module)
+            _installed.add(hook.target)
+
+
+def _install(hook: Hook, module: ModuleType) -> None:
+    *path, name = hook.target.partition(":")[2].split(".")
+    owner: Any = module
+    try:
+        for part in path:
+            owner = getattr(owner, part)
+        original = inspect.getattr_static(owner, name)
+        if not path:
+            original = getattr(owner, name)
+    except AttributeError:
+        raise _mismatch(hook, "it does not exist there") from None
+    if hook.parameters is not None:
+        found = None
+        if callable(original):
+            found = tuple(name for name in inspect.signature(original).parameters if name != _RAY_PARAMETER)
+        if found != hook.parameters:
+            raise _mismatch(
+                hook,
+                f"it has the parameters ({', '.join(found or ())}) where ({', '.join(hook.parameters)}) "
+                "were expected",
+            )
+    if hook.per_object:
+        return
+    ours = _ours(hook)
+    setattr(owner, name, _bound(ours, original) if callable(original) and not isinstance(original, type) else ours)
+
+
+def attach(instance: Any, owner: str) -> None:
+    """Put the ``per_object`` hooks of the class ``owner`` (``module:Class``) on one of its objects."""
+    for hook in _active():
+        if hook.per_object and hook.target.startswith(f"{owner}."):
+            name = hook.target.rpartition(".")[2]
+            method = getattr(instance, name)
+
+            def original(_self: Any, *args: Any, _method: Any = method, **kwargs: Any) -> Any:
+                return _method(*args, **kwargs)
+
+            setattr(instance, name, functools.partial(_ours(hook), original, instance))
+
+
+def _ours(hook: Hook) -> Callable[..., Any]:
+    module, _, name = hook.ours.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _bound(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return ours(original, *args, **kwargs)
+
+    return replacement
+
+
+def _mismatch(hook: Hook, what: str) -> HostMismatch:
+    owner = "OpenRLHF" if hook.host_owned else hook.module.partition(".")[0]
+    package = "openrlhf" if hook.host_owned else owner
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
+    return HostMismatch(
+        f"cannot attach to {hook.target} of {owner} {version}: {what}. openrlhf-bond supports OpenRLHF "
+        f"{_supported()}; install it unmodified (only the additive patch under patches/ is expected)."
+    )
+
+
+def _supported() -> str:
+    return ", ".join(SUPPORTED_HOST)
+
+
+def _is_loading(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Runs :func:`_install_module` right after one of the hooked modules has been executed."""
+
+    def __init__(self) -> None:
+        self._looking: set[str] = set()
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        from bond_plugin.host import cpu, on_cpu
+
+        stand_in = on_cpu() and name == cpu.NEEDS_FLASH_ATTN
+        if name in self._looking or not (stand_in or name in _by_module()):
+            return None
+        self._looking.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking.discard(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, cpu.flash_attn_stand_in if stand_in else _nothing)
+        return spec
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, inner: Any, around: Callable[[], Any]) -> None:
+        self._inner = inner
+        self._around = around
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        with self._around():
+            self._inner.exec_module(module)
+        _install_module(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)

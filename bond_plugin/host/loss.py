@@ -1,0 +1,140 @@
+"""The policy loss in the training workers: one mean over prompts, whatever the split.
+
+DeepSpeed averages gradients over data-parallel ranks and over the micro-batches of a step. A row's loss is
+therefore scaled by ranks x micro-batches / prompts, and rows sum up to the mean over the prompts of the
+whole optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bond_plugin import registry
+from bond_plugin.algorithms.base import LossInputs, LossOutputs
+from bond_plugin.host import checks, flags, weights
+from bond_plugin.host.experience import COMPANION
+
+
+def rows_per_step(args: SimpleNamespace) -> int:
+    """Responses that one optimiser step trains on: ``--train.batch_size`` samples of the policy, and companions."""
+    algorithm = flags.algorithm(args)
+    companions = algorithm.samples().trained_companions if algorithm is not None else 0
+    n = args.rollout.n_samples_per_prompt
+    return args.train.batch_size // n * (n + companions)
+
+
+def strategy_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """DeepSpeed counts every row it trains on, companions too; ``--train.batch_size`` does not."""
+    original(self, *args, **kwargs)
+    if flags.algorithm(self.args) is not None:
+        self.train_batch_size = rows_per_step(self.args)
+
+
+class PromptMeanLoss(nn.Module):
+    """Stands where the host's ``PolicyLoss`` stands, with its signature, and calls a registered loss.
+
+    Args:
+        loss: from the group ``openrlhf.policy_losses``.
+        args: the run's arguments.
+        micro_batches: micro-batches of an optimiser step on this rank.
+    """
+
+    def __init__(self, loss: Callable[[LossInputs], LossOutputs], args: SimpleNamespace, micro_batches: int) -> None:
+        super().__init__()
+        self._loss = loss
+        self._micro_batches = micro_batches
+        n = args.rollout.n_samples_per_prompt
+        algorithm = flags.algorithm(args)
+        self._policy_rows = n
+        self._companion_rows = algorithm.samples().trained_companions if algorithm is not None else 0
+        self._prompts = args.train.batch_size // n
+        self._clip = tuple(args.actor.eps_clip_low_high)
+        self._on_policy = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
+        self._companion: Tensor | None = None
+        self.row_losses: Tensor | None = None
+
+    def expect(self, companion: Tensor | None) -> None:
+        """Say which rows of the micro-batch that comes next are companions (``[B]`` bool; ``None``: none)."""
+        self._companion = companion
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: Any = None,
+        global_batch_size: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        companion = self._companion
+        if companion is None:
+            companion = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
+        found = self._loss(
+            LossInputs(
+                log_probs=log_probs,
+                old_log_probs=old_log_probs,
+                advantages=advantages,
+                mask=action_mask,
+                companion=companion,
+                on_policy=self._on_policy,
+                clip_low=self._clip[0],
+                clip_high=self._clip[1],
+            )
+        )
+        share = torch.where(companion, 1.0 / max(self._companion_rows, 1), torch.tensor(1.0 / self._policy_rows)).to(
+            found.row_loss
+        )
+        row_losses = found.row_loss * share
+        self.row_losses = row_losses.detach()
+        loss = row_losses.sum() * (dp_size * self._micro_batches / self._prompts)
+        mask = action_mask.to(log_probs.dtype)
+        moved = ((old_log_probs - log_probs.detach()) * mask).sum() / mask.sum().clamp(min=1)
+        return loss, found.clip_fraction, moved, None, None
+
+
+def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Put a registered policy loss in the place of the host's."""
+    original(self, *args, **kwargs)
+    name = self.args.actor.policy_loss_type
+    if name not in checks._HOST_LOSSES:
+        loss = registry.load(registry.POLICY_LOSSES, name)
+        self.actor_loss_fn = PromptMeanLoss(loss, self.args, self.strategy.accumulated_gradient)
+
+
+def training_step(original: Any, self: Any, experience: Any, *args: Any, **kwargs: Any) -> dict:
+    """One micro-batch: hand the loss what it needs to know of the rows; report the loss as it is meant."""
+    companion = experience.info.pop(COMPANION, None)
+    loss = self.actor_loss_fn
+    if not isinstance(loss, PromptMeanLoss):
+        return original(self, experience, *args, **kwargs)
+    if companion is not None:
+        companion = torch.as_tensor(companion, device=experience.sequences.device) > 0.5
+    loss.expect(companion)
+    status = original(self, experience, *args, **kwargs)
+    # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
+    rows = loss._policy_rows + loss._companion_rows
+    status["metrics"]["bond/loss"] = loss.row_losses * rows
+    status["weights"]["bond/loss"] = "sample"
+    if companion is not None:
+        # Likewise, "reward" on the host's bar is to be the mean over the policy's samples alone.
+        reward = status["metrics"]["reward"]
+        status["metrics"]["reward"] = torch.where(companion.cpu(), 0.0, reward.cpu()) * (rows / loss._policy_rows)
+    return status
+
+
+def ppo_train(original: Any, self: Any, kl_ctl: float) -> dict:
+    """One rollout's training: the order of rows depends on seed and step alone; measure the anchor after it."""
+    kept = weights.of(self.actor)
+    if kept is not None:
+        torch.manual_seed(self.args.train.seed + self.actor.model.global_steps)
+    status = original(self, kl_ctl)
+    if kept is not None and "anchor" in kept:
+        status["bond/anchor_distance"] = kept.anchor_distance()
+    return status

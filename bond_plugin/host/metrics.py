@@ -1,0 +1,120 @@
+"""What a run shows: one dictionary a step, to the progress bar, TensorBoard, W&B and ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+_SHOWN = {
+    "reward/policy": "reward",
+    "bond/win_rate": "win",
+    "bond/log_quantile": "log_q",
+    "bond/kl_anchor": "kl_anchor",
+    "bond/kl_ref": "kl_ref",
+    "actor_grad_norm": "grad",
+}
+_latest: dict[str, float] = {}
+
+
+class StepBar(tqdm):
+    """The host's bar over prompts, with the latest metrics beside it."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown = {short: _latest[name] for name, short in _SHOWN.items() if name in _latest}
+        if shown:
+            self.set_postfix(shown, refresh=False)
+        return super().update(n)
+
+
+progress_bar = StepBar
+
+
+class MetricsFile:
+    """``<ckpt.output_dir>/metrics.jsonl``: one JSON object a step, with ``step`` and everything that is logged.
+
+    A resumed run goes on in the same file, without the lines of steps that it repeats. A new run in a folder
+    that has one sets the old one aside under its time, and loses nothing.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self.path = Path(args.ckpt.output_dir) / "metrics.jsonl"
+        self._ready = False
+
+    def resume(self, step: int) -> None:
+        """Keep what was written up to ``step`` (0: a new run)."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._ready = True
+        if not self.path.exists():
+            return
+        if step == 0:
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
+            self.path.rename(_unused(self.path.with_name(f"metrics.{stamp}.jsonl")))
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line that a kill cut short
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(kept))
+        os.replace(part, self.path)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one step."""
+        if not self._ready:
+            self.resume(0)
+        numbers = {name: _number(value) for name, value in sorted(values.items()) if name != "generated_samples"}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
+
+
+def _unused(path: Path) -> Path:
+    candidate, count = path, 1
+    while candidate.exists():
+        candidate, count = path.with_suffix(f".{count}.jsonl"), count + 1
+    return candidate
+
+
+def _number(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def train_step(original: Any, self: Any, rollout_samples: Any, global_step: int) -> tuple[dict, int]:
+    """Add what the experience maker measured to what the host reports."""
+    status, step = original(self, rollout_samples, global_step)
+    if hasattr(self, "bond"):
+        rollouts = self.bond
+        rollouts.step = step
+        own = dict(rollouts.metrics)
+        # The host adds up everything under timing/; ours are parts of its own, so they join later.
+        self._bond_timings = {name: own.pop(name) for name in list(own) if name.startswith("timing/")}
+        status |= own
+    return status, step
+
+
+def rollout_stats(original: Any, self: Any, experiences: list[Any]) -> dict:
+    """The host's rollout statistics are of the policy's samples."""
+    return original(self, self.bond.policy_samples if hasattr(self, "bond") else experiences)
+
+
+def save_logs_and_checkpoints(
+    original: Any, self: Any, global_step: int, logs_dict: Any = None, client_states: Any = None
+) -> None:
+    """Write the step's line, then let the host log and save."""
+    logs = dict(logs_dict or {})
+    logs |= getattr(self, "_bond_timings", {})
+    _latest.clear()
+    _latest.update({name: value for name, value in logs.items() if isinstance(value, (int, float))})
+    self.bond_log.write(global_step, logs)
+    original(self, global_step, logs, client_states)

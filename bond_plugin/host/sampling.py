@@ -1,0 +1,216 @@
+"""Rollouts: samples of the policy, and samples of the anchor or reference for the same prompts.
+
+The engines hold one set of weights at a time. :class:`Rollouts` knows which, asks the training workers to
+send others when they are needed, and gives every sample a seed of its own, so that a resumed run draws what
+the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import ray
+import torch
+
+from bond_plugin.host import flags, hooks, metrics, weights
+
+
+class Rollout(list):
+    """What the sampler hands to the experience maker: the policy's samples, prompt by prompt.
+
+    The list itself holds the policy's samples, n a prompt; ``companions`` the others, m a prompt.
+    """
+
+    def __init__(self, samples: list[Any], companions: list[Any]) -> None:
+        super().__init__(samples)
+        self.companions = companions
+
+
+class Rollouts:
+    """What a trainer knows of its engines and of the step it is in; shared by the hooks of the trainer."""
+
+    def __init__(self, trainer: Any, algorithm: Any) -> None:
+        self.algorithm = algorithm
+        self.wants = algorithm.samples()
+        self.args = trainer.args
+        self.actors = trainer.actor_model_group
+        self.step = 0
+        self.holding = "policy"
+        self.metrics: dict[str, float] = {}
+        self.policy_samples: list[Any] = []
+
+    def hold(self, name: str) -> None:
+        """Make the engines hold the weights ``name``, if they do not already."""
+        if self.holding == name:
+            return
+        started = time.time()
+        self.holding = "unknown"  # until all have arrived
+        ray.get([actor.__ray_call__.remote(weights.broadcast, name) for actor in self.actors._actor_handlers])
+        self.holding = name
+        self.metrics[f"timing/sync_{name}"] = time.time() - started
+
+    def log_probs(self, name: str, experiences: list[Any]) -> list[torch.Tensor]:
+        """log pi of the response tokens of each experience under the weights ``name``: ``[B, A]`` each."""
+        started = time.time()
+        handles = self.actors._actor_handlers
+        share = -(-len(experiences) // len(handles))
+        batches = [(e.sequences, e.action_mask, e.attention_mask) for e in experiences]
+        refs = [
+            actor.__ray_call__.remote(weights.log_probs, name, batches[i * share : (i + 1) * share])
+            for i, actor in enumerate(handles)
+        ]
+        found = [log_probs for part in ray.get(refs) for log_probs in part]
+        self.metrics[f"timing/log_probs_{name}"] = time.time() - started
+        return found
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A source of randomness for this step that no sharding and no resumption changes."""
+        return torch.Generator().manual_seed(seed(self.args.train.seed, self.step, purpose))
+
+
+def seed(*parts: object) -> int:
+    """A 63-bit seed from anything that has a repr."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+# The trainer.
+
+
+def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    """Attach a :class:`Rollouts` to the trainer, its sampler and its experience maker."""
+    original(self, strategy, *args, **kwargs)
+    hooks.attach(self, "openrlhf.trainer.ppo_trainer:BasePPOTrainer")
+    self.bond_log = metrics.MetricsFile(self.args)
+    algorithm = flags.algorithm(self.args)
+    if algorithm is None:
+        return
+    prompts = len(self.prompts_dataloader)
+    if prompts < self.args.rollout.batch_size:
+        raise ValueError(
+            f"--data.prompt_dataset has {prompts} prompts, fewer than one rollout of --rollout.batch_size "
+            f"{self.args.rollout.batch_size}: nothing would be trained"
+        )
+    torch.manual_seed(self.args.train.seed)  # the order of the prompts
+    self.bond = Rollouts(self, algorithm)
+    self.samples_generator.bond = self.bond
+    self.experience_maker.bond = self.bond
+
+
+def init_checkpoint_states(original: Any, self: Any) -> dict:
+    """Resuming: the step, and with it all seeds, go on where the checkpoint was written."""
+    states = original(self)
+    self.bond_log.resume(states["global_step"])
+    if hasattr(self, "bond"):
+        self.bond.step = states["global_step"]
+    return states
+
+
+def broadcast_to_vllm(original: Any, self: Any) -> None:
+    """The host sends the policy after each training step."""
+    original(self)
+    if hasattr(self, "bond"):
+        self.bond.holding = "policy"
+
+
+# The sampler.
+
+
+def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """The engines must report log-probabilities of the distribution they sample from, temperature included."""
+    run = flags.current()
+    if run is not None and run.args is not None and flags.algorithm(run.args) is not None:
+        import inspect
+
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.arguments["logprobs_mode"] = "processed_logprobs"
+        return original(*bound.args, **bound.kwargs)
+    return original(*args, **kwargs)
+
+
+def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> list[Any]:
+    """Evaluation is of the policy."""
+    if hasattr(self, "bond"):
+        self.bond.hold("policy")
+    return original(self, **generate_kwargs)
+
+
+@torch.no_grad()
+def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
+    """One rollout batch: n samples of the policy and m companions for each prompt.
+
+    Returns, as the host's does: the samples, the filter's pass rate (none here), the number of prompts
+    taken, and whether the prompts are exhausted.
+    """
+    if not hasattr(self, "bond"):
+        return original(self, **generate_kwargs)
+    from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
+
+    rollouts: Rollouts = self.bond
+    if getattr(self, "_dataloader_iter", None) is None:
+        self._dataloader_iter = iter(self.prompts_dataloader)
+    wanted = self.args.rollout.batch_size
+    prompts, labels, images, exhausted = _collect_prompt_batch(self._dataloader_iter, wanted)
+    if len(prompts) < wanted:
+        self._dataloader_iter = None
+        if prompts:
+            print(
+                f"bond: the last {len(prompts)} prompts of the episode are fewer than --rollout.batch_size "
+                f"{wanted} and are not used",
+                flush=True,
+            )
+        return [], None, len(prompts), True
+
+    rollouts.metrics = {}
+    rollouts.hold("policy")
+    samples = _draw(self, "policy", self.args.rollout.n_samples_per_prompt, prompts, labels, generate_kwargs)
+    companions: list[Any] = []
+    if rollouts.wants.companions:
+        rollouts.hold(rollouts.wants.source)
+        companions = _draw(self, rollouts.wants.source, rollouts.wants.companions, prompts, labels, generate_kwargs)
+    return Rollout(samples, companions), None, len(prompts), exhausted
+
+
+def _draw(
+    sampler: Any, source: str, count: int, prompts: list[str], labels: list[Any], options: dict[str, Any]
+) -> list[Any]:
+    """``count`` samples for each prompt from what the engines hold, in the order of the prompts."""
+    from tqdm import tqdm
+    from vllm import SamplingParams
+
+    rollouts: Rollouts = sampler.bond
+    started = time.time()
+    tokenizer = ray.put(sampler.tokenizer)
+    refs = []
+    for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
+        # All samples of a prompt go to one engine, where they can share its prefix.
+        engine = sampler.vllm_engines[i % len(sampler.vllm_engines)]
+        for j in range(count):
+            params = SamplingParams(
+                temperature=options.get("temperature", 1.0),
+                top_p=options.get("top_p", 1.0),
+                top_k=-1,
+                max_tokens=options.get("max_new_tokens"),
+                min_tokens=0,  # the policy may end at once: a sample is a sample of the policy
+                skip_special_tokens=False,
+                logprobs=0,  # of the sampled token alone
+                seed=seed(sampler.args.train.seed, rollouts.step, source, i, j),
+            )
+            refs.append(
+                engine.generate_responses.remote(
+                    prompt=prompt,
+                    label=label,
+                    sampling_params=params,
+                    max_length=options.get("max_len", 2048),
+                    hf_tokenizer=tokenizer,
+                    num_samples=1,
+                )
+            )
+    samples = []
+    for ref in tqdm(refs, desc=f"Generate {source} samples"):
+        for response in ray.get(ref):
+            samples.append(sampler._process_response_into_experience(response, **options))
+    rollouts.metrics[f"timing/generate_{source}"] = time.time() - started
+    return samples

@@ -1,0 +1,303 @@
+"""The anchor and the reference: other weights for the policy's model, sharded like its optimiser.
+
+DeepSpeed keeps fp32 master weights, of which each data-parallel rank holds one part, and 16-bit parameters
+made from them. The anchor is an fp32 moving average of those masters, part by part: one copy in a
+data-parallel group, the same under ZeRO-2 and ZeRO-3, updated without communication. (An average kept in
+bf16, like the host's own, hardly moves at the learning rates of RLHF: its increments are below bf16's
+resolution.) The reference is the initial policy in 16 bits, sharded the same way.
+
+To sample from the anchor or to compute its log-probabilities, its weights are put in place of the policy's
+16-bit parameters and taken out again: :meth:`Weights.swapped_in`. So everything the host does with the
+policy (a forward pass, sending weights to the engines, saving a model) works for the anchor as it is, with
+no second model in memory. Afterwards the parameters are made from the masters again, exactly as DeepSpeed
+makes them after an optimiser step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bond_plugin.host import flags
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint does not hold the anchor that this run needs."""
+
+
+class Weights:
+    """The sets of weights that live beside a DeepSpeed engine's own.
+
+    Args:
+        engine: a DeepSpeed engine under ZeRO-1, 2 or 3 whose optimiser is on the device.
+        eta: step of the anchor's moving average, or ``None`` for no anchor.
+        keep_reference: whether to keep the weights as they are now.
+
+    Raises:
+        NotImplementedError: the engine's optimiser is of another kind.
+    """
+
+    def __init__(self, engine: Any, eta: float | None, keep_reference: bool) -> None:
+        self._engine = engine
+        self._optimizer = engine.optimizer
+        self._sharded = _Zero3(engine.optimizer) if _is_zero3(engine.optimizer) else _Zero12(engine.optimizer)
+        self.eta = eta
+        self.active = "policy"
+        self._steps_seen = engine.global_steps
+        self._sets: dict[str, list[torch.Tensor]] = {}
+        if eta is not None:
+            self._sets["anchor"] = [master.detach().clone() for master in self._sharded.masters()]
+        if keep_reference:
+            dtype = next(engine.module.parameters()).dtype
+            self._sets["reference"] = [master.detach().to(dtype) for master in self._sharded.masters()]
+
+    def __contains__(self, name: str) -> bool:
+        return name == "policy" or name in self._sets
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        """Move the anchor if the engine has taken an optimiser step since the last call (Algorithm 2)."""
+        if self._engine.global_steps == self._steps_seen:
+            return
+        self._steps_seen = self._engine.global_steps
+        if self.eta is not None and self._engine.was_step_applied():
+            for average, master in zip(self._sets["anchor"], self._sharded.masters(), strict=True):
+                average.lerp_(master.detach(), self.eta)
+
+    @contextmanager
+    def swapped_in(self, name: str) -> Iterator[None]:
+        """Within the context the engine's parameters are those of ``name``. Collective: all ranks enter it.
+
+        Raises:
+            KeyError: no such weights are kept.
+            RuntimeError: other weights are in place already.
+        """
+        if name == "policy":
+            yield
+            return
+        if self.active != "policy":
+            raise RuntimeError(f"{self.active} is in place, cannot put {name} there")
+        source = self._sets[name]
+        self._sharded.load(source)
+        self.active = name
+        try:
+            yield
+        finally:
+            self._sharded.load(self._sharded.masters())
+            self.active = "policy"
+
+    @torch.no_grad()
+    def anchor_distance(self) -> float:
+        """The L2 norm of policy minus anchor over all parameters, from the fp32 weights. Collective."""
+        total = torch.zeros((), dtype=torch.float64, device=self._sharded.masters()[0].device)
+        for average, master in zip(self._sets["anchor"], self._sharded.masters(), strict=True):
+            total += torch.linalg.vector_norm(master.detach() - average, dtype=torch.float64) ** 2
+        dist.all_reduce(total)
+        return total.sqrt().item()
+
+    def anchor_state(self) -> dict[str, Any]:
+        """This rank's part of the anchor, for a checkpoint."""
+        return {
+            "anchor": [part.cpu() for part in self._sets["anchor"]],
+            "eta": self.eta,
+            "ranks": dist.get_world_size(),
+            "zero_stage": self._engine.zero_optimization_stage(),
+        }
+
+    @torch.no_grad()
+    def load_anchor_state(self, state: dict[str, Any], path: str) -> None:
+        """Take the anchor from a checkpoint.
+
+        Raises:
+            CheckpointError: it was written with another number of ranks, ZeRO stage or model.
+        """
+        here = {"ranks": dist.get_world_size(), "zero_stage": self._engine.zero_optimization_stage()}
+        there = {name: state[name] for name in here}
+        shapes = [part.shape for part in state["anchor"]]
+        if there != here or shapes != [part.shape for part in self._sets["anchor"]]:
+            raise CheckpointError(
+                f"the anchor in {path} was written with {there['ranks']} ranks and ZeRO stage "
+                f"{there['zero_stage']}, this run has {here['ranks']} and {here['zero_stage']}"
+                + (": the model differs" if there == here else "")
+                + ". Resume with the same model, --actor.num_gpus_per_node and --ds.zero_stage"
+            )
+        for part, saved in zip(self._sets["anchor"], state["anchor"], strict=True):
+            part.copy_(saved)
+        self._steps_seen = self._engine.global_steps
+
+
+def _is_zero3(optimizer: Any) -> bool:
+    return hasattr(optimizer, "fp16_partitioned_groups_flat")
+
+
+class _Zero12:
+    """ZeRO-1 and 2: every rank holds all 16-bit parameters in flat buffers, and its part of the masters."""
+
+    def __init__(self, optimizer: Any) -> None:
+        wanted = ("single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "bit16_groups_flat")
+        missing = [name for name in wanted if not hasattr(optimizer, name)]
+        if missing:
+            raise NotImplementedError(
+                f"cannot keep an anchor beside {type(optimizer).__name__} (no {', '.join(missing)}): use "
+                "--ds.zero_stage 2 or 3"
+            )
+        self._optimizer = optimizer
+
+    def masters(self) -> list[torch.Tensor]:
+        return list(self._optimizer.single_partition_of_fp32_groups)
+
+    @torch.no_grad()
+    def load(self, parts: list[torch.Tensor]) -> None:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        optimizer = self._optimizer
+        for group, part in enumerate(parts):
+            rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
+            optimizer.parallel_partitioned_bit16_groups[group][rank].data.copy_(part.data)
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+
+
+class _Zero3:
+    """ZeRO-3: 16-bit parameters are sharded too; small ones are also kept whole and must be made anew."""
+
+    def __init__(self, optimizer: Any) -> None:
+        if any(part is None for part in optimizer.fp16_partitioned_groups_flat):
+            raise NotImplementedError("cannot keep an anchor of parameters that are offloaded to disk")
+        self._optimizer = optimizer
+
+    def masters(self) -> list[torch.Tensor]:
+        return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    @torch.no_grad()
+    def load(self, parts: list[torch.Tensor]) -> None:
+        optimizer = self._optimizer
+        optimizer.checkpoint_event_prologue()  # every parameter back to its shards
+        for group, part in enumerate(parts):
+            optimizer.fp16_partitioned_groups_flat[group].data.copy_(part.data)
+            optimizer._unflatten_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()  # the small ones gathered again
+
+
+# What is attached to the host's strategy.
+
+
+def of(model: Any) -> Weights | None:
+    """The weights kept beside a prepared model (an ``Actor`` or an engine), if there are any."""
+    engine = getattr(model, "model", model)
+    return getattr(engine, "bond_weights", None)
+
+
+def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
+    """After the host has prepared the policy, and before it loads a checkpoint: keep the initial weights."""
+    from openrlhf.models import Actor
+
+    prepared = original(self, model, cfg)
+    algorithm = flags.algorithm(self.args)
+    if algorithm is not None and isinstance(model, Actor):
+        wants = algorithm.samples()
+        reference = algorithm.config.kl_ref or (wants.companions > 0 and wants.source == "reference")
+        if reference or wants.anchor_eta is not None:
+            engine = prepared[0].model
+            engine.bond_weights = Weights(engine, wants.anchor_eta, reference)
+    return prepared
+
+
+def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    """The anchor follows each optimiser step (DeepSpeed decides which calls are one)."""
+    original(self, optimizer, model, *args, **kwargs)
+    kept = of(model)
+    if kept is not None:
+        kept.after_optimizer_step()
+
+
+def _anchor_file(save_dir: str, tag: str) -> str:
+    return os.path.join(save_dir, tag, f"bond_anchor_rank_{dist.get_rank():05d}.pt")
+
+
+def save_ckpt(original: Any, self: Any, model: Any, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any):
+    """A checkpoint holds the anchor, and only then becomes the latest one: a kill leaves no half of it."""
+    kept = of(model)
+    if kept is None or "anchor" not in kept or tag is None:
+        return original(self, model, save_dir, tag, *args, **kwargs)
+    latest = kwargs.pop("save_latest", True)
+    original(self, model, save_dir, tag, *args, save_latest=False, **kwargs)
+    path = _anchor_file(save_dir, tag)
+    torch.save(kept.anchor_state(), f"{path}.part")
+    os.replace(f"{path}.part", path)
+    dist.barrier()
+    if latest and self.is_rank_0():
+        pointer = os.path.join(save_dir, "latest")
+        with open(f"{pointer}.part", "w") as file:
+            file.write(tag)
+        os.replace(f"{pointer}.part", pointer)
+    dist.barrier()
+
+
+def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, *args: Any, **kwargs: Any) -> Any:
+    """Resuming takes the anchor from the checkpoint, never from the pretrained model."""
+    load_path, states = original(self, model, load_dir, *args, **kwargs)
+    kept = of(model)
+    if kept is not None and "anchor" in kept and load_path is not None:
+        tag = (
+            os.path.basename(os.path.dirname(load_path)) if os.path.isfile(load_path) else os.path.basename(load_path)
+        )
+        path = _anchor_file(load_dir, tag)
+        if not os.path.exists(path):
+            raise CheckpointError(
+                f"the checkpoint {os.path.join(load_dir, tag)} holds no anchor for rank {dist.get_rank()}: it was "
+                "written by another algorithm or with fewer ranks. Start without --ckpt.load_enable, or give "
+                "another --ckpt.path"
+            )
+        kept.load_anchor_state(torch.load(path, map_location="cpu", weights_only=True), path)
+    return load_path, states
+
+
+def save_model(original: Any, self: Any, model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
+    """The final model is the policy; ``--bond.save_anchor`` writes the anchor beside it."""
+    original(self, model, tokenizer, output_dir, **kwargs)
+    kept = of(model)
+    if kept is None or "anchor" not in kept or not self.args.bond.save_anchor:
+        return
+    if output_dir == self.args.ckpt.output_dir:
+        with kept.swapped_in("anchor"):
+            original(self, model, tokenizer, os.path.join(output_dir, "anchor"), **kwargs)
+
+
+# What the trainer asks of each training worker (through Ray).
+
+
+def broadcast(actor: Any, name: str) -> None:
+    """Send the weights ``name`` to the rollout engines, by the host's own way of sending the policy's."""
+    with _kept(actor, name).swapped_in(name):
+        actor.trainer.broadcast_to_vllm()
+
+
+def log_probs(actor: Any, name: str, batches: list[tuple[Any, Any, Any]]) -> list[torch.Tensor]:
+    """log pi of each response token under the weights ``name``.
+
+    Args:
+        batches: (sequences ``[B, T]``, action_mask ``[B, A]``, attention_mask ``[B, T]``) each.
+
+    Returns:
+        ``[B, A]`` each.
+    """
+    with _kept(actor, name).swapped_in(name):
+        return [actor.forward(sequences, action_mask, attention) for sequences, action_mask, attention in batches]
+
+
+def _kept(actor: Any, name: str) -> Weights:
+    kept = of(actor.actor)
+    if kept is None or name not in kept:
+        raise RuntimeError(f"the training worker keeps no {name}: the hooks did not reach it")
+    return kept

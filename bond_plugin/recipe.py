@@ -1,0 +1,149 @@
+"""Recipes: the host's dotted flags as nested YAML.
+
+    algo:
+      advantage:
+        estimator: jbond
+    bond:
+      beta: 0.5
+
+is ``--algo.advantage.estimator jbond --bond.beta 0.5``. A recipe knows no keys of its own: what is valid is
+what the parser knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be read, or holds a key that is no flag."""
+
+
+def path_from(argv: list[str]) -> Path | None:
+    """The value of ``--recipe`` in ``argv``; the last one wins."""
+    path = None
+    for i, token in enumerate(argv):
+        if token == "--recipe":
+            if i + 1 >= len(argv):
+                raise RecipeError("--recipe needs a file: --recipe FILE.yaml")
+            path = argv[i + 1]
+        elif token.startswith("--recipe="):
+            path = token.partition("=")[2]
+    return Path(path) if path is not None else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Flatten a recipe into dotted names and values, in the order of the file.
+
+    Raises:
+        RecipeError: no such file, no YAML mapping, or a key given twice.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise RecipeError(f"--recipe {path}: no such file")
+    try:
+        content = yaml.load(path.read_text(), Loader=_strict_loader(yaml))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--recipe {path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"--recipe {path}: a recipe is a mapping of flags, found {type(content).__name__}")
+    flat: dict[str, Any] = {}
+    _flatten(content, "", flat, path)
+    return flat
+
+
+def _flatten(node: dict, prefix: str, flat: dict[str, Any], path: Path) -> None:
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _flatten(value, f"{name}.", flat, path)
+        elif name in flat:
+            raise RecipeError(f"--recipe {path}: '{name}' is given twice")
+        else:
+            flat[name] = value
+
+
+def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    """The command line that a recipe stands for.
+
+    Raises:
+        RecipeError: a key that is no flag (the nearest one is named), or a value that does not fit its kind.
+    """
+    known = {option[2:]: action for option, action in parser._option_string_actions.items() if option[:2] == "--"}
+    for name in ("help", "recipe"):
+        known.pop(name, None)
+    argv: list[str] = []
+    for name, value in flat.items():
+        action = known.get(name)
+        if action is None:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise RecipeError(f"--recipe {path}: unknown key '{name}'{hint}")
+        if value is None:
+            continue
+        option = f"--{name}"
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise RecipeError(f"--recipe {path}: '{name}' is true or false, got {value!r}")
+            argv.append(f"{option}={'true' if value else 'false'}")
+        elif isinstance(value, list):
+            argv += [option, *map(_text, value)]
+        else:
+            argv += [option, _text(value)] if not _text(value).startswith("-") else [f"{option}={_text(value)}"]
+    return argv
+
+
+def expand_booleans(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Resolve ``--switch=true`` and ``--switch=false``, so that a switch a recipe turns on can be turned off.
+
+    The last word on a switch counts, as for any other flag.
+    """
+    words: dict[str, str] = {}
+    rest: list[str] = []
+    for token in argv:
+        option, equals, value = token.partition("=")
+        action = parser._option_string_actions.get(option)
+        if action is None or action.nargs != 0 or option in ("-h", "--help"):
+            rest.append(token)
+            continue
+        value = value.lower() if equals else "true"
+        if value not in ("true", "false"):
+            raise RecipeError(f"{option} is a switch: {option}, {option}=true or {option}=false")
+        off = isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
+        words[action.option_strings[0] if off else option] = str((value == "true") != off).lower()
+    for option, value in words.items():
+        action = parser._option_string_actions[option]
+        if value == "true":
+            rest.append(option)
+        elif isinstance(action, argparse.BooleanOptionalAction):
+            rest.append(f"--no-{option[2:]}")
+    return rest
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def _strict_loader(yaml: Any) -> Any:
+    """A loader to which a key given twice is an error, as it never is meant."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            name = loader.construct_object(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{name}' is given twice", key.start_mark)
+            seen.add(name)
+        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return Loader

@@ -1,0 +1,64 @@
+"""The entry-point groups through which algorithms, losses and plugins are found.
+
+An algorithm is one file plus one entry point, in this distribution or in anybody's. A name that two
+distributions claim, or an entry that cannot be imported, stops the run: a training run that silently used
+another algorithm than the one asked for would look right and be wrong.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+PLUGINS = "openrlhf.plugins"
+ADVANTAGE_ESTIMATORS = "openrlhf.advantage_estimators"
+POLICY_LOSSES = "openrlhf.policy_losses"
+
+
+class RegistryError(RuntimeError):
+    """An entry-point group is not usable: a duplicate name, or an entry that does not import."""
+
+
+@cache
+def names(group: str) -> dict[str, EntryPoint]:
+    """The entries of ``group`` by name, in alphabetical order, without importing any of them.
+
+    Raises:
+        RegistryError: two different entries share a name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=group):
+        other = found.get(entry.name)
+        if other is not None and other.value != entry.value:
+            raise RegistryError(
+                f"two installed packages both register '{entry.name}' in the entry-point group '{group}': "
+                f"{_origin(other)} and {_origin(entry)}. Uninstall one of them or rename its entry point."
+            )
+        found[entry.name] = entry
+    return dict(sorted(found.items()))
+
+
+def load(group: str, name: str) -> Any:
+    """The object that ``name`` stands for in ``group``.
+
+    Raises:
+        RegistryError: the name is not registered, or importing it fails (the cause is chained).
+    """
+    known = names(group)
+    if name not in known:
+        raise RegistryError(
+            f"'{name}' is not registered in the entry-point group '{group}' (known: {', '.join(known) or 'none'})"
+        )
+    entry = known[name]
+    try:
+        return entry.load()
+    except Exception as error:
+        raise RegistryError(
+            f"'{name}' in the entry-point group '{group}' ({_origin(entry)}) cannot be imported: {error!r}"
+        ) from error
+
+
+def _origin(entry: EntryPoint) -> str:
+    dist = entry.dist.metadata["Name"] if entry.dist is not None else "an unnamed distribution"
+    return f"{entry.value} from {dist}"
