@@ -1,0 +1,210 @@
+"""What the tests share: a tiny language model with prompts and a reward, and a way to run the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+REWARD = '''
+import torch
+
+
+def reward_func(queries, prompts, labels):
+    """The share of vowels in the response."""
+    rewards = []
+    for query, prompt in zip(queries, prompts):
+        text = query[len(prompt):].replace("<eos>", "").replace("<pad>", "")
+        rewards.append(sum(letter in "aeiou" for letter in text) / max(1, len(text)))
+    return {"rewards": torch.tensor(rewards), "scores": torch.tensor(rewards)}
+'''
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A folder with a 76,000-parameter Llama over letters, 400 prompts of four letters, and a reward."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def prompts(self) -> Path:
+        return self.folder / "prompts.jsonl"
+
+    @property
+    def reward(self) -> Path:
+        return self.folder / "reward.py"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    made = Tiny(tmp_path_factory.mktemp("tiny"))
+    vocabulary = {"<pad>": 0, "<eos>": 1, **{letter: i + 2 for i, letter in enumerate(LETTERS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    ).save_pretrained(made.model)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(made.model)
+    with made.prompts.open("w") as file:
+        for i in range(400):
+            text = "".join(LETTERS[(i * 7 + j * 3) % 26] for j in range(4))
+            file.write(json.dumps({"input": text}) + "\n")
+    made.reward.write_text(REWARD)
+    return made
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished ``bond`` command."""
+
+    status: int
+    output: str
+    folder: Path
+    seconds: float
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This process's environment without what a test may have left in it."""
+    dropped = ("BOND_", "RAY_", "DS_", "VLLM_", "OMP_", "TORCHDYNAMO", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return {**kept, "HF_HUB_OFFLINE": "1", **extra}
+
+
+def recipe_for(tiny: Tiny) -> dict[str, Any]:
+    """Flags of a small J-BOND run: 16 prompts a step, one optimiser step each."""
+    return {
+        "actor.model_name_or_path": str(tiny.model),
+        "actor.num_gpus_per_node": 1,
+        "actor.adam.lr": 2e-3,
+        "actor.lr_scheduler": "constant",
+        "actor.lr_warmup_ratio": 0.0,
+        "algo.advantage.estimator": "jbond",
+        "data.prompt_dataset": str(tiny.prompts),
+        "data.input_key": "input",
+        "data.max_len": 32,
+        "data.max_samples": 48,
+        "ds.zero_stage": 2,
+        "reward.remote_url": str(tiny.reward),
+        "rollout.batch_size": 16,
+        "rollout.micro_batch_size": 8,
+        "rollout.max_new_tokens": 10,
+        "train.batch_size": 16,
+        "train.micro_batch_size": 8,
+        "vllm.num_engines": 1,
+    }
+
+
+def to_argv(flags: dict[str, Any]) -> list[str]:
+    """``--name value`` for each; True is a switch, None drops the flag."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        if value is True:
+            argv.append(f"--{name}")
+        elif value is not None and value is not False:
+            argv += [f"--{name}", str(value)]
+    return argv
+
+
+def execute(command: list[str], folder: Path, timeout: float = 400, **environment: str) -> Run:
+    """Run a command to its end, its output in ``folder/log.txt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    started = time.time()
+    with log.open("w") as file:
+        try:
+            status = subprocess.run(
+                command,
+                cwd=folder,
+                env=clean_environment(**environment),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                timeout=timeout,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = -1
+    return Run(status, log.read_text(errors="replace"), folder, time.time() - started)
+
+
+@pytest.fixture(scope="session")
+def bond(tiny: Tiny) -> Callable[..., Run]:
+    """``bond(folder, **flags)``: run ``bond train`` on the tiny model; flags with dots are given as a dict."""
+
+    def run(folder: Path, flags: dict[str, Any] | None = None, check: bool = True, **environment: str) -> Run:
+        wanted = {
+            **recipe_for(tiny),
+            "ckpt.output_dir": str(folder / "out"),
+            "ckpt.path": str(folder / "ckpt"),
+            **(flags or {}),
+        }
+        done = execute([sys.executable, "-m", "bond_plugin", "train", *to_argv(wanted)], folder, **environment)
+        if check:
+            assert done.status == 0, f"bond train failed ({done.seconds:.0f} s):\n{done.output[-6000:]}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    """``dry(flags, extra)``: ``bond train --dry-run`` in this process; returns (status, printed)."""
+    monkeypatch.setenv("BOND_DEVICE", "cpu")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+    def run(flags: dict[str, Any] | None = None, extra: tuple[str, ...] = (), base: bool = True) -> Any:
+        from bond_plugin.cli.main import main
+
+        wanted = {**(recipe_for(tiny) if base else {}), **(flags or {})}
+        capfd.readouterr()
+        try:
+            status = main(["train", *to_argv(wanted), "--dry-run", *extra])
+        except SystemExit as stop:
+            status = stop.code
+            if isinstance(status, str):
+                print(status)
+                status = 1
+        printed = capfd.readouterr()
+        return SimpleNamespace(status=status or 0, text=printed.out + printed.err)
+
+    yield run

@@ -1,0 +1,279 @@
+"""J-BOND on a policy small enough to enumerate: the estimator's expectation is the gradient of its objective.
+
+Vocabulary 4 (token 0 ends the response), at most 3 tokens: 40 responses. All expectations are sums over all
+triples (y, y'_1, y'_2), in float64, through the code that training runs: ``select``, ``advantages`` and
+``policy_loss``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bond_plugin.algorithms.base import AdvantageInputs, LossInputs
+from bond_plugin.algorithms.jbond import JBOND, JBONDConfig, policy_loss
+
+VOCABULARY, LENGTH = 4, 3
+
+
+def responses() -> list[tuple[int, ...]]:
+    found, open_ = [], [()]
+    for _ in range(LENGTH):
+        longer = [prefix + (token,) for prefix in open_ for token in range(VOCABULARY)]
+        found += [r for r in longer if r[-1] == 0]
+        open_ = [r for r in longer if r[-1] != 0]
+    return found + open_
+
+
+RESPONSES = responses()
+PREFIXES = sorted({r[:i] for r in RESPONSES for i in range(len(r))})
+MASK = torch.tensor([[float(i < len(r)) for i in range(LENGTH)] for r in RESPONSES], dtype=torch.float64)
+
+
+class Enumerable:
+    """A table of logits for each prefix."""
+
+    def __init__(self, seed: int, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = (
+            torch.randn(len(PREFIXES), VOCABULARY, generator=generator, dtype=torch.float64) * scale
+        ).requires_grad_()
+
+    def token_log_probs(self) -> Tensor:
+        """``[40, 3]``; what stands outside the mask is rubbish on purpose, as padding may be."""
+        table = self.logits.log_softmax(-1)
+        rows = [
+            [table[PREFIXES.index(r[:i]), r[i]] if i < len(r) else table.new_tensor(7.0) for i in range(LENGTH)]
+            for r in RESPONSES
+        ]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    def log_probs(self) -> Tensor:
+        return (self.token_log_probs() * MASK).sum(-1)
+
+
+def test_the_policy_is_a_distribution() -> None:
+    assert len(RESPONSES) == 40
+    assert Enumerable(0).log_probs().exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+
+
+POLICY, ANCHOR = Enumerable(1), Enumerable(2)
+STRICT = torch.randn(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+TIED = (STRICT > 0.5).double()
+
+
+def triples() -> tuple[Tensor, Tensor]:
+    size = len(RESPONSES)
+    index = torch.cartesian_prod(*[torch.arange(size)] * 3)
+    with torch.no_grad():
+        weight = (
+            POLICY.log_probs()[index[:, 0]] + ANCHOR.log_probs()[index[:, 1]] + ANCHOR.log_probs()[index[:, 2]]
+        ).exp()
+    return index, weight
+
+
+def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor, seed: int = 0) -> Tensor:
+    """The gradient that training would take, in expectation: ``weight`` over the triples ``index``."""
+    algorithm = JBOND(config)
+    generator = torch.Generator().manual_seed(seed)
+    y, companions = index[:, 0], index[:, 1:]
+    chosen = algorithm.select(rewards[companions], generator)
+    best = companions.gather(1, chosen)[:, 0]
+    with torch.no_grad():
+        log_probs, anchor = POLICY.log_probs(), ANCHOR.log_probs()
+        found = algorithm.advantages(
+            AdvantageInputs(
+                rewards=rewards[y].unsqueeze(1),
+                log_probs=log_probs[y].unsqueeze(1),
+                companion_rewards=rewards[companions],
+                companion_log_probs=log_probs[best].unsqueeze(1),
+                anchor_log_probs=anchor[y].unsqueeze(1),
+                generator=generator,
+            )
+        )
+    rows = torch.cat([y, best])
+    advantages = torch.cat([found.advantages, found.companion_advantages]) * MASK[rows]
+    tokens = POLICY.token_log_probs()[rows]
+    out = policy_loss(
+        LossInputs(
+            log_probs=tokens,
+            old_log_probs=tokens.detach(),
+            advantages=advantages,
+            mask=MASK[rows],
+            companion=torch.arange(len(rows)) >= len(y),
+            on_policy=True,
+            clip_low=0.2,
+            clip_high=0.2,
+        )
+    )
+    return torch.autograd.grad((out.row_loss * weight.repeat(2)).sum(), POLICY.logits)[0]
+
+
+def objective(beta: float, gamma: float, rewards: Tensor) -> Tensor:
+    """(1 - beta) E[-log pi(best)] + beta (KL(pi || anchor) - E_pi[r]) + gamma KL(pi || anchor), by enumeration.
+
+    r(y) is the expectation of Eq. 17 over the anchor's pairs, ties ordered at random: y is below all with
+    probability 1 / (1 + number of anchor samples equal to it), if none is below it.
+    """
+    log_pi, log_anchor = POLICY.log_probs(), ANCHOR.log_probs().detach()
+    anchor = log_anchor.exp()
+    pair = anchor.unsqueeze(0) * anchor.unsqueeze(1)
+    r1, r2 = rewards.unsqueeze(0), rewards.unsqueeze(1)
+    first = (r1 > r2).double() + 0.5 * (r1 == r2).double()
+    forward = -(pair * (first * log_pi.unsqueeze(0) + (1 - first) * log_pi.unsqueeze(1))).sum()
+    mine = rewards.reshape(-1, 1, 1)
+    equal = (r1 == mine).double() + (r2 == mine).double()
+    none_below = ((r1 >= mine) & (r2 >= mine)).double()
+    reward = -math.log(16) * (pair * none_below / (1 + equal)).sum(dim=(1, 2))
+    pi = log_pi.exp()
+    kl = (pi * (log_pi - log_anchor)).sum()
+    return (1 - beta) * forward + beta * (kl - (pi * reward).sum()) + gamma * kl
+
+
+def gradient(beta: float, gamma: float, rewards: Tensor) -> Tensor:
+    return torch.autograd.grad(objective(beta, gamma, rewards), POLICY.logits)[0]
+
+
+@pytest.mark.parametrize(
+    ("beta", "gamma"),
+    [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.3, 2.0)],
+    ids=["forward", "backward", "forward+gamma", "jeffreys", "all"],
+)
+def test_expected_gradient_is_the_gradient_of_the_objective(beta: float, gamma: float) -> None:
+    # Without ties a triple needs distinct rewards, but y'_1 = y'_2 = y is the same response, hence a tie
+    # with itself: those are averaged over the random order.
+    index, weight = triples()
+    config = JBONDConfig(beta=beta, gamma=gamma, baseline="none")
+    draws = 400 if beta else 40
+    distinct = (index[:, 0] != index[:, 1]) & (index[:, 0] != index[:, 2]) & (index[:, 1] != index[:, 2])
+    exact = estimate(config, STRICT, index[distinct], weight[distinct])
+    repeated = [estimate(config, STRICT, index[~distinct], weight[~distinct], seed=s) for s in range(draws)]
+    found = exact + torch.stack(repeated).mean(0)
+    error = torch.stack(repeated).std(0) / math.sqrt(draws)
+    wanted = gradient(beta, gamma, STRICT)
+    assert (found - wanted).abs().max() < 5 * error.max() + 1e-12
+    assert error.max() < 2e-3 * wanted.abs().max()
+
+
+def test_gamma_term_alone_is_exact_and_has_the_sign_of_eq_19() -> None:
+    index, weight = triples()
+    with_gamma = estimate(JBONDConfig(beta=0.0, gamma=1.0, baseline="none"), STRICT, index, weight)
+    without = estimate(JBONDConfig(beta=0.0, gamma=0.0, baseline="none"), STRICT, index, weight)
+    wanted = gradient(0.0, 1.0, STRICT) - gradient(0.0, 0.0, STRICT)
+    torch.testing.assert_close(with_gamma - without, wanted, rtol=1e-10, atol=1e-12)
+    assert wanted.abs().max() > 0.01
+
+
+def test_ties_are_broken_at_random_and_not_by_position() -> None:
+    index, weight = triples()
+    config = JBONDConfig(beta=0.5, gamma=0.0, baseline="none")
+    draws = torch.stack([estimate(config, TIED, index, weight, seed=s) for s in range(60)])
+    error = draws.std(0) / math.sqrt(len(draws))
+    wanted = gradient(0.5, 0.0, TIED)
+    assert ((draws.mean(0) - wanted).abs() / (error + 1e-9)).max() < 5
+    # In one draw position would show at once: always the first of two equal anchor samples.
+    swapped = index[:, [0, 2, 1]]
+    torch.testing.assert_close(
+        torch.stack([estimate(config, TIED, swapped, weight, seed=s) for s in range(60)]).mean(0),
+        draws.mean(0),
+        atol=5 * error.max().item(),
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("baseline", ["none", "batch"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_monte_carlo_mean_agrees_within_its_error(baseline: str, n: int) -> None:
+    """Batches as training draws them: 8 prompts, n policy samples and 2 anchor samples each."""
+    config = JBONDConfig(beta=0.5, gamma=0.5, baseline=baseline)
+    algorithm = JBOND(config)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        log_pi, log_anchor = POLICY.log_probs(), ANCHOR.log_probs()
+        jacobian = torch.autograd.functional.jacobian(
+            lambda logits: _log_probs_of(logits), POLICY.logits.detach()
+        ).flatten(1)
+    prompts, batches = 8, 3000
+    gradients = []
+    for _ in range(batches):
+        y = torch.multinomial(log_pi.exp(), prompts * n, replacement=True, generator=generator).reshape(prompts, n)
+        a = torch.multinomial(log_anchor.exp(), prompts * 2, replacement=True, generator=generator)
+        a = a.reshape(prompts, 2)
+        best = a.gather(1, algorithm.select(STRICT[a], generator))
+        found = algorithm.advantages(
+            AdvantageInputs(STRICT[y], log_pi[y], STRICT[a], log_pi[best], log_anchor[y], generator)
+        )
+        coefficient = torch.zeros(len(RESPONSES), dtype=torch.float64)
+        coefficient.index_add_(0, y.flatten(), found.advantages.flatten() / n)
+        coefficient.index_add_(0, best.flatten(), found.companion_advantages.flatten())
+        gradients.append(-(coefficient / prompts) @ jacobian)
+    gradients = torch.stack(gradients)
+    wanted = gradient(0.5, 0.5, STRICT).flatten()
+    error = gradients.std(0) / math.sqrt(batches)
+    z = (gradients.mean(0) - wanted) / (error + 1e-12)
+    assert z.abs().max() < 5
+    assert error.norm() < 0.05 * wanted.norm()
+
+
+def _log_probs_of(logits: Tensor) -> Tensor:
+    other = Enumerable(0)
+    other.logits = logits
+    return other.log_probs()
+
+
+def test_off_policy_loss_has_the_on_policy_gradient_at_the_old_policy_and_clips_away_from_it() -> None:
+    rows = torch.arange(40)
+    advantages = torch.randn(40, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * MASK
+    companion = rows % 4 == 0
+
+    def gradient_at(shift: float, on_policy: bool) -> tuple[Tensor, float]:
+        tokens = POLICY.token_log_probs()
+        out = policy_loss(
+            LossInputs(tokens, (tokens - shift).detach(), advantages, MASK, companion, on_policy, 0.2, 0.3)
+        )
+        return torch.autograd.grad(out.row_loss.sum(), POLICY.logits)[0], out.clip_fraction.item()
+
+    on, _ = gradient_at(0.0, True)
+    off, clipped = gradient_at(0.0, False)
+    torch.testing.assert_close(on, off, rtol=1e-12, atol=1e-14)
+    assert clipped == 0.0
+
+    far, clipped = gradient_at(math.log(1.5), False)  # every ratio is 1.5: beyond 1.3
+    gaining = ((advantages > 0) & ~companion.unsqueeze(-1) & MASK.bool()).sum() / MASK.sum()
+    assert clipped == pytest.approx(gaining.item())
+    # What is left: companions as they are, losing samples with their ratio of 1.5, winning ones not at all.
+    kept = torch.where(companion.unsqueeze(-1), 1.0, torch.where(advantages < 0, 1.5, 0.0))
+    tokens = POLICY.token_log_probs()
+    wanted = torch.autograd.grad(-(tokens * advantages * kept * MASK).sum(), POLICY.logits)[0]
+    torch.testing.assert_close(far, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_crude_log_quantile_matches_log_p_at_one_half(m: int) -> None:
+    """Appendix A.4: E[r] = -2^m log 2 (1 - p)^m, which is log(1/2) where p is 1/2."""
+    from bond_plugin.bestofn.rewards import jbond_reward
+
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.rand(400_000, m, generator=generator, dtype=torch.float64)
+    found = jbond_reward(torch.full((400_000, 1), 0.5, dtype=torch.float64), anchors)
+    assert found.min().item() == pytest.approx(-(2**m) * math.log(2))
+    assert found.mean().item() == pytest.approx(math.log(0.5), abs=6 * found.std().item() / math.sqrt(400_000))
+    if m == 2:
+        assert found.min().item() == pytest.approx(-math.log(16))
+
+
+def test_strict_ranks_order_rewards_and_shuffle_equals() -> None:
+    from bond_plugin.bestofn.rewards import strict_ranks
+
+    assert strict_ranks(torch.tensor([[3.0, 1.0, 2.0]])).tolist() == [[2, 0, 1]]
+    generator = torch.Generator().manual_seed(0)
+    ranks = strict_ranks(torch.tensor([1.0, 0.0, 1.0, 1.0]).expand(30_000, 4), generator)
+    assert (ranks[:, 1] == 0).all()
+    for column in (0, 2, 3):
+        for rank in (1, 2, 3):
+            assert (ranks[:, column] == rank).double().mean().item() == pytest.approx(1 / 3, abs=0.015)
+    with pytest.raises(ValueError, match="finite"):
+        strict_ranks(torch.tensor([1.0, math.nan]))
