@@ -205,6 +205,6 @@ def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
                 print(status)
                 status = 1
         printed = capfd.readouterr()
-        return SimpleNamespace(status=status or 0, text=printed.out + printed.err)
+        return SimpleNamespace(status=status or 0, out=printed.out, text=printed.out + printed.err)
 
     yield run

@@ -1,0 +1,228 @@
+"""The command: help, recipes, dry runs, and every error that must come before Ray starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, clean_environment, recipe_for
+
+
+def test_help_is_quick_and_imports_neither_torch_nor_the_host() -> None:
+    probe = (
+        "import sys; from bond_plugin.cli.main import main; main(['--help']);"
+        "heavy = {'torch', 'openrlhf', 'ray', 'vllm', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", probe], env=clean_environment(), capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - started)
+    assert "bond train" in done.stdout
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize(("argv", "status", "says"), [
+    ([], 0, "usage: bond"),
+    (["--version"], 0, "openrlhf-bond 0."),
+    (["trian"], 2, "did you mean 'bond train'?"),
+])  # fmt: skip
+def test_top_level(argv: list[str], status: int, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bond_plugin", *argv], env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == status
+    assert says in done.stdout + done.stderr
+
+
+def test_train_help_teaches_the_flags_of_host_and_algorithm(dry: Any) -> None:
+    done = dry({"algo.advantage.estimator": "jbond"}, extra=("--help",), base=False)
+    assert done.status == 0
+    for words in ("--bond.beta", "Jeffreys", "--bond.n_anchor_samples", "--rollout.batch_size", "--recipe", "jbond"):
+        assert words in done.text
+
+
+def test_dry_run_prints_configuration_versions_and_hooks(dry: Any) -> None:
+    done = dry({"bond.beta": 0.25})
+    assert done.status == 0, done.text
+    report = yaml.safe_load(done.out[done.out.index("configuration:") :])
+    assert report["configuration"]["bond"]["beta"] == 0.25
+    assert report["configuration"]["bond"]["eta"] == 0.02
+    assert report["configuration"]["actor"]["policy_loss_type"] == "jbond"
+    assert report["configuration"]["algo"]["kl"]["init_coef"] == 0.0
+    assert report["configuration"]["vllm"]["sync_backend"] == "gloo"  # no GPU
+    assert report["versions"]["openrlhf"] == "0.11.2"
+    assert report["gpu_slots"] == {"--actor.num_gpus_per_node": 1, "--vllm.num_engines": 1}
+    hooks = report["hooks"]
+    assert len(hooks) > 25
+    owned = [state for target, state in hooks.items() if target.startswith("openrlhf.")]
+    assert owned
+    assert set(owned) == {"installed"}
+    import ray
+
+    assert not ray.is_initialized()
+
+
+def test_the_hosts_own_algorithms_run_through_the_same_command(dry: Any) -> None:
+    done = dry({"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 4, "algo.kl.init_coef": 0.1})
+    assert done.status == 0, done.text
+    report = yaml.safe_load(done.out[done.out.index("configuration:") :])
+    assert report["configuration"]["actor"]["policy_loss_type"] == "ppo"
+    assert report["configuration"]["algo"]["kl"]["init_coef"] == 0.1
+
+
+REFUSED = [
+    ({"train.async_enable": True}, "--train.async_enable cannot be used with jbond"),
+    ({"train.async_enable": True, "train.partial_rollout_enable": True}, "--train.partial_rollout_enable"),
+    ({"ds.enable_sleep": True}, "--ds.enable_sleep cannot be used with jbond"),
+    ({"vllm.enable_sleep": True, "train.colocate_all": True}, "--vllm.enable_sleep"),
+    ({"train.enable_ema": True}, "--bond.save_anchor"),
+    ({"train.dynamic_batch_enable": True}, "--train.dynamic_batch_enable cannot be used"),
+    ({"ds.ring_attn_size": 2}, "--ds.ring_attn_size"),
+    ({"ds.tensor_parallel_size": 2, "actor.num_gpus_per_node": 2}, "--ds.tensor_parallel_size"),
+    ({"ds.lora.rank": 8}, "--ds.lora.rank"),
+    ({"ds.zero_stage": 0}, "--ds.zero_stage 0"),
+    ({"actor.optim": "muon"}, "--actor.optim"),
+    ({"actor.dual_clip": 3.0}, "--actor.dual_clip"),
+    ({"actor.entropy_coef": 0.1}, "--actor.entropy_coef"),
+    ({"actor.loss_agg_mode": "seq-mean-token-mean"}, "--actor.loss_agg_mode"),
+    ({"actor.policy_loss_type": "gspo"}, "--actor.policy_loss_type gspo contradicts"),
+    ({"algo.kl.init_coef": 0.01}, "--algo.kl.init_coef 0.01 has no place in jbond"),
+    ({"algo.kl.use_loss": True}, "--algo.kl.use_loss"),
+    ({"algo.advantage.is_correction_level": "token"}, "--algo.advantage.is_correction_level"),
+    ({"rollout.top_p": 0.9}, "--rollout.top_p"),
+    ({"rollout.n_samples_per_prompt": 2, "algo.dynamic_filtering_enable": True}, "--algo.dynamic_filtering_enable"),
+    ({"rollout.vllm_generate_batch_size": 8}, "--rollout.vllm_generate_batch_size"),
+    ({"rollout.n_samples_per_prompt": 3}, "--train.batch_size 16 must be a multiple of"),
+    ({"rollout.batch_size": 24}, "must be a multiple of --train.batch_size 16"),
+    ({"train.micro_batch_size": 12}, "--train.micro_batch_size 12 x 1 data-parallel ranks"),
+    ({"rollout.micro_batch_size": 5}, "--rollout.micro_batch_size 5 x 1 data-parallel ranks"),
+    ({"rollout.batch_size": 1, "train.batch_size": 1, "train.micro_batch_size": 1, "rollout.micro_batch_size": 1},
+     "--bond.baseline batch needs at least two samples"),
+    ({"vllm.num_engines": 0}, "--vllm.num_engines must be at least 1"),
+    ({"vllm.sync_backend": "nccl"}, "--vllm.sync_backend nccl needs a GPU"),
+    ({"ds.attn_implementation": "flash_attention_2"}, "needs a GPU; use sdpa"),
+    ({"reward.remote_url": None}, "no reward: give --reward.remote_url"),
+    ({"reward.remote_url": "./missing.py"}, "--reward.remote_url ./missing.py: No such file"),
+    ({"actor.model_name_or_path": "./missing"}, "--actor.model_name_or_path ./missing: no such file or folder"),
+    ({"data.prompt_dataset": "missing.jsonl"}, "--data.prompt_dataset missing.jsonl: no such file"),
+    ({"bond.beta": 1.5}, "--bond.beta must lie in [0, 1]"),
+    ({"bond.eta": -0.1}, "--bond.eta must lie in [0, 1]"),
+    ({"bond.gamma": "nan"}, "--bond.gamma must be at least 0"),
+    ({"bond.n_anchor_samples": 1}, "--bond.n_anchor_samples must be at least 2"),
+    ({"bond.baseline": "mean"}, "invalid choice: 'mean'"),
+    ({"bond.betta": 0.5}, "unknown flag --bond.betta (did you mean --bond.beta?)"),
+    ({"rollout.batchsize": 8}, "did you mean --rollout.batch_size?"),
+    ({"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 2, "bond.beta": 0.5},
+     "--bond.beta belongs to jbond, but --algo.advantage.estimator is rloo"),
+    ({"algo.advantage.estimator": "jbonb"}, "invalid choice: 'jbonb'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "says"), REFUSED, ids=lambda v: v if isinstance(v, str) else None)
+def test_refused_before_ray_starts_naming_the_flag(dry: Any, flags: dict[str, Any], says: str) -> None:
+    done = dry(flags)
+    assert done.status == 2, done.text
+    assert says in done.text
+    assert "Traceback" not in done.text
+
+
+def test_reward_file_without_reward_func_is_an_error(dry: Any, tmp_path: Path) -> None:
+    path = tmp_path / "reward.py"
+    path.write_text("def reward(queries):\n    return 0\n")
+    done = dry({"reward.remote_url": str(path)})
+    assert done.status == 2
+    assert "defines no reward_func" in done.text
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def configuration(done: Any) -> dict[str, Any]:
+    assert done.status == 0, done.text
+    return yaml.safe_load(done.out[done.out.index("configuration:") :])["configuration"]
+
+
+def test_recipe_is_the_flags_and_the_command_line_wins(dry: Any, tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    content = recipe_for(tiny) | {
+        "bond.beta": 0.3,
+        "bond.gamma": 1,
+        "bond.kl_ref": False,
+        "actor.adam.betas": [0.9, 0.999],
+        "vllm.enable_prefix_caching": True,
+        "reward.clip_range": [-5, 5],
+    }
+    path.write_text(yaml.safe_dump(nested(content)))
+    found = configuration(
+        dry(
+            {"bond.beta": 0.7},
+            extra=("--recipe", str(path), "--bond.kl_ref", "--vllm.enable_prefix_caching=false"),
+            base=False,
+        )
+    )
+    assert found["bond"]["beta"] == 0.7
+    assert found["bond"]["gamma"] == 1.0
+    assert found["bond"]["kl_ref"] is True
+    assert found["actor"]["adam"]["betas"] == [0.9, 0.999]
+    assert found["reward"]["clip_range"] == [-5.0, 5.0]
+    assert found["vllm"]["enable_prefix_caching"] is False
+    assert found["rollout"]["batch_size"] == 16
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("bond: {bta: 0.5}", "unknown key 'bond.bta'; did you mean 'bond.beta'?"),
+    ("rollout: {batch_sise: 4}", "unknown key 'rollout.batch_sise'; did you mean 'rollout.batch_size'?"),
+    ("bond: {beta: 0.5, beta: 0.4}", "'beta' is given twice"),
+    ("- a\n- b", "a recipe is a mapping"),
+    ("bond: {beta: [", "not valid YAML"),
+    ("train: {colocate_all: 3}", "'train.colocate_all' is true or false, got 3"),
+])  # fmt: skip
+def test_recipe_errors(dry: Any, tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    done = dry(extra=("--recipe", str(path)))
+    assert done.status == 2
+    assert says in done.text
+
+
+def test_missing_recipe(dry: Any) -> None:
+    done = dry(extra=("--recipe", "nowhere.yaml"))
+    assert done.status == 2
+    assert "--recipe nowhere.yaml: no such file" in done.text
+
+
+@pytest.mark.parametrize("recipe", sorted(REPOSITORY.glob("recipes/**/*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_accepted(dry: Any, recipe: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as this machine can tell: model, data and device are replaced by ones that are here."""
+    monkeypatch.chdir(REPOSITORY)
+    assert recipe.read_text().lstrip().startswith("#"), "a recipe opens with how to run it"
+    flags = {
+        "actor.model_name_or_path": tiny.model,
+        "data.prompt_dataset": tiny.prompts,
+        "reward.remote_url": tiny.reward,
+        "vllm.sync_backend": "gloo",
+        "ds.attn_implementation": "sdpa",
+    }
+    done = dry(flags, extra=("--recipe", str(recipe), "--ds.packing_samples=false"), base=False)
+    assert done.status == 0, done.text
+
+
+def test_notes_name_flags_without_effect(dry: Any) -> None:
+    done = dry(extra=("--reward.clip_range", "-5", "5"))
+    assert "note: --reward.clip_range has no effect under jbond" in done.text
