@@ -42,9 +42,7 @@ def launch(script: str, ranks: int, *arguments: object) -> None:
         assert child.returncode == 0, output[-4000:]
 
 
-@pytest.mark.parametrize(
-    ("stage", "ranks", "steps"), [(2, 1, 1000), (2, 2, 40), (3, 1, 40), (3, 2, 40)], ids=str
-)
+@pytest.mark.parametrize(("stage", "ranks", "steps"), [(2, 1, 1000), (2, 2, 40), (3, 1, 40), (3, 2, 40)], ids=str)
 def test_anchor_is_an_fp32_average_of_the_masters(tmp_path: Path, stage: int, ranks: int, steps: int) -> None:
     launch("anchor.py", ranks, tmp_path / "out.json", stage, steps)
     found = json.loads((tmp_path / "out.json").read_text())

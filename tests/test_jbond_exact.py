@@ -22,7 +22,7 @@ VOCABULARY, LENGTH = 4, 3
 def responses() -> list[tuple[int, ...]]:
     found, open_ = [], [()]
     for _ in range(LENGTH):
-        longer = [prefix + (token,) for prefix in open_ for token in range(VOCABULARY)]
+        longer = [(*prefix, token) for prefix in open_ for token in range(VOCABULARY)]
         found += [r for r in longer if r[-1] == 0]
         open_ = [r for r in longer if r[-1] != 0]
     return found + open_

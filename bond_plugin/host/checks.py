@@ -34,17 +34,16 @@ def complete(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     if algorithm is None:
         return notes
     name = args.algo.advantage.estimator
-    if algorithm.policy_loss != "ppo":
-        default("actor.policy_loss_type", algorithm.policy_loss, f"the policy loss of {name}")
-        default("algo.kl.init_coef", 0.0, f"{name} has no KL reward; the initial policy is kept for bond/kl_ref")
-        ignored = {
-            "reward.clip_range": "only the order of rewards counts",
-            "algo.advantage.gamma": "advantages are of whole responses",
-            "algo.advantage.lambd": "advantages are of whole responses",
-            "algo.advantage.no_std_norm": "advantages are not normalised",
-            "algo.kl.estimator": "no KL reward",
-        }
-        notes += [f"--{dest} has no effect under {name}: {why}" for dest, why in ignored.items() if dest in given]
+    default("actor.policy_loss_type", algorithm.policy_loss, f"the policy loss of {name}")
+    default("algo.kl.init_coef", 0.0, f"{name} has no KL reward; bond/kl_ref needs no reference model")
+    ignored = {
+        "reward.clip_range": "rewards are used as they are",
+        "algo.advantage.gamma": "advantages are of whole responses",
+        "algo.advantage.lambd": "advantages are of whole responses",
+        "algo.advantage.no_std_norm": "advantages are not normalised",
+        "algo.kl.estimator": "there is no KL reward",
+    }
+    notes += [f"--{dest} has no effect under {name}: {why}" for dest, why in ignored.items() if dest in given]
     return notes
 
 
@@ -156,7 +155,6 @@ def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
             bool(args.actor.entropy_coef),
             "it would add an entropy term to the objective",
         ),
-        "algo.kl.use_loss": (args.algo.kl.use_loss, "it would add a KL term to the objective"),
         "algo.advantage.is_correction_level": (
             args.algo.advantage.is_correction_level != "off",
             "this loss does not use it; the trainer/engine gap is reported as vllm_kl without it",
@@ -200,6 +198,7 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm, given: frozenset
             args.rollout.top_p != 1.0,
             "samples must come from the policy itself, not from its truncated distribution; use 1.0",
         ),
+        "algo.kl.use_loss": (args.algo.kl.use_loss, "it would add a KL term to the objective"),
         "ds.lora.rank": (args.ds.lora.rank > 0, "not supported yet"),
         "ds.load_in_4bit": (args.ds.load_in_4bit, "not supported yet"),
         "ds.adam_offload": (args.ds.adam_offload, "not supported yet"),
@@ -214,18 +213,17 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm, given: frozenset
         found.append(f"--ds.zero_stage {args.ds.zero_stage} cannot be used with {name}: use 2 or 3")
     if not args.vllm.num_engines:
         found.append("--vllm.num_engines must be at least 1: samples come from vLLM")
-    if algorithm.policy_loss != "ppo":
-        if args.actor.policy_loss_type != algorithm.policy_loss:
-            found.append(
-                f"--actor.policy_loss_type {args.actor.policy_loss_type} contradicts "
-                f"{flags.ESTIMATOR} {name}, whose loss is {algorithm.policy_loss}: drop the flag"
-            )
-        if args.algo.kl.init_coef > 0:
-            found.append(
-                f"--algo.kl.init_coef {args.algo.kl.init_coef} has no place in {name}: its KL is to the anchor, "
-                "by --bond.gamma. Drop the flag or set it to 0 (bond/kl_ref is reported without it)"
-            )
-    elif wants.trained_companions:
+    if args.actor.policy_loss_type != algorithm.policy_loss:
+        found.append(
+            f"--actor.policy_loss_type {args.actor.policy_loss_type} contradicts {flags.ESTIMATOR} {name}, whose "
+            f"loss is {algorithm.policy_loss}: drop the flag"
+        )
+    if args.algo.kl.init_coef > 0:
+        found.append(
+            f"--algo.kl.init_coef {args.algo.kl.init_coef} has no place in {name}, which puts no KL into the "
+            "reward: drop the flag or set it to 0 (bond/kl_ref is reported without it)"
+        )
+    if wants.trained_companions and algorithm.policy_loss == "ppo":
         found.append(f"{name} trains on companions, so it needs a policy loss of its own, not the host's ppo")
     if (
         getattr(algorithm.config, "baseline", None) == "batch"

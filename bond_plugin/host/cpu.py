@@ -2,7 +2,8 @@
 
 OpenRLHF uses ``torch.cuda`` as its device interface throughout, imports flash-attn unconditionally, and
 sends weights to vLLM over NCCL; vLLM's CPU build prepacks weights at load, which would keep the old ones
-after an update. Each function below mends one of these, and is named for what it replaces.
+after an update. Each function below mends one of these, and is named for what it replaces. On processors
+without bf16 instructions, matrix products go through fp32, which is several times faster there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 NEEDS_FLASH_ATTN = "openrlhf.models.ring_attn_utils"
 
+_updates = 0  # tensors received by this process's engine
+
 #: Environment of every process of a run on CPU.
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
@@ -23,6 +26,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "TORCHDYNAMO_DISABLE": "1",
+    # Threads that wait must sleep: Ray runs several processes, and a spinning one holds up all the others.
+    "OMP_WAIT_POLICY": "passive",
 }
 
 
@@ -48,6 +53,8 @@ def _patch_torch() -> None:
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: None
     torch.cuda._bond_cpu = True
+    if not native_bf16():
+        torch.nn.functional.linear = _linear_through_fp32(torch.nn.functional.linear)
 
 
 class _TorchFinder:
@@ -168,6 +175,8 @@ def update_weight(original: Any, self: Any, name: str, dtype: Any, shape: Any, e
     weight = torch.empty(shape, dtype=dtype)
     self._model_update_group.broadcast(weight, src=0)
     self.model_runner.model.load_weights(weights=[(name, weight)])
+    global _updates
+    _updates += 1
 
 
 def no_shm_op(original: Any) -> None:
@@ -176,7 +185,63 @@ def no_shm_op(original: Any) -> None:
 
 
 def live_linear(original: Any, layer: Any, remove_weight: bool) -> None:
-    """vLLM's CPU linear layers keep their weight as it is, so that an update is seen."""
+    """vLLM's CPU linear layers keep their weight as it is, so that an update is seen.
+
+    Without bf16 instructions they multiply by an fp32 copy, made anew after each update.
+    """
     import torch
 
-    layer.cpu_linear = torch.nn.functional.linear
+    if native_bf16() or layer.weight.dtype != torch.bfloat16 or layer.weight.ndim != 2:
+        layer.cpu_linear = torch.nn.functional.linear
+        return
+    made: list[Any] = [None, -1]  # the copy, and the update it was made after
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        if made[1] != _updates:
+            made[:] = [weight.detach().as_subclass(torch.Tensor).float(), _updates]
+        bias = None if bias is None else bias.float()
+        return torch.nn.functional.linear(x.float(), made[0], bias).to(x.dtype)
+
+    layer.cpu_linear = linear
+
+
+def native_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware. Elsewhere fp32 is several times faster."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _linear_through_fp32(original: Any) -> Any:
+    """``torch.nn.functional.linear`` that multiplies bf16 operands in fp32 and rounds the result once.
+
+    The same numbers up to rounding (bf16 kernels accumulate in fp32 as well), from kernels that are fast.
+    """
+    import functools
+
+    import torch
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, bias: Any) -> Any:
+            ctx.save_for_backward(x, weight)
+            ctx.has_bias = bias is not None
+            return original(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            x, weight = ctx.saved_tensors
+            rows = grad.reshape(-1, grad.shape[-1]).float()
+            x_needs, weight_needs, bias_needs = ctx.needs_input_grad
+            of_x = (rows @ weight.float()).reshape(x.shape).to(x.dtype) if x_needs else None
+            of_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype) if weight_needs else None
+            of_bias = rows.sum(0).to(weight.dtype) if ctx.has_bias and bias_needs else None
+            return of_x, of_weight, of_bias
+
+    @functools.wraps(original)
+    def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+        if input.dtype == weight.dtype == torch.bfloat16 and input.device.type == "cpu" and weight.ndim == 2:
+            return Linear.apply(input, weight, bias)
+        return original(input, weight, bias)
+
+    return linear

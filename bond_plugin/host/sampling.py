@@ -93,7 +93,6 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
             f"--data.prompt_dataset has {prompts} prompts, fewer than one rollout of --rollout.batch_size "
             f"{self.args.rollout.batch_size}: nothing would be trained"
         )
-    torch.manual_seed(self.args.train.seed)  # the order of the prompts
     self.bond = Rollouts(self, algorithm)
     self.samples_generator.bond = self.bond
     self.experience_maker.bond = self.bond
@@ -150,9 +149,11 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
 
     rollouts: Rollouts = self.bond
     if getattr(self, "_dataloader_iter", None) is None:
+        # The order of an episode's prompts depends on where it begins, so a resumed run has it too.
+        torch.manual_seed(seed(self.args.train.seed, rollouts.step, "prompts"))
         self._dataloader_iter = iter(self.prompts_dataloader)
     wanted = self.args.rollout.batch_size
-    prompts, labels, images, exhausted = _collect_prompt_batch(self._dataloader_iter, wanted)
+    prompts, labels, _images, exhausted = _collect_prompt_batch(self._dataloader_iter, wanted)
     if len(prompts) < wanted:
         self._dataloader_iter = None
         if prompts:

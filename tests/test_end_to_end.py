@@ -1,0 +1,386 @@
+"""The real host on a tiny model: Ray, DeepSpeed and vLLM, started by the real command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from statistics import mean
+from typing import Any, ClassVar
+
+import pytest
+from conftest import REPOSITORY, Run, Tiny, clean_environment, execute, recipe_for, to_argv
+
+pytestmark = pytest.mark.e2e
+
+# Three steps an episode, six episodes.
+STEPS = 18
+SAME = {"data.max_samples": 48, "actor.adam.lr": 4e-3, "bond.eta": 0.1}
+DOCUMENTED = {
+    "step", "reward/policy", "reward/anchor", "bond/win_rate", "bond/fire_rate", "bond/log_quantile",
+    "bond/kl_anchor", "bond/kl_ref", "bond/forward_nll", "bond/anchor_distance", "bond/loss",
+    "actor_grad_norm", "actor_lr", "vllm_kl", "vllm_kl_anchor", "bond/engine_gap_policy",
+    "bond/engine_gap_anchor", "bond/anchor_policy_gap", "timing/generation", "timing/generate_policy",
+    "timing/generate_anchor", "timing/sync_anchor", "timing/log_probs_anchor", "timing/log_probs_reference",
+    "timing/make_experience", "timing/ppo_train", "timing/broadcast", "timing/step_total",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(bond: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that others are compared with: 18 steps, checkpoints every 8, the anchor saved."""
+    folder = tmp_path_factory.mktemp("trained")
+    return bond(
+        folder,
+        {
+            **SAME,
+            "train.num_episodes": STEPS // 3,
+            "ckpt.save_steps": 8,
+            "bond.save_anchor": True,
+            "logger.tensorboard_dir": str(folder / "tensorboard"),
+        },
+    )
+
+
+def test_reward_rises(trained: Run) -> None:
+    rewards = [step["reward/policy"] for step in trained.metrics]
+    assert len(rewards) == STEPS
+    assert mean(rewards[-4:]) > mean(rewards[:4]) + 0.1
+
+
+def test_metrics_are_there_each_step_and_finite(trained: Run) -> None:
+    for i, step in enumerate(trained.metrics):
+        assert step["step"] == i + 1
+        assert set(step) >= DOCUMENTED
+        assert all(math.isfinite(value) for value in step.values())
+        assert step["bond/log_quantile"] == pytest.approx(-math.log(16) * step["bond/fire_rate"])
+        assert step["rollout/num_samples"] == 16
+        assert step["rollout/reward_mean"] == pytest.approx(step["reward/policy"], abs=1e-5)
+        assert step["reward"] == pytest.approx(step["reward/policy"], abs=1e-3)
+    first, last = trained.metrics[0], trained.metrics[-1]
+    assert first["bond/kl_anchor"] == first["bond/kl_ref"] == 0  # all three are the same weights
+    assert last["bond/kl_ref"] > last["bond/kl_anchor"] > 0
+    assert last["bond/anchor_distance"] > 0
+    assert "win=" in trained.output  # the progress bar
+
+
+def test_the_readme_explains_every_metric(trained: Run) -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for name in DOCUMENTED - {"step"}:
+        assert f"`{name}`" in readme, name
+
+
+def test_trainer_and_engine_agree_for_policy_and_anchor(trained: Run) -> None:
+    for step in trained.metrics:
+        assert abs(step["vllm_kl"]) < 1e-2
+        assert abs(step["vllm_kl_anchor"]) < 1e-2
+        assert step["bond/engine_gap_policy"] < 2e-2  # mean absolute difference: bf16 rounding
+        assert step["bond/engine_gap_anchor"] < 2e-2
+    # The anchor's samples are the anchor's: its forward pass explains the engine's numbers, the policy's does not.
+    for step in trained.metrics[4:]:
+        assert step["bond/anchor_policy_gap"] > 4 * step["bond/engine_gap_anchor"]
+
+
+def test_tensorboard_has_the_same_numbers(trained: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (trained.folder / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for name in ("bond/kl_anchor", "reward/policy", "bond/win_rate"):
+        logged = [event.value for event in events.Scalars(f"train/{name}")]
+        assert logged == pytest.approx([step[name] for step in trained.metrics], rel=1e-5)
+
+
+def test_final_model_is_the_policy_and_the_anchor_is_beside_it(trained: Run, tiny: Tiny) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = trained.folder / "out"
+    policy = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).state_dict()
+    anchor = AutoModelForCausalLM.from_pretrained(out / "anchor", dtype=torch.bfloat16).state_dict()
+    initial = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16).state_dict()
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    # After 18 steps with eta 0.1 the anchor is on its way from the initial policy to the policy.
+    distance = {
+        name: math.sqrt(sum(((a[k].double() - b[k].double()) ** 2).sum().item() for k in a))
+        for name, a, b in (("total", policy, initial), ("lag", policy, anchor), ("done", anchor, initial))
+    }
+    assert distance["lag"] == pytest.approx(trained.metrics[-1]["bond/anchor_distance"], rel=0.02)
+    assert 0.2 * distance["total"] < distance["lag"] < distance["total"]
+    assert 0.2 * distance["total"] < distance["done"] < distance["total"]
+
+
+def test_resumed_run_continues_as_the_uninterrupted_one(
+    trained: Run, bond: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Killed after step 8, while it was writing step 9."""
+    shutil.copytree(trained.folder / "ckpt", tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step8")
+    shutil.rmtree(tmp_path / "ckpt" / "_actor" / "global_step16")
+    (tmp_path / "out").mkdir()
+    lines = (trained.folder / "out" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "metrics.jsonl").write_text("".join(lines[:8]) + lines[8][:40])
+    resumed = bond(tmp_path, {**SAME, "train.num_episodes": STEPS // 3, "ckpt.load_enable": True})
+    assert [step["step"] for step in resumed.metrics] == list(range(1, STEPS + 1))
+    assert resumed.metrics[:8] == trained.metrics[:8]
+    for mine, theirs in zip(resumed.metrics[8:], trained.metrics[8:], strict=True):
+        for name in ("reward/policy", "reward/anchor", "bond/loss", "bond/kl_anchor", "bond/anchor_distance",
+                     "actor_grad_norm", "bond/kl_ref", "bond/win_rate"):  # fmt: skip
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+
+
+def test_checkpoint_without_anchor_is_refused(trained: Run, bond: Callable[..., Run], tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "ckpt", tmp_path / "ckpt")
+    for path in (tmp_path / "ckpt").glob("_actor/*/bond_anchor_*"):
+        path.unlink()
+    failed = bond(tmp_path, {**SAME, "ckpt.load_enable": True}, check=False)
+    assert failed.status not in (0, -1)
+    assert "holds no anchor for rank 0" in failed.output
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_give_the_losses_of_one(trained: Run, bond: Callable[..., Run], tmp_path: Path, stage: int) -> None:
+    flags = {**SAME, "actor.num_gpus_per_node": 2, "ds.zero_stage": stage}
+    two = bond(tmp_path, {**flags, "train.micro_batch_size": 4, "bond.save_anchor": True})
+    assert len(two.metrics) == 3
+    for mine, theirs in zip(two.metrics, trained.metrics, strict=False):
+        for name in ("bond/loss", "bond/forward_nll", "reward/policy", "reward/anchor", "actor_grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), (mine["step"], name)
+        assert mine["bond/engine_gap_anchor"] < 2e-2
+        assert mine["bond/anchor_distance"] == pytest.approx(theirs["bond/anchor_distance"], rel=1e-2)
+    assert (tmp_path / "out" / "anchor" / "model.safetensors").exists()
+
+
+def test_patched_host_runs_natively(trained: Run, tiny: Tiny, tmp_path: Path) -> None:
+    """The additive patch on an installed copy: the host's own command knows jbond, in all its processes."""
+    import importlib.util
+
+    (installed,) = importlib.util.find_spec("openrlhf").submodule_search_locations
+    target = tmp_path / "site"
+    shutil.copytree(installed, target / "openrlhf", ignore=shutil.ignore_patterns("__pycache__"))
+    assert (target / "openrlhf" / "__init__.py").read_text() == ""
+    (patch,) = (REPOSITORY / "patches").glob("*.patch")
+    removed = [line for line in patch.read_text().splitlines() if line.startswith("-") and line[:3] != "---"]
+    assert not removed, "patches are additive"
+    subprocess.run(
+        ["git", "apply", "--unidiff-zero", str(patch)],
+        cwd=target,
+        check=True,
+        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)},
+    )
+    flags = {
+        **recipe_for(tiny),
+        **SAME,
+        "ckpt.output_dir": str(tmp_path / "out"),
+        "ckpt.path": str(tmp_path / "ckpt"),
+    }
+    done = execute(
+        [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *to_argv(flags)], tmp_path, PYTHONPATH=str(target)
+    )
+    assert done.status == 0, done.output[-4000:]
+    for mine, theirs in zip(done.metrics, trained.metrics[:3], strict=True):
+        for name in ("reward/policy", "bond/loss", "bond/anchor_distance"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+PLUGIN = '''
+from bond_plugin.algorithms import AdvantageOutputs, Algorithm
+
+
+class Centred(Algorithm):
+    """The reward minus its mean over the rollout, with the host's own PPO loss."""
+
+    def advantages(self, batch):
+        centred = batch.rewards - batch.rewards.mean()
+        return AdvantageOutputs(centred, metrics={"centred/spread": centred.std().item()})
+'''
+
+
+def test_third_party_algorithm_is_one_file_and_one_entry_point(bond: Callable[..., Run], tmp_path: Path) -> None:
+    source = tmp_path / "plugin"
+    source.mkdir()
+    (source / "centred.py").write_text(PLUGIN)
+    assert len([line for line in PLUGIN.splitlines() if line.strip()]) <= 10
+    (source / "setup.py").write_text(
+        "from setuptools import setup\n"
+        "setup(name='centred', version='1', py_modules=['centred'],\n"
+        "      entry_points={'openrlhf.advantage_estimators': ['centred = centred:Centred']})\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target",
+         str(tmp_path / "site"), str(source)],
+        check=True,
+    )  # fmt: skip
+    done = bond(
+        tmp_path,
+        {"algo.advantage.estimator": "centred", "data.max_samples": 16, "rollout.n_samples_per_prompt": 2,
+         "train.batch_size": 32},
+        PYTHONPATH=str(tmp_path / "site"),
+    )  # fmt: skip
+    (step,) = done.metrics
+    assert step["centred/spread"] > 0
+    assert step["actor_grad_norm"] > 0
+    assert step["rollout/num_samples"] == 32
+
+
+class RewardServer(BaseHTTPRequestHandler):
+    """Counts letters "e", as a server would that OpenRLHF talks to."""
+
+    queries: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.queries.extend(payload["query"])
+        rewards = float(payload["query"][0][len(payload["prompts"][0]) :].count("e"))
+        body = json.dumps({"rewards": rewards, "scores": rewards}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_reward_server_several_samples_and_several_epochs(bond: Callable[..., Run], tmp_path: Path) -> None:
+    """HTTP reward with many ties; 2 policy and 3 anchor samples; 2 optimiser steps and 2 epochs a rollout."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), RewardServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = bond(
+            tmp_path,
+            {
+                "reward.remote_url": f"http://127.0.0.1:{server.server_port}",
+                "rollout.n_samples_per_prompt": 2,
+                "bond.n_anchor_samples": 3,
+                "bond.eta": 1.0,
+                "train.max_epochs": 2,
+                "data.max_samples": 32,
+                "train.micro_batch_size": 6,
+                "rollout.micro_batch_size": 6,
+                "actor.adam.lr": 2e-2,
+            },
+        )
+    finally:
+        server.shutdown()
+    assert len(done.metrics) == 2
+    assert len(RewardServer.queries) == 2 * 16 * (2 + 3)  # policy and anchor by the same path
+    for step in done.metrics:
+        assert step["bond/anchor_distance"] == 0.0  # --bond.eta reached the training workers
+        assert step["bond/log_quantile"] == pytest.approx(-8 * math.log(2) * step["bond/fire_rate"])
+        assert step["ppo_clip_ratio"] > 0  # --train.max_epochs 2 is off-policy: ratios, clipped
+
+
+def test_reward_model_actor(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
+    done = bond(
+        tmp_path,
+        {
+            "reward.remote_url": None,
+            "reward.model_name_or_path": str(tiny.model),
+            "reward.num_gpus_per_node": 1,
+            "data.max_samples": 32,
+        },
+    )
+    for step in done.metrics:
+        assert step["reward/policy"] != step["reward/anchor"]
+        assert 0 < step["bond/win_rate"] < 1
+
+
+def test_exception_in_the_reward_function_stops_the_run_with_its_traceback(
+    bond: Callable[..., Run], tmp_path: Path
+) -> None:
+    path = tmp_path / "reward.py"
+    path.write_text("def reward_func(queries, prompts, labels):\n    return {}['no such key here']\n")
+    failed = bond(tmp_path, {"reward.remote_url": str(path)}, check=False)
+    assert failed.status not in (0, -1)
+    assert "KeyError: 'no such key here'" in failed.output
+    assert "reward.py" in failed.output
+    assert "RewardError" in failed.output
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_reward_that_is_no_number_stops_the_run_and_names_the_prompt(
+    bond: Callable[..., Run], tmp_path: Path
+) -> None:
+    path = tmp_path / "reward.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            def reward_func(queries, prompts, labels):
+                return {"rewards": float("nan") if prompts[0].startswith("h") else 1.0}
+            """
+        )
+    )
+    failed = bond(tmp_path, {"reward.remote_url": str(path), "data.max_samples": 400}, check=False)
+    assert failed.status not in (0, -1)
+    assert "the reward is nan for the prompt 'h" in failed.output
+
+
+def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
+    """RAY_ADDRESS, and `ray job submit`, against one cluster."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    address, dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
+    ray = Path(sys.executable).with_name("ray")
+    short = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets have a limit on the length of their path
+    with (tmp_path / "cluster.txt").open("w") as log:
+        cluster = subprocess.Popen(
+            [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={ports[0]}",
+             f"--dashboard-port={ports[1]}", "--include-dashboard=true", "--num-cpus=6", "--num-gpus=2",
+             f"--temp-dir={short}"],
+            env=clean_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.time() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{dashboard}/api/version", timeout=5).read()
+                break
+            except OSError:
+                assert time.time() < deadline, (tmp_path / "cluster.txt").read_text()[-2000:]
+                time.sleep(1)
+        flags = {"data.max_samples": 16, "bond.device": "cpu"}
+        done = bond(tmp_path / "attached", flags, RAY_ADDRESS=address)
+        assert len(done.metrics) == 1
+
+        folder = tmp_path / "submitted"
+        wanted = {
+            **recipe_for(tiny),
+            **flags,
+            "ckpt.output_dir": str(folder / "out"),
+            "ckpt.path": str(folder / "ckpt"),
+        }
+        submitted = execute(
+            [str(ray), "job", "submit", f"--address={dashboard}", "--runtime-env-json",
+             json.dumps({"env_vars": {"NCCL_DEBUG": "WARN", "HF_HUB_OFFLINE": "1"}}), "--",
+             sys.executable, "-m", "bond_plugin", "train", *to_argv(wanted)],
+            folder,
+        )  # fmt: skip
+        assert submitted.status == 0, submitted.output[-4000:]
+        assert len(submitted.metrics) == 1
+        assert submitted.metrics[0]["reward/policy"] == pytest.approx(done.metrics[0]["reward/policy"], rel=1e-6)
+    finally:
+        os.killpg(cluster.pid, signal.SIGTERM)
+        try:
+            cluster.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(cluster.pid, signal.SIGKILL)
+        shutil.rmtree(short, ignore_errors=True)
