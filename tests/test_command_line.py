@@ -106,6 +106,7 @@ REFUSED = [
     ({"rollout.micro_batch_size": 5}, "--rollout.micro_batch_size 5 x 1 data-parallel ranks"),
     ({"rollout.batch_size": 1, "train.batch_size": 1, "train.micro_batch_size": 1, "rollout.micro_batch_size": 1},
      "--bond.baseline batch needs at least two samples"),
+    ({"rollout.micro_batch_size": 32}, "The number of sample batches must be greater"),
     ({"vllm.num_engines": 0}, "--vllm.num_engines must be at least 1"),
     ({"vllm.sync_backend": "nccl"}, "--vllm.sync_backend nccl needs a GPU"),
     ({"ds.attn_implementation": "flash_attention_2"}, "needs a GPU; use sdpa"),

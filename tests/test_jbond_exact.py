@@ -174,14 +174,11 @@ def test_ties_are_broken_at_random_and_not_by_position() -> None:
     error = draws.std(0) / math.sqrt(len(draws))
     wanted = gradient(0.5, 0.0, TIED)
     assert ((draws.mean(0) - wanted).abs() / (error + 1e-9)).max() < 5
-    # In one draw position would show at once: always the first of two equal anchor samples.
-    swapped = index[:, [0, 2, 1]]
-    torch.testing.assert_close(
-        torch.stack([estimate(config, TIED, swapped, weight, seed=s) for s in range(60)]).mean(0),
-        draws.mean(0),
-        atol=5 * error.max().item(),
-        rtol=0,
-    )
+    # The expectation is the same for a choice by position, so look at the choice itself.
+    equal = torch.ones(20_000, 2)
+    chosen = JBOND(config).select(equal, torch.Generator().manual_seed(1))
+    assert chosen.double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(chosen, JBOND(config).select(equal, torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("baseline", ["none", "batch"])

@@ -16,6 +16,11 @@ def main(argv: list[str]) -> int:
 
     try:
         launch.run_host(argv)
+    except AssertionError as error:
+        if launch.started():
+            raise
+        print(f"bond: error: {error} (the host's own check of its flags)", file=sys.stderr)
+        return 2
     except (RegistryError, hooks.HostMismatch) as error:
         print(f"bond: error: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,12 @@ def run_host(argv: list[str]) -> None:
     runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=False)
 
 
+def started() -> bool:
+    """Whether Ray runs in this process: before it, errors are about flags."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 def settle_device(argv: list[str]) -> None:
     """Decide once whether this run is for CPU or CUDA, and say so to every process that follows.
 
