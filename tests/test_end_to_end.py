@@ -343,7 +343,7 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
     short = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets have a limit on the length of their path
     with (tmp_path / "cluster.txt").open("w") as log:
         cluster = subprocess.Popen(
-            [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={ports[0]}",
+            [ray, "start", "--head", "--block", f"--port={ports[0]}",
              f"--dashboard-port={ports[1]}", "--include-dashboard=true", "--num-cpus=6", "--num-gpus=2",
              f"--temp-dir={short}"],
             env=clean_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
