@@ -160,9 +160,7 @@ def evaluate(
         drawn.append(one)
         rewards.append(_cached_rewards(name, one, settings, reward, reward_func, prompts, labels, cache, say))
     if drawn[0].prompt_ids != drawn[1].prompt_ids:
-        raise EvaluationError(
-            f"{before} and {after} tokenize the prompts differently: a KL would mean nothing"
-        )
+        raise EvaluationError(f"{before} and {after} tokenize the prompts differently: a KL would mean nothing")
 
     say(f"KL: {len(prompts) * kl_samples} responses of the trained policy under both models")
     responses = [ids[:kl_samples] for ids in drawn[1].response_ids]
@@ -246,9 +244,7 @@ def load_reward(path: str | Path) -> RewardFunction:
     return function
 
 
-def score(
-    reward_func: RewardFunction, queries: Sequence[str], prompts: Sequence[str], labels: Sequence
-) -> Tensor:
+def score(reward_func: RewardFunction, queries: Sequence[str], prompts: Sequence[str], labels: Sequence) -> Tensor:
     """The rewards of ``queries``, one call each and from several threads, as the host calls it.
 
     Args:
@@ -313,9 +309,7 @@ def _write(path: Path | None, value: Any) -> None:
         os.replace(partial, path)
 
 
-def _cached_samples(
-    name: str, model: str | Path, settings: dict[str, Any], cache: Path | None, say: Say
-) -> Samples:
+def _cached_samples(name: str, model: str | Path, settings: dict[str, Any], cache: Path | None, say: Say) -> Samples:
     from bond_plugin.host import engine
 
     path = None if cache is None else cache / f"samples-{name}-{_hash(settings)}.json"
@@ -368,9 +362,7 @@ def _cached_rewards(
     if kept is not None:
         values = torch.tensor(kept, dtype=torch.float64)
         checks = range(0, len(queries), max(1, len(queries) // _SPOT_CHECKS))
-        again = score(
-            reward_func, *([column[i] for i in checks] for column in (queries, of_query, label_of_query))
-        )
+        again = score(reward_func, *([column[i] for i in checks] for column in (queries, of_query, label_of_query)))
         if torch.allclose(again, values[list(checks)], rtol=1e-6, atol=1e-9):
             say(f"{name}: rewards reused from {path}")
             return values.reshape(len(prompts), count)
@@ -427,9 +419,7 @@ def response_kl(
         raise EvaluationError(f"the vocabularies differ: {model} has {sizes[0]} tokens, {other} {sizes[1]}")
 
     count = len(response_ids[0])
-    pairs = [
-        (list(p), list(r)) for p, responses in zip(prompt_ids, response_ids, strict=True) for r in responses
-    ]
+    pairs = [(list(p), list(r)) for p, responses in zip(prompt_ids, response_ids, strict=True) for r in responses]
     longest = max(len(response) for _, response in pairs)
     rows = min(_ROWS_AT_A_TIME, max(1, _LOGITS_AT_A_TIME // (longest * sizes[0])))
     found: list[Tensor] = []
@@ -449,9 +439,7 @@ def _load(path: str | Path, device: str) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
 
 
-def _batch_kl(
-    models: Sequence[Any], pairs: list[tuple[list[int], list[int]]], temperature: float, device: str
-):
+def _batch_kl(models: Sequence[Any], pairs: list[tuple[list[int], list[int]]], temperature: float, device: str):
     """KL of each (prompt, response), ``[len(pairs)]`` float64. Prompts padded left, responses right."""
     import torch
 
@@ -472,8 +460,7 @@ def _batch_kl(
         log_p, log_q = (
             torch.log_softmax(
                 # One position more than the response: the logits at a token are those of the next one.
-                model(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float()
-                / temperature,
+                model(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float() / temperature,
                 dim=-1,
             )
             for model in models
@@ -559,9 +546,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def plot_curves(
-    metrics_path: str | Path, output_png: str | Path, evaluation: Evaluation | None = None
-) -> None:
+def plot_curves(metrics_path: str | Path, output_png: str | Path, evaluation: Evaluation | None = None) -> None:
     """Draw reward, KL and expected log quantile over the steps of a run, each raw and smoothed.
 
     Args:

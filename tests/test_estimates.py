@@ -39,9 +39,7 @@ def test_expected_max_grows_with_n_and_follows_scale_and_shift(rewards, scale, s
 def test_expected_max_is_accurate_for_ten_thousand_samples(n):
     # For rewards 1 .. k the mean of the maximum over subsets is n (k + 1) / (n + 1).
     k = 10_000
-    assert expected_max(torch.arange(1, k + 1).double(), n).item() == pytest.approx(
-        n * (k + 1) / (n + 1), rel=1e-10
-    )
+    assert expected_max(torch.arange(1, k + 1).double(), n).item() == pytest.approx(n * (k + 1) / (n + 1), rel=1e-10)
 
 
 def test_expected_max_of_uniform_samples_meets_the_expected_quantile_of_best_of_n():

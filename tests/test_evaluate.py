@@ -241,9 +241,7 @@ def test_kl_does_not_depend_on_the_batch_with_absolute_positions(tmp_path: Path)
         GPT2LMHeadModel(config).save_pretrained(folder)
     prompts, responses = [[5, 6, 7, 8, 9], [10]], [[[3, 4, 5]], [[6, 7, 8, 9]]]
     together = evaluation.response_kl(*folders, prompts, responses)
-    alone = [
-        evaluation.response_kl(*folders, [p], [r]).item() for p, r in zip(prompts, responses, strict=True)
-    ]
+    alone = [evaluation.response_kl(*folders, [p], [r]).item() for p, r in zip(prompts, responses, strict=True)]
     assert together.flatten().tolist() == pytest.approx(alone, rel=1e-4)
     assert min(alone) > 0.1
 
@@ -256,9 +254,7 @@ def test_kl_has_the_mean_of_the_log_ratio(tiny: Tiny, trained: Path) -> None:
     seconds = [next_token_log_probs(path, continued, 1.0) for path in (trained, tiny.model)]
     log_p, log_q = (first[:, None] + second for first, second in zip(firsts, seconds, strict=True))
     responses = [list(pair) for pair in itertools.product(range(vocabulary), repeat=2)]
-    found = evaluation.response_kl(trained, tiny.model, [prompt], [responses])[0].reshape(
-        vocabulary, vocabulary
-    )
+    found = evaluation.response_kl(trained, tiny.model, [prompt], [responses])[0].reshape(vocabulary, vocabulary)
     expected = (log_p.exp() * (log_p - log_q)).sum().item()
     assert (log_p.exp() * found).sum().item() == pytest.approx(expected, rel=1e-4)
 
@@ -295,10 +291,7 @@ class FakeEngine:
     ) -> engine.Samples:
         self.calls.append((str(model), seed))
         first = 1 if model == self.trained else 0
-        texts = [
-            [("e" if (i + j + first) % 3 else "x") * (j % 4 + 1) for j in range(n)]
-            for i in range(len(prompts))
-        ]
+        texts = [[("e" if (i + j + first) % 3 else "x") * (j % 4 + 1) for j in range(n)] for i in range(len(prompts))]
         return engine.Samples(
             [[5] * len(prompt) for prompt in prompts],
             [[[6] * len(text) for text in row] for row in texts],
@@ -317,8 +310,7 @@ def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: F
     texts = ["ab", "cd", "ef"]
     result = evaluation.evaluate(tiny.model, trained, texts, tiny.reward, samples=8, kl_samples=2)
     before, after = (
-        torch.tensor([[float((i + j + first) % 3 != 0) for j in range(8)] for i in range(3)])
-        for first in (0, 1)
+        torch.tensor([[float((i + j + first) % 3 != 0) for j in range(8)] for i in range(3)]) for first in (0, 1)
     )
     assert result.reward_before.mean == pytest.approx(before.mean().item())
     assert result.reward_after.mean == pytest.approx(after.mean().item())
@@ -451,9 +443,7 @@ def test_best_of_n_kl_is_that_of_the_paper() -> None:
 
 @pytest.mark.parametrize("judged", [False, True])
 def test_curves_are_drawn_from_what_is_logged(judged: bool, tmp_path: Path) -> None:
-    lines = [
-        {"step": s, "reward/policy": s / 10, "bond/kl_ref": None if s == 3 else 0.1 * s} for s in range(1, 30)
-    ]
+    lines = [{"step": s, "reward/policy": s / 10, "bond/kl_ref": None if s == 3 else 0.1 * s} for s in range(1, 30)]
     metrics = write(
         tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "r'
     )
@@ -506,9 +496,7 @@ def test_whole_command_with_vllm_and_again_from_its_cache(
     result = json.loads((out / "evaluation.json").read_text())
     assert (out / "curves.png").read_bytes().startswith(PNG)
     assert f"{result['reward_after']['mean']:.3f}" in printed
-    assert result["gain"]["mean"] == pytest.approx(
-        result["reward_after"]["mean"] - result["reward_before"]["mean"]
-    )
+    assert result["gain"]["mean"] == pytest.approx(result["reward_after"]["mean"] - result["reward_before"]["mean"])
 
     (path,) = (out / "cache").glob("samples-after-*.json")
     drawn = engine.Samples(**json.loads(path.read_text()))
@@ -543,7 +531,5 @@ def log_ratio(model: Path, other: Path, prompt: list[int], response: list[int]) 
     for path in (model, other):
         with torch.no_grad():
             logits = load(path)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        totals.append(
-            torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(response)[:, None]).sum().item()
-        )
+        totals.append(torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(response)[:, None]).sum().item())
     return totals[0] - totals[1]

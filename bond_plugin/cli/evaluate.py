@@ -140,9 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="where responses are cut off; use the value of the training (default %(default)s)",
     )
-    sampling.add_argument(
-        "--temperature", type=float, default=1.0, help="of the sampling (default %(default)s)"
-    )
+    sampling.add_argument("--temperature", type=float, default=1.0, help="of the sampling (default %(default)s)")
     sampling.add_argument(
         "--kl-samples",
         type=int,
@@ -197,18 +195,14 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[Any] | None]:
 def _vocabulary(flag: str, folder: Path) -> int | None:
     """The size of a model's vocabulary by its configuration, after a look at whether its files are there."""
     if not folder.is_dir():
-        raise UsageError(
-            f"{flag} {folder}: no such folder. It names a model's folder, not a hub's model name"
-        )
+        raise UsageError(f"{flag} {folder}: no such folder. It names a model's folder, not a hub's model name")
     config = folder / "config.json"
     if not config.is_file():
         raise UsageError(f"{flag} {folder} has no config.json: name the folder that holds the model itself")
     if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         raise UsageError(f"{flag} {folder} has no weights (*.safetensors): was the model saved completely?")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UsageError(
-            f"{flag} {folder} has no tokenizer: copy tokenizer* from the initial policy's folder"
-        )
+        raise UsageError(f"{flag} {folder} has no tokenizer: copy tokenizer* from the initial policy's folder")
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -257,9 +251,7 @@ def _check_reward(path: Path, prompt: str, label: Any) -> None:
     from bond_plugin import evaluation
 
     if path.suffix != ".py":
-        raise UsageError(
-            f"--reward {path}: name a Python file that defines reward_func(queries, prompts, labels)"
-        )
+        raise UsageError(f"--reward {path}: name a Python file that defines reward_func(queries, prompts, labels)")
     try:
         evaluation.score(evaluation.load_reward(path), [prompt], [prompt], [label])
     except evaluation.EvaluationError as error:

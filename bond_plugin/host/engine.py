@@ -111,9 +111,7 @@ def sample(
         if status != 0:
             text = error or paths[2].read_text(encoding="utf-8", errors="replace")
             tail = "\n".join(text.splitlines()[-_TAIL_LINES:])
-            raise SamplingError(
-                f"sampling from {model} failed (exit status {status}); it ended with:\n{tail}"
-            )
+            raise SamplingError(f"sampling from {model} failed (exit status {status}); it ended with:\n{tail}")
         return Samples(**json.loads(paths[1].read_text(encoding="utf-8")))
 
 

@@ -77,9 +77,7 @@ def read_reviews() -> list[Review]:
     return list(seen.values())
 
 
-def split_reviews(
-    reviews: list[Review], prompts: int, words: int, seed: int
-) -> tuple[list[str], list[Review]]:
+def split_reviews(reviews: list[Review], prompts: int, words: int, seed: int) -> tuple[list[str], list[Review]]:
     """Draw `prompts` distinct openings of `words` words; the second result is every review not drawn.
 
     Openings come from the IMDB reviews only, since the Rotten Tomatoes ones are single lower-case sentences.
