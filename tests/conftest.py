@@ -177,6 +177,8 @@ def bond(tiny: Tiny) -> Callable[..., Run]:
             "ckpt.path": str(folder / "ckpt"),
             **(flags or {}),
         }
+        # One thread, so that runs with one and two ranks compute (and so sample) the same.
+        environment = {"OMP_NUM_THREADS": "1", **environment}
         done = execute([sys.executable, "-m", "bond_plugin", "train", *to_argv(wanted)], folder, **environment)
         if check:
             assert done.status == 0, f"bond train failed ({done.seconds:.0f} s):\n{done.output[-6000:]}"

@@ -152,14 +152,25 @@ def test_checkpoint_without_anchor_is_refused(trained: Run, bond: Callable[..., 
     assert "holds no anchor for rank 0" in failed.output
 
 
+# Steps small enough that the last bits of a sum over ranks do not change which tokens are sampled next.
+GENTLE = {**SAME, "actor.adam.lr": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def one_rank(bond: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return bond(tmp_path_factory.mktemp("one_rank"), GENTLE)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_give_the_losses_of_one(trained: Run, bond: Callable[..., Run], tmp_path: Path, stage: int) -> None:
-    flags = {**SAME, "actor.num_gpus_per_node": 2, "ds.zero_stage": stage}
+def test_two_ranks_give_the_losses_of_one(
+    one_rank: Run, bond: Callable[..., Run], tmp_path: Path, stage: int
+) -> None:
+    flags = {**GENTLE, "actor.num_gpus_per_node": 2, "ds.zero_stage": stage}
     two = bond(tmp_path, {**flags, "train.micro_batch_size": 4, "bond.save_anchor": True})
     assert len(two.metrics) == 3
-    for mine, theirs in zip(two.metrics, trained.metrics, strict=False):
+    for mine, theirs in zip(two.metrics, one_rank.metrics, strict=True):
         for name in ("bond/loss", "bond/forward_nll", "reward/policy", "reward/anchor", "actor_grad_norm"):
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), (mine["step"], name)
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-2), (mine["step"], name)
         assert mine["bond/engine_gap_anchor"] < 2e-2
         assert mine["bond/anchor_distance"] == pytest.approx(theirs["bond/anchor_distance"], rel=1e-2)
     assert (tmp_path / "out" / "anchor" / "model.safetensors").exists()
@@ -189,7 +200,10 @@ def test_patched_host_runs_natively(trained: Run, tiny: Tiny, tmp_path: Path) ->
         "ckpt.path": str(tmp_path / "ckpt"),
     }
     done = execute(
-        [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *to_argv(flags)], tmp_path, PYTHONPATH=str(target)
+        [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *to_argv(flags)],
+        tmp_path,
+        PYTHONPATH=str(target),
+        OMP_NUM_THREADS="1",
     )
     assert done.status == 0, done.output[-4000:]
     for mine, theirs in zip(done.metrics, trained.metrics[:3], strict=True):

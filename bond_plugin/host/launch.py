@@ -112,7 +112,8 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
     if on_cpu():
         ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
         variables |= {name: os.environ[name] for name in cpu.ENVIRONMENT}
-        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         if "HF_HUB_OFFLINE" in os.environ:
             variables["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
     variables |= given.get("env_vars") or {}
