@@ -175,8 +175,9 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
 
     rollouts: Rollouts = self.bond
     if getattr(self, "_dataloader_iter", None) is None:
-        # The order of an episode's prompts depends on where it begins, so a resumed run has it too.
-        torch.manual_seed(seed(self.args.train.seed, rollouts.step, "prompts"))
+        # The host's loader draws its order from a generator that no flag seeds. Here it depends on the seed and
+        # on the step at which the episode begins, so that a resumed run has it too.
+        self.prompts_dataloader.sampler.generator.manual_seed(seed(self.args.train.seed, rollouts.step, "prompts"))
         self._dataloader_iter = iter(self.prompts_dataloader)
     wanted = self.args.rollout.batch_size
     prompts, labels, _images, exhausted = _collect_prompt_batch(self._dataloader_iter, wanted)

