@@ -88,10 +88,8 @@ class PromptMeanLoss(nn.Module):
                 clip_high=self._clip[1],
             )
         )
-        share = torch.where(companion, 1.0 / max(self._companion_rows, 1), torch.tensor(1.0 / self._policy_rows)).to(
-            found.row_loss
-        )
-        row_losses = found.row_loss * share
+        share = torch.where(companion, 1.0 / max(self._companion_rows, 1), 1.0 / self._policy_rows)
+        row_losses = found.row_loss * share.to(found.row_loss)
         self.row_losses = row_losses.detach()
         loss = row_losses.sum() * (dp_size * self._micro_batches / self._prompts)
         mask = action_mask.to(log_probs.dtype)
