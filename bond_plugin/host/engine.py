@@ -155,10 +155,7 @@ def _dtype() -> str:
     """bfloat16, except on CPUs without instructions for it, where float32 is two to four times as fast."""
     import torch
 
-    if torch.cuda.is_available():
-        return "bfloat16"
-    capabilities = torch.cpu.get_capabilities()
-    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+    return "bfloat16" if torch.cuda.is_available() or cpu.native_bf16() else "float32"
 
 
 def _run(job: dict[str, Any], stream: IO[str]) -> Samples:
