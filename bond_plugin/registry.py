@@ -14,6 +14,7 @@ from typing import Any
 PLUGINS = "openrlhf.plugins"
 ADVANTAGE_ESTIMATORS = "openrlhf.advantage_estimators"
 POLICY_LOSSES = "openrlhf.policy_losses"
+REWARD_TRANSFORMS = "openrlhf.reward_transforms"
 
 
 class RegistryError(RuntimeError):

@@ -122,7 +122,7 @@ REFUSED = [
     ({"bond.betta": 0.5}, "unknown flag --bond.betta (did you mean --bond.beta?)"),
     ({"rollout.batchsize": 8}, "did you mean --rollout.batch_size?"),
     ({"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 2, "bond.beta": 0.5},
-     "--bond.beta belongs to jbond, but --algo.advantage.estimator is rloo"),
+     "--bond.beta belongs to --algo.advantage.estimator bond and --algo.advantage.estimator jbond, but"),
     ({"algo.advantage.estimator": "jbonb"}, "invalid choice: 'jbonb'"),
 ]  # fmt: skip
 

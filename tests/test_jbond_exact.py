@@ -90,7 +90,7 @@ def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor
                 log_probs=log_probs[y].unsqueeze(1),
                 companion_rewards=rewards[companions],
                 companion_log_probs=log_probs[best].unsqueeze(1),
-                anchor_log_probs=anchor[y].unsqueeze(1),
+                source_log_probs=anchor[y].unsqueeze(1),
                 generator=generator,
             )
         )

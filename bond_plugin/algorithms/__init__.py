@@ -7,7 +7,11 @@ from bond_plugin.algorithms.base import (
     Config,
     LossInputs,
     LossOutputs,
+    RewardTransform,
     Samples,
+    TransformConfig,
+    TransformInputs,
+    TransformOutputs,
     flag,
 )
 
@@ -18,6 +22,10 @@ __all__ = [
     "Config",
     "LossInputs",
     "LossOutputs",
+    "RewardTransform",
     "Samples",
+    "TransformConfig",
+    "TransformInputs",
+    "TransformOutputs",
     "flag",
 ]

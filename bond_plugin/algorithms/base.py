@@ -9,11 +9,12 @@ gradient of them. Nothing here knows the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 CompanionSource = Literal["anchor", "reference"]
 
@@ -21,17 +22,32 @@ CompanionSource = Literal["anchor", "reference"]
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a :class:`Config`: its default, and the help text of its ``--bond.*`` flag.
 
-    ``metadata`` may hold ``choices`` (a tuple). The flag's type is that of the default.
+    ``metadata`` may hold ``choices`` (a tuple) and ``option`` (the flag's name, where it is not the field's).
+    The flag's type is that of the default.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
 
-@dataclass(frozen=True)
-class Config:
-    """The hyper-parameters of an algorithm; each field is the flag ``--bond.<field>``.
+class Settings:
+    """What :class:`Config` and :class:`TransformConfig` share: dataclasses whose fields are flags.
 
     Subclasses add fields with :func:`flag` and check them in ``__post_init__`` by raising ``ValueError``.
     """
+
+    @classmethod
+    def options(cls, prefix: str) -> dict[str, Field]:
+        """The flag's dotted name to each field; ``prefix`` is ``bond``, or the name of a transform."""
+        return {f.metadata.get("option", f"{prefix}.{f.name}"): f for f in fields(cls)}
+
+    @classmethod
+    def from_flags(cls, values: dict[str, Any], prefix: str) -> Self:
+        """Pick this config's fields out of dotted names and values, which may hold others as well."""
+        return cls(**{f.name: values[name] for name, f in cls.options(prefix).items() if name in values})
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """The hyper-parameters of an algorithm; each field is the flag ``--bond.<field>``."""
 
     kl_ref: bool = flag(
         True,
@@ -44,29 +60,53 @@ class Config:
         "more than this on average (nats a token): the sign of weights that did not reach the engine",
     )
 
-    @classmethod
-    def from_args(cls, args: Any) -> Config:
-        """Pick this config's fields out of a namespace that may hold others as well."""
-        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)})
+
+def reward_cache_flag() -> Any:
+    """The field ``reward_cache`` of those that can use a file of the reference's rewards."""
+    return flag(
+        "",
+        "a file of rewards of the initial policy's samples, made by `bond cache` or in a layout of the vBoN "
+        "authors'; quantiles are then computed from it",
+        option="bond.reward_cache",
+    )
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples an algorithm wants beside the policy's ``--rollout.n_samples_per_prompt``.
+    """Which samples an algorithm wants beside the policy's ``--rollout.n_samples_per_prompt``, and what else.
 
     Attributes:
         companions: how many a prompt from ``source``; 0 for none.
         trained_companions: how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
-        source: whose samples they are. ``anchor`` is the moving average of the policy, ``reference`` the
-            initial policy.
-        anchor_eta: the anchor moves by ``eta`` of its distance to the policy each optimiser step; ``None``
-            if no anchor is needed.
+        source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy.
+        source_log_probs: whether the log-probabilities of the policy's samples under ``source`` are wanted.
+        anchor_eta: the anchor is a moving average: it moves by ``eta`` of its distance to the policy each
+            optimiser step.
+        anchor_interval: the anchor becomes a copy of the policy every so many optimiser steps. ``None`` for
+            both if no anchor is needed; at most one of them is given.
+        reward_cache: whether :attr:`AdvantageInputs.reference_rewards` come from ``--bond.reward_cache``.
+        classifier: whether a sequence classifier is trained in the host's critic slot.
     """
 
     companions: int = 0
     trained_companions: int = 0
     source: CompanionSource = "anchor"
+    source_log_probs: bool = False
     anchor_eta: float | None = None
+    anchor_interval: int | None = None
+    reward_cache: bool = False
+    classifier: bool = False
+
+    def __post_init__(self) -> None:
+        if self.anchor_eta is not None and self.anchor_interval is not None:
+            raise ValueError("an anchor is a moving average or a periodic copy, not both")
+        if self.source == "anchor" and (self.companions or self.source_log_probs) and not self.anchor:
+            raise ValueError("samples of an anchor need anchor_eta or anchor_interval; or use source='reference'")
+
+    @property
+    def anchor(self) -> bool:
+        """Whether an anchor is kept."""
+        return self.anchor_eta is not None or self.anchor_interval is not None
 
 
 @dataclass(frozen=True)
@@ -78,16 +118,22 @@ class AdvantageInputs:
         log_probs: ``[P, n]`` float64, log pi(y), summed over the tokens of the response.
         companion_rewards: ``[P, m]`` float64.
         companion_log_probs: ``[P, f]`` float64, log pi of the companions that were selected for training.
-        anchor_log_probs: ``[P, n]`` float64, log pi_anchor of the policy's samples, or ``None``.
+        source_log_probs: ``[P, n]`` float64, log-probabilities of the policy's samples under the weights the
+            companions come from (anchor or reference), or ``None``.
         generator: seeded by the run's seed and the step; the only source of randomness to use.
+        reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
+        classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
+            ``None``.
     """
 
     rewards: Tensor
     log_probs: Tensor
     companion_rewards: Tensor
     companion_log_probs: Tensor
-    anchor_log_probs: Tensor | None
+    source_log_probs: Tensor | None
     generator: torch.Generator
+    reference_rewards: Tensor | None = None
+    classifier_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -98,11 +144,14 @@ class AdvantageOutputs:
         advantages: ``[P, n]``, for the policy's samples.
         companion_advantages: ``[P, f]``, for the selected companions; ``None`` without companions.
         metrics: scalars by name.
+        classifier_targets: ``[P, n]`` in [0, 1], what the sequence classifier is trained to say of the
+            policy's samples (binary cross-entropy); ``None`` without a classifier.
     """
 
     advantages: Tensor
     companion_advantages: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    classifier_targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -169,4 +218,59 @@ class Algorithm:
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """Turn one rollout batch into advantages. Without gradient."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TransformConfig(Settings):
+    """The settings of a reward transform; each field is the flag ``--<name of the transform>.<field>``."""
+
+
+@dataclass(frozen=True)
+class TransformInputs:
+    """The rewards of P prompts with n samples of the policy each, before the host makes advantages of them.
+
+    Attributes:
+        rewards: ``[P, n]`` float64.
+        reference_rewards: ``[P, M]`` float64, of M samples of the initial policy for the same prompts.
+        reference_log_probs: ``[P, n]`` float64, log pi_ref of the policy's samples, whole responses.
+    """
+
+    rewards: Tensor
+    reference_rewards: Tensor
+    reference_log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class TransformOutputs:
+    """What the host is to take for the rewards.
+
+    Attributes:
+        rewards: ``[P, n]``.
+        metrics: scalars by name.
+    """
+
+    rewards: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class RewardTransform:
+    """Base class of everything in the entry-point group ``openrlhf.reward_transforms``.
+
+    A transform replaces the reward; advantages, policy loss, critic and KL penalty are the host's own, with
+    whichever of its estimators ``--algo.advantage.estimator`` names.
+    """
+
+    Config: ClassVar[type[TransformConfig]] = TransformConfig
+
+    def __init__(self, config: TransformConfig) -> None:
+        self.config = config
+
+    @property
+    def kl_coefficient(self) -> float:
+        """The coefficient of KL(pi || pi_ref) that belongs to these rewards, > 0: ``--algo.kl.init_coef``."""
+        raise NotImplementedError
+
+    def transform(self, batch: TransformInputs) -> TransformOutputs:
+        """Turn rewards into others."""
         raise NotImplementedError

@@ -21,8 +21,9 @@ Where paper and proof disagree: the paper prints G_Reg with a leading minus. Des
 pi_anchor), which is what Eq. 19 states, gives the score-function gradient with a plus; a test on an
 enumerable policy decides for the plus.
 
-Ties: Theorem 1 assumes a strict order of rewards. Among equal rewards the order is drawn at random (seeded),
-for the best anchor sample and for the comparison in Eq. 17 alike.
+Ties: Theorem 1 assumes a strict order of rewards. Equal rewards are taken to be ordered at random: the best
+anchor sample is drawn among equals (seeded), and the reward of Eq. 17 is its expectation over the orders. With
+0/1 rewards the equation to the letter (``--bond.ties textbook``) hardly ever fires.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from bond_plugin.algorithms.base import (
     Samples,
     flag,
 )
-from bond_plugin.bestofn.rewards import jbond_reward, leave_one_out_mean, strict_ranks
+from bond_plugin.bestofn.divergences import BASELINES, backward_kl
+from bond_plugin.bestofn.rewards import jbond_reward, strict_ranks
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,15 @@ class JBONDConfig(Config):
     )
     baseline: str = flag(
         "batch",
-        "baseline B of the backward term: 'batch', the mean return of the other samples in the rollout batch, "
-        "or 'none'",
-        choices=("batch", "none"),
+        "baseline B of the backward term: 'batch', the mean return of the other samples in the rollout batch; "
+        "'leave_one_out', of the prompt's other samples; or 'none'",
+        choices=BASELINES,
+    )
+    ties: str = flag(
+        "expected",
+        "rewards equal to an anchor sample's: 'expected' takes Eq. 17's expectation over random orders of "
+        "equals, 'textbook' never lets them fire",
+        choices=("expected", "textbook"),
     )
 
     def __post_init__(self) -> None:
@@ -92,6 +100,7 @@ class JBOND(Algorithm):
             companions=self.config.n_anchor_samples,
             trained_companions=1,
             source="anchor",
+            source_log_probs=True,
             anchor_eta=self.config.eta,
         )
 
@@ -101,28 +110,16 @@ class JBOND(Algorithm):
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        if batch.anchor_log_probs is None:
+        if batch.source_log_probs is None:
             raise ValueError("J-BOND needs log pi_anchor of the policy's samples")
-        prompts, n = batch.rewards.shape
         m = batch.companion_rewards.shape[-1]
 
-        # Eq. 17 on a strict order. Each policy sample meets the anchor's samples alone, so that the order
-        # among equals is drawn afresh for each.
-        groups = torch.cat(
-            [
-                batch.rewards.reshape(prompts * n, 1),
-                batch.companion_rewards.repeat_interleave(n, dim=0),
-            ],
-            dim=-1,
-        )
-        ranks = strict_ranks(groups, batch.generator).to(batch.rewards.dtype)
-        log_quantile = jbond_reward(ranks[:, :1], ranks[:, 1:]).reshape(prompts, n)
-
-        # Eq. 18. For Best-of-m the quantile counts m - 1 times (Eq. 8 with N = m), which is once in the paper.
-        log_ratio = batch.log_probs - batch.anchor_log_probs
-        returns = (m - 1) * log_quantile - log_ratio
-        baseline = leave_one_out_mean(returns) if cfg.baseline == "batch" else torch.zeros_like(returns)
-        advantages = cfg.beta * (returns - baseline) - cfg.gamma * log_ratio
+        log_quantile = jbond_reward(batch.rewards, batch.companion_rewards, cfg.ties)  # Eq. 17
+        # Eq. 18: the return R is minus what backward_kl takes the mean of. For Best-of-m the quantile counts
+        # m - 1 times (Eq. 8 with N = m), which is once in the paper.
+        log_ratio = batch.log_probs - batch.source_log_probs
+        backward = backward_kl(log_ratio, (m - 1) * log_quantile, cfg.baseline)
+        advantages = -cfg.beta * backward.weights - cfg.gamma * log_ratio
         companion_advantages = torch.full_like(batch.companion_log_probs, 1.0 - cfg.beta)
 
         wins = (batch.rewards.unsqueeze(-1) > batch.companion_rewards.unsqueeze(-2)).double()
@@ -132,7 +129,7 @@ class JBOND(Algorithm):
             companion_advantages=companion_advantages,
             metrics={
                 "bond/win_rate": (wins + 0.5 * draws).mean().item(),
-                "bond/fire_rate": (log_quantile < 0).double().mean().item(),
+                "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
                 "bond/log_quantile": log_quantile.mean().item(),
                 "bond/kl_anchor": log_ratio.mean().item(),
                 "bond/forward_nll": -batch.companion_log_probs.mean().item(),

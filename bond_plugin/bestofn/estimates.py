@@ -38,6 +38,28 @@ def expected_max(rewards: Tensor, n: int) -> Tensor:
     return (ordered * log_weight.exp()).sum(dim=-1).to(dtype)
 
 
+def pass_at_n(rewards: Tensor, n: int) -> Tensor:
+    """The probability that at least one of n samples is right, estimated without bias from k >= n samples.
+
+        1 - C(k - c, n) / C(k, n),   c = number of right ones
+
+    This is :func:`expected_max` of 0/1 rewards: Best-of-n is right exactly when one of its n samples is.
+
+    Args:
+        rewards: ``[..., k]``, each 0 or 1.
+        n: 1 <= n <= k.
+
+    Returns:
+        ``[...]`` in the dtype of ``rewards`` (float32 for integers and booleans), in [0, 1].
+
+    Raises:
+        ValueError: n out of range, or a reward that is neither 0 nor 1.
+    """
+    if not ((rewards == 0) | (rewards == 1)).all():
+        raise ValueError("pass_at_n needs rewards that are 0 or 1")
+    return expected_max(rewards if rewards.is_floating_point() else rewards.float(), n)
+
+
 def _log_binomial(total: Tensor, chosen: int) -> Tensor:
     part = total.new_tensor(chosen)
     return torch.lgamma(total + 1) - torch.lgamma(part + 1) - torch.lgamma(total - part + 1)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from bond_plugin.bestofn.distribution import log_bon_ratio
+
 
 def strict_ranks(rewards: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Replace rewards by ranks in which nothing is tied any more; ties are ordered uniformly at random.
@@ -33,7 +35,82 @@ def strict_ranks(rewards: Tensor, generator: torch.Generator | None = None) -> T
     return shuffled.gather(-1, by_reward).argsort(dim=-1).to(rewards.device)
 
 
-def jbond_reward(rewards: Tensor, anchor_rewards: Tensor) -> Tensor:
+def bond_reward(p_lt: Tensor, p_le: Tensor, n: int, correction: bool = True) -> Tensor:
+    """The reward whose KL-regularised optimum is Best-of-N, Eq. 8 of arXiv 2407.14622.
+
+        log p_<= + 1 / (n - 1) log sum_{i=1..n} (p_< / p_<=)^(i-1)
+
+    Maximising its mean minus KL(pi || pi_ref) / (n - 1) minimises KL(pi || pi_BoN): n - 1 times this reward is
+    log pi_BoN - log pi_ref.
+
+    Args:
+        p_lt, p_le: any shape, as from :func:`~bond_plugin.bestofn.quantiles`.
+        n: >= 2.
+        correction: with the second summand, term (B) of Theorem 1. ``False`` is the paper's practical form,
+            log p_<= alone: off by a constant where no rewards are tied, and by something that is different for
+            each level of the reward where they are.
+
+    Returns:
+        The same shape and dtype, in nats; computed in float64. ``-inf`` where p_le = 0.
+
+    Raises:
+        ValueError: n < 2 (Best-of-1 is the reference), or probabilities out of order.
+    """
+    if n < 2:
+        raise ValueError(f"bond_reward needs n >= 2, got {n}")
+    if correction:
+        return (log_bon_ratio(p_lt, p_le, n).double() / (n - 1)).to(p_le.dtype)
+    return torch.log(p_le.double()).to(p_le.dtype)
+
+
+def vbon_reward(log_cdf: Tensor, log_ref: Tensor | None, n: int, bound: str = "exact") -> Tensor:
+    """The rewards of vBoN, arXiv 2407.06057, scaled for a KL coefficient of 1 / (n - 1).
+
+        exact   ( log sum_{i=1..n} C(n, i) F^(n-i) pi_ref^i  -  log pi_ref ) / (n - 1)
+        l1      log F
+
+    with F = P(r(y') < r(y)) under the reference. By the binomial theorem the sum is (F + pi_ref)^n - F^n.
+    With the coefficient 1 / (n - 1) the optimum of the exact form is pi_BoN itself, because
+    KL(pi || pi_BoN) = KL(pi || pi_ref) - E[log pi_BoN - log pi_ref]. The authors' code divides the same sum by
+    n, whose optimum is another distribution.
+
+    The exact form takes pi_ref(y) for the mass of y's whole level of reward: generations that tie with y are
+    left out. Where many tie, :func:`bond_reward` with the correction is the right reward for both methods.
+
+    Args:
+        log_cdf: any shape, log F.
+        log_ref: the same shape, log pi_ref(y) of the whole response; not used by ``l1``.
+        n: >= 2.
+        bound: ``exact`` or ``l1``, the lower bound L1 of the paper.
+
+    Returns:
+        The same shape and dtype, in nats; computed in float64. The exact form is finite at F = 0 and stays
+        accurate when pi_ref(y) underflows.
+
+    Raises:
+        ValueError: n < 2, an unknown bound, a missing ``log_ref``, or a positive log-probability.
+    """
+    if n < 2:
+        raise ValueError(f"vbon_reward needs n >= 2, got {n}")
+    if not (log_cdf <= 1e-6).all() or (log_ref is not None and not (log_ref <= 1e-6).all()):
+        raise ValueError("vbon_reward needs logs of probabilities, at most 0")
+    if bound == "l1":
+        return log_cdf.clone()
+    if bound != "exact":
+        raise ValueError(f"bound must be 'exact' or 'l1', got {bound!r}")
+    if log_ref is None:
+        raise ValueError("the exact form of vbon_reward needs log_ref")
+    f, ref = log_cdf.double(), log_ref.double()
+    apart = ref - f  # log (pi_ref / F); +inf at F = 0
+    # log of s = log (1 + pi_ref / F), of which (F / (F + pi_ref))^n = exp(-n s)
+    log_s = torch.where(apart < -30, apart, torch.log(torch.nn.functional.softplus(apart)))
+    exponent = math.log(n) + log_s
+    # log (1 - exp(-n s)): n s itself to first order where it is tiny
+    log_share = torch.where(exponent < -30, exponent, torch.log(-torch.expm1(-exponent.exp())))
+    return ((n * torch.logaddexp(f, ref) + log_share - ref) / (n - 1)).to(log_cdf.dtype)
+
+
+def jbond_reward(rewards: Tensor, anchor_rewards: Tensor, ties: str = "expected") -> Tensor:
     """The crude log-quantile of J-BOND, Eq. 17 of arXiv 2407.14622.
 
     With two anchor samples, ``-log 16`` where the policy's sample is worse than both, else 0. It is the
@@ -44,34 +121,26 @@ def jbond_reward(rewards: Tensor, anchor_rewards: Tensor) -> Tensor:
     Args:
         rewards: ``[..., n]`` of the policy's samples.
         anchor_rewards: ``[..., m]`` of the anchor's samples for the same prompt.
+        ties: ``expected``: equals are ordered at random, and this is the expectation over their orders: a
+            sample that is below no anchor sample but the t it ties with is last with probability 1 / (t + 1).
+            ``textbook``: Eq. 17 to the letter, where a tie never fires, so that with 0/1 rewards most prompts
+            give no signal at all.
 
     Returns:
         ``[..., n]`` in the dtype of ``rewards`` (float32 for integers), in nats.
 
     Raises:
-        ValueError: fewer than two anchor samples (Best-of-1 is the anchor itself).
+        ValueError: fewer than two anchor samples (Best-of-1 is the anchor itself), or unknown ``ties``.
     """
     m = anchor_rewards.shape[-1]
     if m < 2:
         raise ValueError(f"jbond_reward needs at least 2 anchor samples a prompt, got {m}")
+    if ties not in ("expected", "textbook"):
+        raise ValueError(f"ties must be 'expected' or 'textbook', got {ties!r}")
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
-    below_all = rewards < anchor_rewards.amin(dim=-1, keepdim=True)
-    return below_all.to(dtype) * -(2.0**m * math.log(2.0))
-
-
-def leave_one_out_mean(values: Tensor) -> Tensor:
-    """For each entry the mean of all the others: a baseline that does not depend on the entry itself.
-
-    Args:
-        values: any shape, at least two entries.
-
-    Returns:
-        The same shape.
-
-    Raises:
-        ValueError: fewer than two entries.
-    """
-    count = values.numel()
-    if count < 2:
-        raise ValueError("a leave-one-out mean needs at least two values")
-    return (values.sum() - values) / (count - 1)
+    lowest = anchor_rewards.amin(dim=-1, keepdim=True)
+    last = (rewards < lowest).to(dtype)
+    if ties == "expected":
+        equal = (rewards.unsqueeze(-1) == anchor_rewards.unsqueeze(-2)).sum(dim=-1)
+        last = torch.where(rewards == lowest, 1 / (equal + 1).to(dtype), last)
+    return last * -(2.0**m * math.log(2.0))

@@ -57,14 +57,11 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         return values[:, :n], values[:, n:]
 
     log_probs, companion_log_probs = by_prompt(_sums([e.action_log_probs for e in experiences], experiences))
-    anchor_log_probs = reference_log_probs = None
     under: dict[str, list[torch.Tensor]] = {"policy": [e.action_log_probs for e in experiences]}
-    if wants.anchor_eta is not None:
-        under["anchor"] = rollouts.log_probs("anchor", experiences)
-        anchor_log_probs, _ = by_prompt(_sums(under["anchor"], experiences))
-    if algorithm.config.kl_ref:
-        under["reference"] = rollouts.log_probs("reference", experiences)
-        reference_log_probs, _ = by_prompt(_sums(under["reference"], experiences))
+    of_policy: dict[str, torch.Tensor] = {}
+    for name in _others(algorithm):
+        under[name] = rollouts.log_probs(name, experiences)
+        of_policy[name], _ = by_prompt(_sums(under[name], experiences))
 
     found = algorithm.advantages(
         AdvantageInputs(
@@ -72,7 +69,7 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
             log_probs=log_probs,
             companion_rewards=companion_rewards,
             companion_log_probs=companion_log_probs,
-            anchor_log_probs=anchor_log_probs,
+            source_log_probs=of_policy[wants.source] if wants.source_log_probs else None,
             generator=rollouts.generator("advantages"),
         )
     )
@@ -84,8 +81,8 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     metrics["reward/policy"] = rewards.mean().item()
     if m:
         metrics[f"reward/{wants.source}"] = companion_rewards.mean().item()
-    if reference_log_probs is not None:
-        metrics["bond/kl_ref"] = (log_probs - reference_log_probs).mean().item()
+    if "reference" in of_policy:
+        metrics["bond/kl_ref"] = (log_probs - of_policy["reference"]).mean().item()
     companion_rows = torch.zeros(prompts, per_prompt, dtype=torch.bool)
     companion_rows[:, n:] = True
     metrics |= _engine_gaps(experiences, under, wants.source, companion_rows.flatten(), algorithm.config)
@@ -95,6 +92,15 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         advantages = torch.cat([advantages, found.companion_advantages], dim=-1)
     rollouts.policy_samples = policy
     return _for_training(self, experiences, advantages.flatten(), companion_rows.flatten())
+
+
+def _others(algorithm: Any) -> list[str]:
+    """Under which other weights the log-probabilities of a rollout are computed."""
+    wants = algorithm.samples()
+    wanted = {wants.source} if wants.source_log_probs else set()
+    if algorithm.config.kl_ref:
+        wanted.add("reference")
+    return sorted(wanted)
 
 
 def _score(maker: Any, rows: list[Any]) -> None:

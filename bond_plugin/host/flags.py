@@ -10,7 +10,7 @@ import argparse
 import difflib
 import functools
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ from bond_plugin import recipe as recipes
 from bond_plugin import registry
 
 if TYPE_CHECKING:
-    from bond_plugin.algorithms.base import Algorithm
+    from bond_plugin.algorithms.base import Algorithm, RewardTransform
 
 ESTIMATOR = "--algo.advantage.estimator"
 POLICY_LOSS = "--actor.policy_loss_type"
+TRANSFORM = "--reward.transform"
 
 
 @dataclass
@@ -65,10 +66,28 @@ def algorithm_class(name: str) -> type[Algorithm] | None:
     return found
 
 
+def transform_class(name: str) -> type[RewardTransform]:
+    """The reward transform registered under ``name``."""
+    from bond_plugin.algorithms.base import RewardTransform
+
+    found = registry.load(registry.REWARD_TRANSFORMS, name)
+    if not (isinstance(found, type) and issubclass(found, RewardTransform)):
+        raise registry.RegistryError(
+            f"'{name}' in '{registry.REWARD_TRANSFORMS}' must be a subclass of bond_plugin.algorithms.RewardTransform"
+        )
+    return found
+
+
 @functools.lru_cache(maxsize=8)
-def _build(name: str, settings: tuple[tuple[str, Any], ...]) -> Algorithm | None:
-    found = algorithm_class(name)
-    return None if found is None else found(found.Config.from_args(SimpleNamespace(**dict(settings))))
+def _build(estimator: str, settings: tuple[tuple[str, Any], ...]) -> Algorithm | None:
+    found = algorithm_class(estimator)
+    return None if found is None else found(found.Config.from_flags(dict(settings), "bond"))
+
+
+@functools.lru_cache(maxsize=8)
+def _build_transform(name: str, settings: tuple[tuple[str, Any], ...]) -> RewardTransform:
+    found = transform_class(name)
+    return found(found.Config.from_flags(dict(settings), name))
 
 
 def algorithm(args: SimpleNamespace) -> Algorithm | None:
@@ -76,8 +95,17 @@ def algorithm(args: SimpleNamespace) -> Algorithm | None:
     advantage = getattr(getattr(args, "algo", None), "advantage", None)
     if advantage is None:
         return None  # one of the host's other trainers
-    settings = vars(getattr(args, "bond", SimpleNamespace()))
-    return _build(advantage.estimator, tuple(sorted(settings.items())))
+    return _build(advantage.estimator, _settings(args, "bond"))
+
+
+def transform(args: SimpleNamespace) -> RewardTransform | None:
+    """The reward transform that a run's arguments select, in any process; ``None`` for none."""
+    name = getattr(getattr(args, "reward", None), "transform", None)
+    return None if name is None else _build_transform(name, _settings(args, "bond") + _settings(args, name))
+
+
+def _settings(args: SimpleNamespace, group: str) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((f"{group}.{k}", v) for k, v in vars(getattr(args, group, SimpleNamespace())).items()))
 
 
 def extend_parsers() -> None:
@@ -105,7 +133,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         losses = registry.names(registry.POLICY_LOSSES)
         _add_choices(parser, ESTIMATOR, list(estimators), registry.ADVANTAGE_ESTIMATORS)
         _add_choices(parser, POLICY_LOSS, list(losses), registry.POLICY_LOSSES)
-        _add_launch_flags(parser)
+        _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
 
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
@@ -113,7 +141,17 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         estimator = estimator or parser.get_default(ESTIMATOR[2:])
         selected = algorithm_class(estimator)
         if selected is not None:
-            _add_config_flags(parser, estimator, selected)
+            _add_config_flags(parser, estimator, selected.__module__, selected.Config.options("bond"))
+        transform = _last_value(argv, TRANSFORM) or from_recipe.get(TRANSFORM[2:])
+        transformed = None
+        if transform in registry.names(registry.REWARD_TRANSFORMS):  # if it is not, the parser says so
+            if selected is not None:
+                parser.error(
+                    f"{TRANSFORM} {transform} is for the host's own estimators, not for {ESTIMATOR} {estimator}: "
+                    "drop one of the two"
+                )
+            transformed = transform_class(transform)
+            _add_config_flags(parser, transform, transformed.__module__, transformed.Config.options(transform))
         if path:
             argv = recipes.to_argv(from_recipe, parser, path) + argv
         argv = recipes.expand_booleans(argv, parser)
@@ -123,11 +161,13 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     parsed, unknown = parser.parse_known_args(argv, namespace)
     if unknown:
         parser.error(_explain_unknown(unknown, parser, estimator))
-    if selected is not None:
-        try:
-            selected.Config.from_args(_bond_settings(parsed))
-        except ValueError as error:
-            parser.error(str(error))
+    try:
+        if selected is not None:
+            selected.Config.from_flags(vars(parsed), "bond")
+        if transformed is not None:
+            transformed.Config.from_flags(vars(parsed), transform)
+    except ValueError as error:
+        parser.error(str(error))
     given = frozenset(
         action.dest
         for token in argv
@@ -145,10 +185,6 @@ def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespa
     if _current is not None and hasattr(args, ESTIMATOR[2:]):
         _current.args = nested
     return nested
-
-
-def _bond_settings(parsed: argparse.Namespace) -> SimpleNamespace:
-    return SimpleNamespace(**{k[5:]: v for k, v in vars(parsed).items() if k.startswith("bond.")})
 
 
 def _last_value(argv: list[str], option: str) -> str | None:
@@ -173,7 +209,7 @@ def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str],
         action.help = f"{action.help or ''} From installed plugins: {', '.join(names)}.".strip()
 
 
-def _add_launch_flags(parser: argparse.ArgumentParser) -> None:
+def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) -> None:
     group = parser.add_argument_group("openrlhf-bond: launch")
     group.add_argument(
         "--recipe",
@@ -184,6 +220,13 @@ def _add_launch_flags(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="check everything, print the final configuration and the state of each hook, and stop before Ray",
+    )
+    group.add_argument(
+        TRANSFORM,
+        choices=transforms,
+        default=None,
+        help="replace the reward by one that is made of it, under any of the host's own estimators; the "
+        "transform's own flags appear with it",
     )
     group.add_argument(
         "--bond.device",
@@ -199,15 +242,16 @@ def _add_launch_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, name: str, selected: type[Algorithm]) -> None:
-    group = parser.add_argument_group(f"openrlhf-bond: {name} ({selected.__module__})")
-    for f in fields(selected.Config):
-        option = f"--bond.{f.name}"
+def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, options: dict[str, Field]) -> None:
+    group = parser.add_argument_group(f"openrlhf-bond: {name} ({module})")
+    for dotted, f in options.items():
+        option = f"--{dotted}"
         if option in parser._option_string_actions:
             raise registry.RegistryError(
-                f"the algorithm '{name}' defines {option}, which every algorithm has already; rename the field"
+                f"'{name}' defines {option}, which every algorithm has already; rename the field"
             )
-        help_text = f"{f.metadata.get('help', '')} (default: {f.default})".replace("%", "%%")
+        default = f"(default: {f.default})" if f.default != "" else "(default: none)"
+        help_text = f"{f.metadata.get('help', '')} {default}".replace("%", "%%")
         kind: dict[str, Any]
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -228,8 +272,8 @@ def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estima
         owners = _owners(option)
         if owners:
             messages.append(
-                f"{option} belongs to {' or '.join(owners)}, but {ESTIMATOR} is {estimator}: "
-                f"pass {ESTIMATOR} {owners[0]}, or drop {option}"
+                f"{option} belongs to {' and '.join(owners)}, but {ESTIMATOR} is {estimator}: pass "
+                f"{' or '.join(owners)}, or drop {option}"
             )
             continue
         messages.append(f"unknown flag {option}{nearest(option, parser._option_string_actions)}")
@@ -243,11 +287,12 @@ def nearest(option: str, known: Any) -> str:
 
 
 def _owners(option: str) -> list[str]:
-    if not option.startswith("--bond."):
-        return []
-    found = []
+    """What a flag belongs to, as the flags that would select it."""
+    owners = []
     for name in registry.names(registry.ADVANTAGE_ESTIMATORS):
-        cls = algorithm_class(name)
-        if cls is not None and option[7:] in {f.name for f in fields(cls.Config)}:
-            found.append(name)
-    return found
+        if option[2:] in algorithm_class(name).Config.options("bond"):
+            owners.append(f"{ESTIMATOR} {name}")
+    for name in registry.names(registry.REWARD_TRANSFORMS):
+        if option[2:] in transform_class(name).Config.options(name):
+            owners.append(f"{TRANSFORM} {name}")
+    return owners

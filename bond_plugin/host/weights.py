@@ -35,22 +35,25 @@ class Weights:
 
     Args:
         engine: a DeepSpeed engine under ZeRO-1, 2 or 3 whose optimiser is on the device.
-        eta: step of the anchor's moving average, or ``None`` for no anchor.
+        eta: step of the anchor's moving average, or ``None``.
         keep_reference: whether to keep the weights as they are now.
+        interval: instead of an average, the anchor is a copy of the policy, renewed every so many optimiser
+            steps. ``None`` with ``eta`` ``None``: no anchor.
 
     Raises:
         NotImplementedError: the engine's optimiser is of another kind.
     """
 
-    def __init__(self, engine: Any, eta: float | None, keep_reference: bool) -> None:
+    def __init__(self, engine: Any, eta: float | None, keep_reference: bool, interval: int | None = None) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
         self._sharded = _Zero3(engine.optimizer) if _is_zero3(engine.optimizer) else _Zero12(engine.optimizer)
         self.eta = eta
+        self.interval = interval
         self.active = "policy"
         self._steps_seen = engine.global_steps
         self._sets: dict[str, list[torch.Tensor]] = {}
-        if eta is not None:
+        if eta is not None or interval is not None:
             self._sets["anchor"] = [master.detach().clone() for master in self._sharded.masters()]
         if keep_reference:
             dtype = next(engine.module.parameters()).dtype
@@ -61,11 +64,14 @@ class Weights:
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Move the anchor if the engine has taken an optimiser step since the last call (Algorithm 2)."""
+        """Move the anchor if the engine has taken an optimiser step since the last call (Algorithms 1 and 2)."""
         if self._engine.global_steps == self._steps_seen:
             return
         self._steps_seen = self._engine.global_steps
-        if self.eta is not None and self._engine.was_step_applied():
+        if self.interval is not None and self._steps_seen % self.interval == 0:
+            for copy, master in zip(self._sets["anchor"], self._sharded.masters(), strict=True):
+                copy.copy_(master.detach())
+        elif self.eta is not None and self._engine.was_step_applied():
             for average, master in zip(self._sets["anchor"], self._sharded.masters(), strict=True):
                 average.lerp_(master.detach(), self.eta)
 
@@ -209,10 +215,11 @@ def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
     algorithm = flags.algorithm(self.args)
     if algorithm is not None and isinstance(model, Actor):
         wants = algorithm.samples()
-        reference = algorithm.config.kl_ref or (wants.companions > 0 and wants.source == "reference")
-        if reference or wants.anchor_eta is not None:
+        needed = wants.companions > 0 or wants.source_log_probs
+        reference = algorithm.config.kl_ref or (needed and wants.source == "reference")
+        if reference or wants.anchor:
             engine = prepared[0].model
-            engine.bond_weights = Weights(engine, wants.anchor_eta, reference)
+            engine.bond_weights = Weights(engine, wants.anchor_eta, reference, wants.anchor_interval)
     return prepared
 
 

@@ -1,0 +1,72 @@
+"""Best-of-N supervised fine-tuning: the forward KL alone, with an optional KL to the reference.
+
+    KL(pi_BoN || pi) + kl_coef KL(pi || pi_ref)
+
+The first term's gradient is -grad log pi(y'_BoN) on the best of N samples of the initial policy (section 4.1 of
+BOND, arXiv 2407.14622, at beta = 0). It is RAFT (arXiv 2304.06767) with a fixed reference, and the baseline
+"BoN-SFT" of vBoN (arXiv 2407.06057). The second term, on samples of the policy, is what reviewers of vBoN asked
+to compare with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Samples, flag
+from bond_plugin.bestofn.divergences import BASELINES, centre
+from bond_plugin.bestofn.estimates import win_rate
+from bond_plugin.bestofn.rewards import strict_ranks
+
+
+@dataclass(frozen=True)
+class BoNSFTConfig(Config):
+    """Settings of Best-of-N supervised fine-tuning."""
+
+    n: int = flag(8, "N: samples of the initial policy a prompt, of which the best is imitated, >= 2")
+    kl_coef: float = flag(0.0, "coefficient of KL(pi || pi_ref), >= 0. 0 is RAFT's plain fine-tuning")
+    baseline: str = flag(
+        "batch",
+        "baseline of the KL's gradient: 'batch', the mean over the other samples in the rollout batch; "
+        "'leave_one_out', over the prompt's other samples; or 'none'",
+        choices=BASELINES,
+    )
+
+    def __post_init__(self) -> None:
+        if self.n < 2:
+            raise ValueError(f"--bond.n must be at least 2, got {self.n}")
+        if not (self.kl_coef >= 0 and math.isfinite(self.kl_coef)):
+            raise ValueError(f"--bond.kl_coef must be at least 0, got {self.kl_coef}")
+
+
+class BoNSFT(Algorithm):
+    """The policy's own samples enter the loss through the KL alone; with ``kl_coef`` 0 they are only measured."""
+
+    Config = BoNSFTConfig
+    policy_loss = "jbond"
+    config: BoNSFTConfig
+
+    def samples(self) -> Samples:
+        return Samples(companions=self.config.n, trained_companions=1, source="reference", source_log_probs=True)
+
+    def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
+        """The best of a prompt's companions: ``[P, n]`` rewards to ``[P, 1]`` indices. Ties at random."""
+        return strict_ranks(companion_rewards, generator).argmax(dim=-1, keepdim=True)
+
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        if batch.source_log_probs is None:
+            raise ValueError("bon_sft needs log pi_ref of the policy's samples")
+        log_ratio = batch.log_probs - batch.source_log_probs
+        weights = centre(log_ratio, self.config.baseline) if self.config.kl_coef else torch.zeros_like(log_ratio)
+        return AdvantageOutputs(
+            advantages=-self.config.kl_coef * weights,
+            companion_advantages=torch.ones_like(batch.companion_log_probs),
+            metrics={
+                "bond/win_rate": win_rate(batch.rewards, batch.companion_rewards).mean().item(),
+                "bond/kl_anchor": log_ratio.mean().item(),
+                "bond/forward_nll": -batch.companion_log_probs.mean().item(),
+            },
+        )

@@ -1,0 +1,194 @@
+"""BOND and iterative BOND: section 4 and Algorithm 1 of "BOND: Aligning LLMs with Best-of-N Distillation",
+arXiv 2407.14622.
+
+The target is Best-of-N of an anchor, the divergence Jeffreys' (Eq. 11):
+
+    J_beta = (1 - beta) KL(pi_BoN || pi) + beta KL(pi || pi_BoN)
+
+For each prompt, samples y of the policy and y'_1 ... y'_k of the anchor, all scored:
+
+    forward    -grad log pi(y'_BoN),  y'_BoN = the best of N of the anchor's samples
+    p_<, p_<=  shares of the anchor's samples below, or not above, r(y)                  Eq. 10
+    r_BOND     log p_<= + 1/(N-1) log sum_{i=1..N} (p_< / p_<=)^(i-1)                    Eq. 8
+    backward   -(N-1) grad log pi(y) (r_BOND(y) - (log pi(y) - log pi_anchor(y)) / (N-1) - B)   Eq. 14, 15
+
+``--bond.anchor`` says where the anchor is:
+
+    fixed      the initial policy: BOND
+    periodic   a copy of the policy, renewed every ``anchor_interval`` optimiser steps: iterative BOND,
+               Algorithm 1. Best-of-n of Best-of-n is Best-of-n^2, so a small n reaches far.
+    ema        a moving average of the policy: J-BOND's anchor (Algorithm 2), for any n and k
+
+Three differences to the paper, each for a reason:
+
+* Quantiles count y itself as one of k + 1 samples of the anchor: p_<= = (#{not above} + 1) / (k + 1). Eq. 10
+  gives p_<= = 0, and a reward of minus infinity, to any sample below all k.
+* The sum in r_BOND, term (B), is kept unless ``--no-bond.correction``. The paper leaves it out in practice.
+  Kept, the formula is exact for tied rewards with ties broken at random (a 0/1 verifier, say); left out, the
+  target is another distribution as soon as rewards tie.
+* The gradient is that of J_beta as written above, so the backward term has the factor N - 1.
+
+Learned quantiles (appendix B.1): p_<=(x, y) is a sequence classifier in the host's critic slot, trained by
+binary cross-entropy (Eq. 25) on 1{r(y') <= r(y)} while the policy is trained. It learns p_<= alone, so term (B)
+is left out with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bond_plugin.algorithms.base import (
+    AdvantageInputs,
+    AdvantageOutputs,
+    Algorithm,
+    Config,
+    Samples,
+    flag,
+    reward_cache_flag,
+)
+from bond_plugin.bestofn.distribution import quantiles
+from bond_plugin.bestofn.divergences import BASELINES, backward_kl
+from bond_plugin.bestofn.estimates import win_rate
+from bond_plugin.bestofn.rewards import bond_reward, strict_ranks
+
+
+@dataclass(frozen=True)
+class BONDConfig(Config):
+    """Settings of BOND. The paper's: n in {4, 8, 16}, 16 samples for the quantile, beta 0.5 (section 4)."""
+
+    n: int = flag(8, "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4")
+    beta: float = flag(
+        0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
+    )
+    n_anchor_samples: int = flag(
+        16,
+        "k: samples of the anchor per prompt for the quantile, >= 1, and at least n while beta < 1. With a "
+        "reward cache or a learned quantile only what the forward term needs is drawn",
+    )
+    anchor: str = flag(
+        "fixed",
+        "'fixed': the initial policy (BOND); 'periodic': a copy of the policy every anchor_interval steps "
+        "(iterative BOND); 'ema': a moving average with step eta",
+        choices=("fixed", "periodic", "ema"),
+    )
+    anchor_interval: int = flag(
+        50, "optimiser steps between two copies of the policy, >= 1 (paper: 1000 on XSum, 50 on Gemma)"
+    )
+    eta: float = flag(0.02, "step of the moving average under --bond.anchor ema, in [0, 1]")
+    correction: bool = flag(
+        True, "keep term (B) of Theorem 1 in the reward: needed for tied rewards; the paper leaves it out"
+    )
+    baseline: str = flag(
+        "batch",
+        "baseline of the backward term: 'batch', the mean return of the other samples in the rollout batch; "
+        "'leave_one_out', of the prompt's other samples; or 'none'",
+        choices=BASELINES,
+    )
+    quantile: str = flag(
+        "monte_carlo",
+        "p_<=: 'monte_carlo', from the anchor's samples (Eq. 10); 'learned', a classifier in the critic slot "
+        "(Eq. 25; see --critic.*)",
+        choices=("monte_carlo", "learned"),
+    )
+    reward_cache: str = reward_cache_flag()
+
+    def __post_init__(self) -> None:
+        if self.n < 2:
+            raise ValueError(f"--bond.n must be at least 2 (Best-of-1 is the anchor itself), got {self.n}")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"--bond.beta must lie in [0, 1], got {self.beta}")
+        if self.n_anchor_samples < 1:
+            raise ValueError(f"--bond.n_anchor_samples must be at least 1, got {self.n_anchor_samples}")
+        if self.anchor_interval < 1:
+            raise ValueError(f"--bond.anchor_interval must be at least 1, got {self.anchor_interval}")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"--bond.eta must lie in [0, 1], got {self.eta}")
+        if self.quantile == "learned" and self.correction:
+            raise ValueError(
+                "--bond.quantile learned knows p_<= alone, so term (B) cannot be kept: add --no-bond.correction"
+            )
+        if self.reward_cache and self.anchor != "fixed":
+            raise ValueError(
+                f"--bond.reward_cache holds rewards of the initial policy, but --bond.anchor {self.anchor} moves "
+                "away from it: drop one of the two"
+            )
+        if self.reward_cache and self.quantile == "learned":
+            raise ValueError("--bond.reward_cache and --bond.quantile learned are two ways to the same quantile")
+        drawn_for_quantile = self.quantile == "monte_carlo" and not self.reward_cache
+        if drawn_for_quantile and self.beta < 1 and self.n_anchor_samples < self.n:
+            raise ValueError(
+                f"--bond.n_anchor_samples {self.n_anchor_samples} is less than --bond.n {self.n}: the forward term "
+                "needs the best of n of them. Raise it, or use --bond.beta 1.0"
+            )
+
+
+class BOND(Algorithm):
+    """The advantages of BOND; its loss is J-BOND's: -A log pi on samples of the policy and on the best of N."""
+
+    Config = BONDConfig
+    policy_loss = "jbond"
+    config: BONDConfig
+
+    def samples(self) -> Samples:
+        cfg = self.config
+        forward = cfg.beta < 1
+        if cfg.quantile == "monte_carlo" and not cfg.reward_cache:
+            companions = cfg.n_anchor_samples
+        else:
+            # One is enough for the classifier's label (appendix B.1); a cache needs none.
+            companions = cfg.n if forward else int(cfg.quantile == "learned")
+        return Samples(
+            companions=companions,
+            trained_companions=int(forward),
+            source="reference" if cfg.anchor == "fixed" else "anchor",
+            source_log_probs=True,
+            anchor_eta=cfg.eta if cfg.anchor == "ema" else None,
+            anchor_interval=cfg.anchor_interval if cfg.anchor == "periodic" else None,
+            reward_cache=bool(cfg.reward_cache),
+            classifier=cfg.quantile == "learned",
+        )
+
+    def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
+        """The best of the first n companions: ``[P, m]`` rewards to ``[P, 1]`` indices. Ties at random."""
+        ranks = strict_ranks(companion_rewards[:, : self.config.n], generator)
+        return ranks.argmax(dim=-1, keepdim=True)
+
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        cfg = self.config
+        if batch.source_log_probs is None:
+            raise ValueError("BOND needs log pi_anchor of the policy's samples")
+
+        targets = None
+        if cfg.quantile == "learned":
+            if batch.classifier_logits is None:
+                raise ValueError("--bond.quantile learned needs the classifier's logits")
+            p_le = batch.classifier_logits.sigmoid().clamp(min=1e-6)
+            p_lt = p_le
+            # Eq. 25's label, averaged over the companions there are: the same mean, less noise.
+            _, targets = quantiles(batch.rewards, batch.companion_rewards)
+        else:
+            pool = batch.companion_rewards if batch.reference_rewards is None else batch.reference_rewards
+            p_lt, p_le = quantiles(batch.rewards, pool, include_self=True)
+
+        reward = bond_reward(p_lt, p_le, cfg.n, cfg.correction)
+        log_ratio = batch.log_probs - batch.source_log_probs
+        backward = backward_kl(log_ratio, (cfg.n - 1) * reward, cfg.baseline)
+        companion_advantages = torch.full_like(batch.companion_log_probs, 1.0 - cfg.beta)
+
+        metrics = {
+            "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
+            "bond/log_quantile": p_le.log().mean().item(),
+            "bond/backward_kl": backward.values.mean().item(),
+            "bond/kl_anchor": log_ratio.mean().item(),
+        }
+        if batch.companion_rewards.shape[-1]:
+            metrics["bond/win_rate"] = win_rate(batch.rewards, batch.companion_rewards).mean().item()
+        if batch.companion_log_probs.shape[-1]:
+            metrics["bond/forward_nll"] = -batch.companion_log_probs.mean().item()
+        if targets is not None:
+            metrics["bond/quantile_bce"] = torch.nn.functional.binary_cross_entropy(p_le, targets).item()
+            metrics["bond/quantile_error"] = (p_le - targets).mean().item()
+        return AdvantageOutputs(-cfg.beta * backward.weights, companion_advantages, metrics, targets)

@@ -1,0 +1,184 @@
+"""The Best-of-N distribution: by quantiles of the reward, and exactly on a finite set.
+
+Best-of-N draws N samples of the reference and keeps one with the highest reward. Write p_<(y) and p_<=(y) for
+the probabilities that a sample of the reference has a lower reward than y, or one that is not higher. Then
+
+    pi_BoN(y) / pi_ref(y) = (p_<=^N - p_<^N) / (p_<= - p_<) = p_<=^(N-1) sum_{i=1..N} (p_< / p_<=)^(i-1)
+
+(Theorem 1 of arXiv 2407.14622, whose term (B) is the sum.) The theorem is stated for rewards that order the
+generations strictly. It holds as it stands for tied rewards too, when ties are broken uniformly at random:
+a *level* v of the reward has probability F(v)^N - F(v-)^N under Best-of-N, of which each generation at that
+level gets a share in proportion to pi_ref, F(v) - F(v-) in all. What needs the strict order is leaving term
+(B) out, as the paper does in practice; with a 0/1 reward that is far from right.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def quantiles(rewards: Tensor, samples: Tensor, include_self: bool = False) -> tuple[Tensor, Tensor]:
+    """The shares of the reference's samples with a lower reward, and with one that is not higher (Eq. 10).
+
+    Args:
+        rewards: ``[B]`` or ``[B, m]``, the rewards to place.
+        samples: ``[B, k]``, rewards of k samples of the reference for the same prompts. k >= 1.
+        include_self: count the placed reward as one more sample of the reference:
+            p_< = #{lower} / (k + 1), p_<= = (#{lower or equal} + 1) / (k + 1). Then p_<= is never 0 and its
+            log is finite. Where y is a sample of the reference, these are its exact ranks among k + 1.
+
+    Returns:
+        (p_lt, p_le), each in the shape of ``rewards``, float64 in [0, 1], p_lt <= p_le.
+
+    Raises:
+        ValueError: shapes that do not fit, no samples, or NaN.
+    """
+    if rewards.dim() not in (1, 2) or samples.dim() != 2 or rewards.shape[0] != samples.shape[0]:
+        raise ValueError(
+            f"quantiles needs rewards [B] or [B, m] and samples [B, k], got {tuple(rewards.shape)} and "
+            f"{tuple(samples.shape)}"
+        )
+    k = samples.shape[-1]
+    if k < 1:
+        raise ValueError("quantiles needs at least one sample of the reference a prompt")
+    if rewards.isnan().any() or samples.isnan().any():
+        raise ValueError("quantiles needs rewards that are numbers, got NaN")
+    values = rewards.detach().double().reshape(rewards.shape[0], -1).contiguous()
+    ordered = samples.detach().double().sort(dim=-1).values.contiguous()
+    lower = torch.searchsorted(ordered, values, right=False).double()
+    not_higher = torch.searchsorted(ordered, values, right=True).double()
+    own = int(include_self)
+    return (lower / (k + own)).reshape(rewards.shape), ((not_higher + own) / (k + own)).reshape(rewards.shape)
+
+
+def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
+    """log pi_BoN(y) - log pi_ref(y) by Theorem 1 of arXiv 2407.14622, term (B) included.
+
+        (n - 1) log p_<= + log sum_{i=1..n} (p_< / p_<=)^(i-1)
+
+    The sum is geometric; it is evaluated as (1 - q^n) / (1 - q) with expm1 and log1p, which keeps its relative
+    error near that of float64 for n up to 10,000 and beyond, down to p = 0 and up to q = 1.
+
+    Args:
+        p_lt: any shape, P(r(y') < r(y)) under the reference.
+        p_le: the same shape, P(r(y') <= r(y)), p_lt <= p_le.
+        n: N of Best-of-N, >= 1.
+
+    Returns:
+        The same shape and dtype, in nats; computed in float64. ``-inf`` where p_le = 0 and n > 1.
+
+    Raises:
+        ValueError: n < 1, shapes that differ, or probabilities out of order.
+    """
+    low, high = _probabilities(p_lt, p_le, n)
+    whole = high > 0
+    safe = torch.where(whole, high, 1.0)
+    gap = torch.where(whole, (safe - low) / safe, 1.0)  # 1 - q
+    power = torch.log1p(-gap) * n  # log q^n
+    apart = gap > 0
+    series = torch.where(
+        apart,
+        torch.log(-torch.expm1(power)) - torch.log(torch.where(apart, gap, 1.0)),
+        math.log(n),
+    )
+    found = torch.where(whole, (n - 1) * torch.log(safe) + series, 0.0 if n == 1 else -math.inf)
+    return found.to(p_le.dtype)
+
+
+def tied_log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
+    """log pi_BoN(y) - log pi_ref(y) when ties are broken uniformly at random.
+
+        log ( (F(v)^n - F(v-)^n) / (F(v) - F(v-)) ),   F(v) = p_<=, F(v-) = p_<
+
+    for the level v = r(y). Algebraically this *is* :func:`log_bon_ratio`: (a^n - b^n) / (a - b) =
+    a^(n-1) sum (b/a)^(i-1). So Theorem 1 with term (B) needs no strict order; the name is kept for those
+    who look for the case of ties. Arguments, result and errors as there.
+    """
+    return log_bon_ratio(p_lt, p_le, n)
+
+
+def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """log pi_BoN on a finite set, exactly; ties are broken uniformly at random.
+
+    Args:
+        log_ref: ``[..., S]``, log-probabilities of the reference, which sum to one over the last dimension.
+        rewards: ``[..., S]``.
+        n: >= 1.
+
+    Returns:
+        ``[..., S]`` float64, normalised; ``-inf`` where the reference has no mass.
+
+    Raises:
+        ValueError: shapes that differ, n < 1, or probabilities that do not sum to one (to 1e-6).
+    """
+    if log_ref.shape != rewards.shape or log_ref.dim() < 1:
+        raise ValueError(f"need log_ref and rewards [..., S], got {tuple(log_ref.shape)} and {tuple(rewards.shape)}")
+    log_ref = log_ref.double()
+    probabilities = log_ref.exp()
+    if not torch.allclose(probabilities.sum(dim=-1), torch.ones((), dtype=torch.float64), atol=1e-6):
+        raise ValueError("log_ref must be normalised over its last dimension")
+    p_lt, p_le = level_probabilities(probabilities, rewards)
+    return log_ref + torch.where(probabilities > 0, log_bon_ratio(p_lt, p_le, n), 0.0)
+
+
+def level_probabilities(probabilities: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """p_< and p_<= of every point of a finite distribution, exactly.
+
+    Args:
+        probabilities, rewards: ``[..., S]``.
+
+    Returns:
+        (p_lt, p_le), ``[..., S]`` float64.
+    """
+    probabilities, rewards = probabilities.double(), rewards.double()
+    ordered, index = rewards.sort(dim=-1)
+    cumulative = probabilities.gather(-1, index).cumsum(dim=-1).clamp(max=1.0)
+    padded = torch.cat([torch.zeros_like(cumulative[..., :1]), cumulative], dim=-1)
+    ordered, values = ordered.contiguous(), rewards.contiguous()
+    p_lt = padded.gather(-1, torch.searchsorted(ordered, values, right=False))
+    p_le = padded.gather(-1, torch.searchsorted(ordered, values, right=True))
+    return p_lt, p_le
+
+
+def bon_kl_bound(n: int) -> float:
+    """log n - (n - 1) / n: what KL(pi_BoN || pi_ref) is without ties, and never exceeds. In nats.
+
+    Raises:
+        ValueError: n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+def bon_kl(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """KL(pi_BoN || pi_ref) of a finite distribution, exactly.
+
+    Args:
+        log_ref, rewards: ``[..., S]``, as for :func:`bon_log_probs`.
+        n: >= 1.
+
+    Returns:
+        ``[...]`` float64, in nats, at most :func:`bon_kl_bound`.
+
+    Raises:
+        ValueError: as :func:`bon_log_probs`.
+    """
+    log_bon = bon_log_probs(log_ref, rewards, n)
+    mass = log_bon.exp()
+    terms = torch.where(mass > 0, log_bon - log_ref.double(), 0.0)
+    return (mass * terms).sum(dim=-1)
+
+
+def _probabilities(p_lt: Tensor, p_le: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if p_lt.shape != p_le.shape:
+        raise ValueError(f"p_lt and p_le differ in shape: {tuple(p_lt.shape)} and {tuple(p_le.shape)}")
+    low, high = p_lt.double(), p_le.double()
+    if not ((low >= 0) & (low <= high) & (high <= 1 + 1e-9)).all():
+        raise ValueError("need 0 <= p_lt <= p_le <= 1 everywhere")
+    return low, high
