@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import urllib.request
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -143,45 +143,18 @@ def test_resumed_run_continues_as_the_uninterrupted_one(
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
 
 
-def test_checkpoint_without_anchor_is_refused(trained: Run, bond: Callable[..., Run], tmp_path: Path) -> None:
-    shutil.copytree(trained.folder / "ckpt", tmp_path / "ckpt")
-    for path in (tmp_path / "ckpt").glob("_actor/*/bond_anchor_*"):
-        path.unlink()
-    failed = bond(tmp_path, {**SAME, "ckpt.load_enable": True}, check=False)
-    assert failed.status not in (0, -1)
-    assert "holds no anchor for rank 0" in failed.output
-
-
 # Steps small enough that the last bits of a sum over ranks do not change which tokens are sampled next.
 GENTLE = {**SAME, "actor.adam.lr": 1e-4}
 
 
 @pytest.fixture(scope="module")
-def one_rank(bond: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return bond(tmp_path_factory.mktemp("one_rank"), GENTLE)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_give_the_losses_of_one(
-    one_rank: Run, bond: Callable[..., Run], tmp_path: Path, stage: int
-) -> None:
-    flags = {**GENTLE, "actor.num_gpus_per_node": 2, "ds.zero_stage": stage}
-    two = bond(tmp_path, {**flags, "train.micro_batch_size": 4, "bond.save_anchor": True})
-    assert len(two.metrics) == 3
-    for mine, theirs in zip(two.metrics, one_rank.metrics, strict=True):
-        for name in ("bond/loss", "bond/forward_nll", "reward/policy", "reward/anchor", "actor_grad_norm"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-2), (mine["step"], name)
-        assert mine["bond/engine_gap_anchor"] < 2e-2
-        assert mine["bond/anchor_distance"] == pytest.approx(theirs["bond/anchor_distance"], rel=1e-2)
-    assert (tmp_path / "out" / "anchor" / "model.safetensors").exists()
-
-
-def test_patched_host_runs_natively(trained: Run, tiny: Tiny, tmp_path: Path) -> None:
-    """The additive patch on an installed copy: the host's own command knows jbond, in all its processes."""
+def patched(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The additive patch on an installed copy, and the host's own command: three steps on one rank."""
     import importlib.util
 
+    folder = tmp_path_factory.mktemp("patched")
     (installed,) = importlib.util.find_spec("openrlhf").submodule_search_locations
-    target = tmp_path / "site"
+    target = folder / "site"
     shutil.copytree(installed, target / "openrlhf", ignore=shutil.ignore_patterns("__pycache__"))
     assert (target / "openrlhf" / "__init__.py").read_text() == ""
     (patch,) = (REPOSITORY / "patches").glob("*.patch")
@@ -191,24 +164,41 @@ def test_patched_host_runs_natively(trained: Run, tiny: Tiny, tmp_path: Path) ->
         ["git", "apply", "--unidiff-zero", str(patch)],
         cwd=target,
         check=True,
-        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)},
+        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(folder)},
     )
-    flags = {
-        **recipe_for(tiny),
-        **SAME,
-        "ckpt.output_dir": str(tmp_path / "out"),
-        "ckpt.path": str(tmp_path / "ckpt"),
-    }
+    flags = {**recipe_for(tiny), **GENTLE, "ckpt.output_dir": str(folder / "out"), "ckpt.path": str(folder / "ckpt")}
     done = execute(
         [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *to_argv(flags)],
-        tmp_path,
+        folder,
         PYTHONPATH=str(target),
         OMP_NUM_THREADS="1",
     )
     assert done.status == 0, done.output[-4000:]
-    for mine, theirs in zip(done.metrics, trained.metrics[:3], strict=True):
-        for name in ("reward/policy", "bond/loss", "bond/anchor_distance"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+    return done
+
+
+def test_patched_host_runs_natively(patched: Run, trained: Run) -> None:
+    """The host's own command knows jbond, in all its processes."""
+    assert len(patched.metrics) == 3
+    # Before the first step both runs are the same, whatever their learning rates.
+    for name in ("reward/policy", "reward/anchor", "bond/loss", "bond/forward_nll", "actor_grad_norm"):
+        assert patched.metrics[0][name] == pytest.approx(trained.metrics[0][name], rel=1e-4), name
+    for step in patched.metrics:
+        assert step["bond/anchor_distance"] > 0
+        assert step["bond/engine_gap_anchor"] < 2e-2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_give_the_losses_of_one(patched: Run, bond: Callable[..., Run], tmp_path: Path, stage: int) -> None:
+    flags = {**GENTLE, "actor.num_gpus_per_node": 2, "ds.zero_stage": stage}
+    two = bond(tmp_path, {**flags, "train.micro_batch_size": 4, "bond.save_anchor": True})
+    assert len(two.metrics) == 3
+    for mine, theirs in zip(two.metrics, patched.metrics, strict=True):
+        for name in ("bond/loss", "bond/forward_nll", "reward/policy", "reward/anchor", "actor_grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-2), (mine["step"], name)
+        assert mine["bond/engine_gap_anchor"] < 2e-2
+        assert mine["bond/anchor_distance"] == pytest.approx(theirs["bond/anchor_distance"], rel=1e-2)
+    assert (tmp_path / "out" / "anchor" / "model.safetensors").exists()
 
 
 PLUGIN = '''
@@ -300,21 +290,6 @@ def test_reward_server_several_samples_and_several_epochs(bond: Callable[..., Ru
         assert step["ppo_clip_ratio"] > 0  # --train.max_epochs 2 is off-policy: ratios, clipped
 
 
-def test_reward_model_actor(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
-    done = bond(
-        tmp_path,
-        {
-            "reward.remote_url": None,
-            "reward.model_name_or_path": str(tiny.model),
-            "reward.num_gpus_per_node": 1,
-            "data.max_samples": 32,
-        },
-    )
-    for step in done.metrics:
-        assert step["reward/policy"] != step["reward/anchor"]
-        assert 0 < step["bond/win_rate"] < 1
-
-
 def test_exception_in_the_reward_function_stops_the_run_with_its_traceback(
     bond: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -328,21 +303,17 @@ def test_exception_in_the_reward_function_stops_the_run_with_its_traceback(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_reward_that_is_no_number_stops_the_run_and_names_the_prompt(
-    bond: Callable[..., Run], tmp_path: Path
-) -> None:
-    path = tmp_path / "reward.py"
-    path.write_text(
-        textwrap.dedent(
-            """
-            def reward_func(queries, prompts, labels):
-                return {"rewards": float("nan") if prompts[0].startswith("h") else 1.0}
-            """
-        )
-    )
-    failed = bond(tmp_path, {"reward.remote_url": str(path), "data.max_samples": 400}, check=False)
-    assert failed.status not in (0, -1)
-    assert "the reward is nan for the prompt 'h" in failed.output
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: float) -> None:
+    """It is raised where the test above sees an exception stop the run."""
+    import torch
+
+    from bond_plugin.host.experience import _finite_rewards
+    from bond_plugin.host.rewards import RewardError
+
+    rows = [SimpleNamespace(rewards=torch.tensor([r]), prompts=[p]) for r, p in ((1.0, "abc"), (value, "hij"))]
+    with pytest.raises(RewardError, match=f"the reward is {value} for the prompt 'hij'"):
+        _finite_rewards(rows)
 
 
 def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
@@ -371,14 +342,24 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
             except OSError:
                 assert time.time() < deadline, (tmp_path / "cluster.txt").read_text()[-2000:]
                 time.sleep(1)
-        flags = {"data.max_samples": 16, "bond.device": "cpu"}
-        done = bond(tmp_path / "attached", flags, RAY_ADDRESS=address)
-        assert len(done.metrics) == 1
+        # Attached: iterative BOND, whose anchor is a copy of the policy every second step.
+        iterative = {"algo.advantage.estimator": "bond", "bond.anchor": "periodic", "bond.anchor_interval": 2,
+                     "bond.n": 2, "bond.n_anchor_samples": 4, "train.num_episodes": 4}  # fmt: skip
+        done = bond(tmp_path / "attached", {**iterative, "bond.device": "cpu"}, RAY_ADDRESS=address)
+        steps = done.metrics
+        assert [step["bond/anchor_distance"] == 0 for step in steps] == [False, True] * 6
+        assert all(abs(step["bond/kl_anchor"]) < 1e-3 for step in steps[::2])  # drawn right after a copy
+        assert mean(step["reward/policy"] for step in steps[-3:]) > mean(step["reward/policy"] for step in steps[:3])
+        assert all(step["bond/engine_gap_anchor"] < 2e-2 for step in steps)
 
+        # Submitted: Best-of-N fine-tuning.
         folder = tmp_path / "submitted"
         wanted = {
             **recipe_for(tiny),
-            **flags,
+            "bond.device": "cpu",
+            "data.max_samples": 32,
+            "algo.advantage.estimator": "bon_sft",
+            "bond.n": 4,
             "ckpt.output_dir": str(folder / "out"),
             "ckpt.path": str(folder / "ckpt"),
         }
@@ -389,8 +370,10 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
             folder,
         )  # fmt: skip
         assert submitted.status == 0, submitted.output[-4000:]
-        assert len(submitted.metrics) == 1
-        assert submitted.metrics[0]["reward/policy"] == pytest.approx(done.metrics[0]["reward/policy"], rel=1e-6)
+        assert len(submitted.metrics) == 2
+        assert submitted.metrics[0]["reward/policy"] == pytest.approx(steps[0]["reward/policy"], rel=1e-6)
+        assert submitted.metrics[0]["reward/reference"] > 0
+        assert submitted.metrics[0]["bond/kl_ref"] == 0 < submitted.metrics[1]["bond/kl_ref"]
     finally:
         os.killpg(cluster.pid, signal.SIGTERM)
         try:

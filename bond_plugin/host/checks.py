@@ -7,14 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from bond_plugin import registry
-from bond_plugin.algorithms.base import Algorithm
+from bond_plugin.algorithms.base import Algorithm, RewardTransform
 from bond_plugin.host import flags, on_cpu
 
 _HOST_LOSSES = ("ppo", "gspo")
 
 
-def complete(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
-    """Fill in what the algorithm and the device imply where the user said nothing; returns notes to print."""
+def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = None) -> list[str]:
+    """Fill in what the algorithm and the device imply where the user said nothing; returns notes to print.
+
+    ``critic`` is what the user gave for ``--critic.model_name_or_path``.
+    """
     notes: list[str] = []
 
     def default(dest: str, value: object, why: str) -> None:
@@ -30,9 +33,24 @@ def complete(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
         default("vllm.sync_backend", "gloo", "no GPU")
         default("vllm.enforce_eager", True, "no GPU")
         default("ds.attn_implementation", "sdpa", "no GPU")
-    algorithm = flags.algorithm(args)
+        for group in ("ref", "critic", "reward"):
+            # The host's default of 8 would be 8 processes here.
+            if f"{group}.num_gpus_per_node" not in given:
+                getattr(args, group).num_gpus_per_node = args.actor.num_gpus_per_node
+    algorithm, transform = flags.algorithm(args), flags.transform(args)
+    if transform is not None:
+        name = args.reward.transform
+        default("algo.kl.init_coef", transform.kl_coefficient, f"the KL coefficient of {name}")
+        default("reward.clip_range", None, f"the rewards of {name} are logs")
     if algorithm is None:
         return notes
+    if algorithm.samples().classifier:
+        args.critic.model_name_or_path = critic or args.actor.model_name_or_path
+        if "critic.num_gpus_per_node" not in given:
+            args.critic.num_gpus_per_node = args.actor.num_gpus_per_node
+        if "critic.num_nodes" not in given:
+            args.critic.num_nodes = args.actor.num_nodes
+        notes.append(f"the quantile's classifier starts from {args.critic.model_name_or_path}; see --critic.*")
     name = args.algo.advantage.estimator
     default("actor.policy_loss_type", algorithm.policy_loss, f"the policy loss of {name}")
     default("algo.kl.init_coef", 0.0, f"{name} has no KL reward; bond/kl_ref needs no reference model")
@@ -57,7 +75,45 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
         found += _own_loss(args, loss)
     if algorithm is not None:
         found += _own_estimator(args, algorithm, given)
+    transform = flags.transform(args)
+    if transform is not None:
+        found += _transform(args, transform)
     return found
+
+
+def _transform(args: SimpleNamespace, transform: RewardTransform) -> list[str]:
+    """Settings under which the host's training would not have the transform's optimum."""
+    name, coefficient = args.reward.transform, transform.kl_coefficient
+    found = []
+    if abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
+        found.append(
+            f"--algo.kl.init_coef {args.algo.kl.init_coef} contradicts {flags.TRANSFORM} {name}, whose KL "
+            f"coefficient is {coefficient:.6g} (1/(N - 1)): drop the flag, or change N"
+        )
+    refused = {
+        "algo.kl.target": (args.algo.kl.target is not None, "the KL coefficient is fixed by N"),
+        "algo.kl.use_loss": (args.algo.kl.use_loss, "the KL belongs into the reward"),
+        "algo.kl.estimator": (args.algo.kl.estimator != "k1", "only k1 has the right expectation; use k1"),
+        "reward.clip_range": (args.reward.clip_range is not None, "it would clip the transformed reward"),
+        "rollout.top_p": (args.rollout.top_p != 1.0, "the samples must come from the whole distribution; use 1.0"),
+        "algo.dynamic_filtering_enable": (
+            args.algo.dynamic_filtering_enable,
+            "it would drop prompts by their reward, which changes the target distribution",
+        ),
+        "train.agent_func_path": (args.train.agent_func_path is not None, "multi-turn agents: not supported yet"),
+        **_penalties(args),
+    }
+    return found + [
+        f"--{dest} cannot be used with {flags.TRANSFORM} {name}: {why}" for dest, (on, why) in refused.items() if on
+    ]
+
+
+def _penalties(args: SimpleNamespace) -> dict[str, tuple[bool, str]]:
+    why = "the cached rewards of the initial policy's samples do not have the penalty"
+    return {
+        "reward.overlong_buffer_len": (args.reward.overlong_buffer_len is not None, why),
+        "reward.stop_properly_penalty_coef": (args.reward.stop_properly_penalty_coef is not None, why),
+    }
 
 
 def _cpu(args: SimpleNamespace) -> list[str]:
@@ -223,12 +279,23 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm, given: frozenset
             f"--algo.kl.init_coef {args.algo.kl.init_coef} has no place in {name}, which puts no KL into the "
             "reward: drop the flag or set it to 0 (bond/kl_ref is reported without it)"
         )
+    if wants.reward_cache:
+        penalties = _penalties(args).items()
+        found += [f"--{dest} cannot be used with a reward cache: {why}" for dest, (on, why) in penalties if on]
+    if wants.classifier:
+        ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+        if args.critic.num_nodes * args.critic.num_gpus_per_node != ranks:
+            found.append(
+                f"--critic.num_gpus_per_node: the classifier needs as many ranks as the policy ({ranks}); drop it"
+            )
+        if args.train.colocate_critic_reward:
+            found.append("--train.colocate_critic_reward cannot be used with a learned quantile yet")
     if wants.trained_companions and algorithm.policy_loss == "ppo":
         found.append(f"{name} trains on companions, so it needs a policy loss of its own, not the host's ppo")
-    if (
-        getattr(algorithm.config, "baseline", None) == "batch"
-        and args.rollout.batch_size * args.rollout.n_samples_per_prompt < 2
-    ):
+    baseline = getattr(algorithm.config, "baseline", None)
+    if baseline == "leave_one_out" and args.rollout.n_samples_per_prompt < 2:
+        found.append("--bond.baseline leave_one_out needs --rollout.n_samples_per_prompt 2 or more; or use batch")
+    if baseline == "batch" and args.rollout.batch_size * args.rollout.n_samples_per_prompt < 2:
         found.append("--bond.baseline batch needs at least two samples a rollout; use --bond.baseline none")
     return found + _sizes(args, wants.trained_companions)
 

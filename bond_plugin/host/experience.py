@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bond_plugin.algorithms.base import AdvantageInputs
+from bond_plugin.host import classifier
 from bond_plugin.host.rewards import RewardError, shorten
 from bond_plugin.host.sampling import Rollout, Rollouts
 
@@ -49,7 +50,11 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         rows += [companions[p * m + int(i)] for i in chosen[p]]
 
     # The host's forward pass of the policy; rewards are there already, so it computes log-probabilities only.
-    experiences = self.make_experience(self.split_rollout_samples(rows))
+    critics, self.critic_model_group = self.critic_model_group, None  # a classifier is asked below, in its way
+    try:
+        experiences = self.make_experience(self.split_rollout_samples(rows))
+    finally:
+        self.critic_model_group = critics
     per_prompt = n + chosen.shape[-1]
 
     def by_prompt(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +68,14 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         under[name] = rollouts.log_probs(name, experiences)
         of_policy[name], _ = by_prompt(_sums(under[name], experiences))
 
+    classifier_logits = reference_rewards = None
+    if wants.classifier:
+        classifier_logits, _ = by_prompt(torch.cat(rollouts.classifier_logits(experiences)).double())
+    if wants.reward_cache:
+        from bond_plugin.host import caching
+
+        reference_rewards = caching.rewards_for(self.args, [policy[p * n].prompts[0] for p in range(prompts)])
+
     found = algorithm.advantages(
         AdvantageInputs(
             rewards=rewards,
@@ -71,6 +84,8 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
             companion_log_probs=companion_log_probs,
             source_log_probs=of_policy[wants.source] if wants.source_log_probs else None,
             generator=rollouts.generator("advantages"),
+            reference_rewards=reference_rewards,
+            classifier_logits=classifier_logits,
         )
     )
     if not torch.isfinite(found.advantages).all():
@@ -90,8 +105,11 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     advantages = found.advantages
     if found.companion_advantages is not None:
         advantages = torch.cat([advantages, found.companion_advantages], dim=-1)
+    targets = torch.full((prompts, per_prompt), -1.0)
+    if found.classifier_targets is not None:
+        targets[:, :n] = found.classifier_targets
     rollouts.policy_samples = policy
-    return _for_training(self, experiences, advantages.flatten(), companion_rows.flatten())
+    return _for_training(self, experiences, advantages.flatten(), companion_rows.flatten(), targets.flatten())
 
 
 def _others(algorithm: Any) -> list[str]:
@@ -186,7 +204,13 @@ def _engine_gaps(
     return found
 
 
-def _for_training(maker: Any, experiences: list[Any], advantages: torch.Tensor, companion: torch.Tensor) -> list[Any]:
+def _for_training(
+    maker: Any,
+    experiences: list[Any],
+    advantages: torch.Tensor,
+    companion: torch.Tensor,
+    targets: torch.Tensor,
+) -> list[Any]:
     """One experience a data-parallel rank, all of the same number of rows, prompts in order."""
     from openrlhf.trainer.ppo_utils.experience import (
         make_experience_batch,
@@ -205,6 +229,8 @@ def _for_training(maker: Any, experiences: list[Any], advantages: torch.Tensor, 
             "reward": e.rewards.float(),
             COMPANION: companion[part].float(),
         }
+        if maker.critic_model_group is not None:
+            e.info[classifier.TARGET] = targets[part].float()
         rows += split_experience_batch(e)
         start += size
     rows = remove_padding_in_sequences(rows)

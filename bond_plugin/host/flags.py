@@ -35,6 +35,8 @@ class Invocation:
         dry_run: print the configuration and stop before Ray starts.
         args: the host's nested arguments, once the host has made them.
         parser: to report errors in the usual way.
+        critic: the value of ``--critic.model_name_or_path``, which the host forgets for estimators other than
+            ``gae``.
     """
 
     estimator: str
@@ -42,6 +44,7 @@ class Invocation:
     dry_run: bool
     parser: argparse.ArgumentParser
     args: SimpleNamespace | None = field(default=None)
+    critic: str | None = None
 
 
 _current: Invocation | None = None
@@ -184,6 +187,7 @@ def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespa
     nested = original(args)
     if _current is not None and hasattr(args, ESTIMATOR[2:]):
         _current.args = nested
+        _current.critic = nested.critic.model_name_or_path
     return nested
 
 

@@ -28,6 +28,7 @@ _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
 _TRAINER = "openrlhf.trainer.ppo_trainer:BasePPOTrainer"
 _ACTOR = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
 _SAMPLER = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
+_MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
 _EXECUTOR = "openrlhf.utils.agent:SingleTurnAgentExecutor"
 
 
@@ -105,11 +106,8 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _hook(f"{_SAMPLER}.generate_samples", "self generate_kwargs", "sampling:generate_samples"),
     _hook(f"{_SAMPLER}.generate_eval_samples", "self generate_kwargs", "sampling:generate_eval_samples"),
-    _hook(
-        "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.make_experience_batch",
-        "self rollout_samples",
-        "experience:make_experience_batch",
-    ),
+    _hook(f"{_MAKER}.make_experience_batch", "self rollout_samples", "experience:make_experience_batch"),
+    _hook(f"{_MAKER}.compute_advantages_and_returns", "self experiences", "transform:compute_advantages_and_returns"),
     # The training workers.
     _hook(f"{_STRATEGY}._ds_init_train_model", "self model cfg", "weights:init_train_model"),
     _hook(
@@ -136,6 +134,11 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _hook(f"{_ACTOR}.ppo_train", "self kl_ctl", "loss:ppo_train"),
     _hook(f"{_ACTOR}.training_step", "self experience kl_ctl step loss_batch_info", "loss:training_step"),
+    _hook(
+        "openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step",
+        "self experience step loss_batch_info",
+        "classifier:training_step",
+    ),
     # The rollout engines.
     _hook(
         f"{_EXECUTOR}.execute",

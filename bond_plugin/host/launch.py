@@ -93,7 +93,7 @@ def _before_ray(run: flags.Invocation) -> None:
     args.bond.device = os.environ[DEVICE_VARIABLE]
     try:
         hooks.check_all()
-        for note in checks.complete(args, run.given):
+        for note in checks.complete(args, run.given, run.critic):
             print(f"bond: note: {note}", flush=True)
         problems = checks.problems(args, run.given)
     except (hooks.HostMismatch, checks.registry.RegistryError) as error:

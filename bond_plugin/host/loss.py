@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bond_plugin import registry
 from bond_plugin.algorithms.base import LossInputs, LossOutputs
-from bond_plugin.host import checks, flags, weights
+from bond_plugin.host import checks, classifier, flags, weights
 from bond_plugin.host.experience import COMPANION
 
 
@@ -109,6 +109,7 @@ def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> N
 def training_step(original: Any, self: Any, experience: Any, *args: Any, **kwargs: Any) -> dict:
     """One micro-batch: hand the loss what it needs to know of the rows; report the loss as it is meant."""
     companion = experience.info.pop(COMPANION, None)
+    experience.info.pop(classifier.TARGET, None)
     loss = self.actor_loss_fn
     if not isinstance(loss, PromptMeanLoss):
         return original(self, experience, *args, **kwargs)

@@ -100,6 +100,8 @@ def train_step(original: Any, self: Any, rollout_samples: Any, global_step: int)
         # The host adds up everything under timing/; ours are parts of its own, so they join later.
         self._bond_timings = {name: own.pop(name) for name in list(own) if name.startswith("timing/")}
         status |= own
+    else:
+        status |= getattr(self.experience_maker, "bond_metrics", {})
     return status, step
 
 

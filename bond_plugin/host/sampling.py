@@ -7,6 +7,7 @@ the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 import torch
 
-from bond_plugin.host import flags, hooks, metrics, weights
+from bond_plugin.host import classifier, flags, hooks, metrics, weights
 
 
 class Rollout(list):
@@ -37,6 +38,7 @@ class Rollouts:
         self.wants = algorithm.samples()
         self.args = trainer.args
         self.actors = trainer.actor_model_group
+        self.critics = trainer.critic_model_group
         self.step = 0
         self.holding = "policy"
         self.metrics: dict[str, float] = {}
@@ -55,16 +57,25 @@ class Rollouts:
 
     def log_probs(self, name: str, experiences: list[Any]) -> list[torch.Tensor]:
         """log pi of the response tokens of each experience under the weights ``name``: ``[B, A]`` each."""
-        started = time.time()
-        handles = self.actors._actor_handlers
-        share = -(-len(experiences) // len(handles))
         batches = [(e.sequences, e.action_mask, e.attention_mask) for e in experiences]
+        return self._timed(f"log_probs_{name}", self.actors, functools.partial(weights.log_probs, name=name), batches)
+
+    def classifier_logits(self, experiences: list[Any]) -> list[torch.Tensor]:
+        """The classifier's logit of each row of each experience: ``[B]`` each."""
+        batches = [(e.sequences, e.attention_mask) for e in experiences]
+        return self._timed("classifier", self.critics, classifier.logits, batches)
+
+    def _timed(self, what: str, group: Any, function: Any, batches: list[Any]) -> list[torch.Tensor]:
+        """Have the workers of a group do ``function(worker, batches=share)``, a consecutive share each."""
+        started = time.time()
+        handles = group._actor_handlers
+        share = -(-len(batches) // len(handles))
         refs = [
-            actor.__ray_call__.remote(weights.log_probs, name, batches[i * share : (i + 1) * share])
+            actor.__ray_call__.remote(function, batches=batches[i * share : (i + 1) * share])
             for i, actor in enumerate(handles)
         ]
-        found = [log_probs for part in ray.get(refs) for log_probs in part]
-        self.metrics[f"timing/log_probs_{name}"] = time.time() - started
+        found = [result for part in ray.get(refs) for result in part]
+        self.metrics[f"timing/{what}"] = time.time() - started
         return found
 
     def generator(self, purpose: str) -> torch.Generator:

@@ -293,7 +293,7 @@ def broadcast(actor: Any, name: str) -> None:
         actor.trainer.broadcast_to_vllm()
 
 
-def log_probs(actor: Any, name: str, batches: list[tuple[Any, Any, Any]]) -> list[torch.Tensor]:
+def log_probs(actor: Any, batches: list[tuple[Any, Any, Any]], name: str) -> list[torch.Tensor]:
     """log pi of each response token under the weights ``name``.
 
     Args:

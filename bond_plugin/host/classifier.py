@@ -1,0 +1,84 @@
+"""The learned quantile: a sequence classifier p_<=(x, y) in the host's critic slot.
+
+The host makes, shards, optimises and checkpoints a critic: a language model with a scalar head on each token.
+Here the head's value at a response's last token is a logit, trained by binary cross-entropy (Eq. 25 of arXiv
+2407.14622) instead of on returns. The host's critic never looks at the last token, because the value of a state
+does not depend on the action taken in it; the classifier does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bond_plugin.host import flags
+
+#: Per-row target in ``Experience.info``; -1 on rows that are not trained on.
+TARGET = "bond_classifier_target"
+
+
+def wanted(args: Any) -> bool:
+    """Whether this run's algorithm trains a classifier."""
+    algorithm = flags.algorithm(args)
+    return algorithm is not None and algorithm.samples().classifier
+
+
+def logits_of(critic: Any, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+    """The logit at each row's last token.
+
+    Args:
+        critic: the prepared critic.
+        sequences, attention_mask: ``[B, T]``.
+
+    Returns:
+        ``[B]`` float32.
+    """
+    # The model gives values for all tokens but the last one: append one that nothing attends to.
+    padded = torch.nn.functional.pad(sequences, (0, 1))
+    attention = torch.nn.functional.pad(attention_mask, (0, 1))
+    values = critic(padded, action_mask=torch.ones_like(sequences), attention_mask=attention)
+    last = sequences.shape[1] - 1 - attention_mask.long().flip(-1).argmax(dim=-1, keepdim=True)
+    return values.gather(-1, last).squeeze(-1).float()
+
+
+def training_step(original: Any, self: Any, experience: Any, step: int, loss_batch_info: Any = None) -> dict:
+    """One micro-batch of the critic's training: of the classifier's, where there is one."""
+    if not wanted(self.args):
+        return original(self, experience, step, loss_batch_info)
+    args = self.args
+    target = torch.as_tensor(experience.info[TARGET], device=experience.sequences.device).float()
+    trained = target >= 0
+    self.critic.train()
+    logits = logits_of(self.critic, experience.sequences, experience.attention_mask)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, torch.where(trained, target, 0.0), reduction="none"
+    )
+    # DeepSpeed averages over ranks and micro-batches: a row's share is of all policy samples of the step.
+    scale = torch.distributed.get_world_size() * self.strategy.accumulated_gradient / args.train.batch_size
+    loss = torch.where(trained, losses, 0.0).sum() * scale
+    self.strategy.backward(loss, self.critic, self.critic_optim)
+    self.strategy.optimizer_step(self.critic_optim, self.critic, self.critic_scheduler, name="critic")
+    return {
+        "bond/classifier_loss": loss.item(),
+        "critic_lr": self.critic_scheduler.get_last_lr()[0],
+        "critic_grad_norm": self.strategy.get_grad_norm(self.critic),
+    }
+
+
+@torch.no_grad()
+def logits(worker: Any, batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """What the trainer asks of each critic worker (through Ray): the logits of its share of a rollout.
+
+    Args:
+        batches: (sequences ``[B, T]``, attention_mask ``[B, T]``) each.
+
+    Returns:
+        ``[B]`` float32 each, on the CPU.
+    """
+    device = torch.cuda.current_device()
+    worker.critic.eval()
+    found = [logits_of(worker.critic, s.to(device), a.to(device)).cpu() for s, a in batches]
+    worker.critic.train()
+    return found

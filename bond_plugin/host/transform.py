@@ -1,0 +1,57 @@
+"""Reward transforms: the host's own estimators, given other rewards."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from bond_plugin.algorithms.base import TransformInputs
+from bond_plugin.host import flags
+from bond_plugin.host.rewards import RewardError, shorten
+
+
+@torch.no_grad()
+def compute_advantages_and_returns(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
+    """Put the transformed rewards in the place of the rewards, just before the host makes advantages of them.
+
+    ``info["reward"]``, which the host logs, keeps the reward as it was.
+    """
+    transform = flags.transform(self.args)
+    if transform is None:
+        return original(self, experiences)
+    from bond_plugin.host import caching
+
+    rewards = torch.cat([e.rewards.double() for e in experiences])
+    prompts = list(itertools.chain.from_iterable(e.prompts for e in experiences))
+    for reward, prompt in zip(rewards.tolist(), prompts, strict=True):
+        if not torch.isfinite(torch.tensor(reward)):
+            raise RewardError(f"the reward is {reward} for the prompt {shorten(prompt)}")
+
+    # The host keeps log pi - log pi_ref of each token (its k1 estimate of the KL), not log pi_ref itself.
+    kl = torch.cat([_row_sums(e.kl, e) for e in experiences])
+    log_probs = torch.cat([_row_sums(e.action_log_probs, e) for e in experiences])
+
+    # Each sample by itself: a row needs its own prompt's samples of the reference and nothing else.
+    found = transform.transform(
+        TransformInputs(
+            rewards=rewards.unsqueeze(1),
+            reference_rewards=caching.rewards_for(self.args, prompts),
+            reference_log_probs=(log_probs - kl).unsqueeze(1),
+        )
+    )
+    start = 0
+    for e in experiences:
+        e.rewards = found.rewards[start : start + len(e.sequences), 0].float()
+        start += len(e.sequences)
+    self.bond_metrics = {
+        **found.metrics,
+        "reward/policy": rewards.mean().item(),
+        "bond/kl_ref": kl.mean().item(),
+    }
+    return original(self, experiences)
+
+
+def _row_sums(values: torch.Tensor, experience: Any) -> torch.Tensor:
+    return torch.where(experience.action_mask.bool(), values.double(), 0.0).sum(dim=-1)

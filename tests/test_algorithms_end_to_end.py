@@ -1,0 +1,143 @@
+"""BOND, bon_sft and vBoN in the real host on a tiny model: one and two ranks, from flags and from a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Run, Tiny
+
+pytestmark = pytest.mark.e2e
+
+
+def as_recipe(flags: dict[str, Any], path: Path) -> Path:
+    """Dotted flags as a recipe file."""
+    tree: dict[str, Any] = {}
+    for name, value in flags.items():
+        *groups, leaf = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_bond_with_a_learned_quantile_on_two_ranks_from_a_recipe(
+    bond: Callable[..., Run], tiny: Tiny, tmp_path: Path
+) -> None:
+    """The classifier sits in the critic slot, is sharded, trained and checkpointed by the host."""
+    recipe = as_recipe(
+        {
+            "algo.advantage.estimator": "bond",
+            "bond.n": 4,
+            "bond.beta": 0.5,
+            "bond.quantile": "learned",
+            "bond.correction": False,
+            "critic.adam.lr": 3e-3,
+            "critic.lr_warmup_ratio": 0.0,
+            "actor.num_gpus_per_node": 2,
+            "ds.zero_stage": 3,
+            "train.micro_batch_size": 4,
+            "train.num_episodes": 3,
+            "ckpt.save_steps": 8,
+        },
+        tmp_path / "recipe.yaml",
+    )
+    ours = {"recipe": str(recipe), "algo.advantage.estimator": None, "actor.num_gpus_per_node": None,
+            "ds.zero_stage": None, "train.micro_batch_size": None}  # fmt: skip
+    done = bond(tmp_path, {**ours, "data.max_samples": 48})
+    steps = done.metrics
+    assert len(steps) == 9
+    for step in steps:
+        assert step["reward/reference"] != step["reward/policy"]
+        assert 0 < step["bond/quantile"] < 1
+        assert math.isfinite(step["bond/backward_kl"])
+        assert step["critic_grad_norm"] > 0
+        assert step["bond/engine_gap_reference"] < 2e-2  # the engine held the initial policy's weights
+    assert steps[0]["bond/quantile_bce"] == pytest.approx(math.log(2), abs=0.15)  # it knows nothing yet
+    assert mean(s["bond/quantile_bce"] for s in steps[-4:]) < mean(s["bond/quantile_bce"] for s in steps[:2])
+    assert steps[-1]["bond/kl_ref"] == steps[-1]["bond/kl_anchor"] > 0  # the anchor is the initial policy
+    assert (tmp_path / "ckpt" / "_critic" / "global_step8").is_dir()
+
+
+def test_bon_sft_on_two_ranks_with_a_reward_model_actor(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
+    done = bond(
+        tmp_path,
+        {
+            "algo.advantage.estimator": "bon_sft",
+            "bond.n": 4,
+            "bond.kl_coef": 0.1,
+            "actor.num_gpus_per_node": 2,
+            "ds.zero_stage": 2,
+            "train.micro_batch_size": 4,
+            "reward.remote_url": None,
+            "reward.model_name_or_path": str(tiny.model),
+            "data.max_samples": 48,
+        },
+    )
+    for step in done.metrics:
+        assert step["reward/policy"] != step["reward/reference"]
+        assert 0 < step["bond/win_rate"] < 1
+        assert step["bond/engine_gap_reference"] < 2e-2
+    assert done.metrics[-1]["bond/forward_nll"] > 0
+    assert "bond/anchor_distance" not in done.metrics[-1]  # it keeps no anchor
+
+
+def test_vbon_on_rloo_from_flags(bond: Callable[..., Run], tiny: Tiny, reward_cache: Path, tmp_path: Path) -> None:
+    """The host's own estimator, loss and reference model; the reward and the KL coefficient are vBoN's."""
+    done = bond(
+        tmp_path,
+        {
+            "algo.advantage.estimator": "rloo",
+            "reward.transform": "vbon",
+            "vbon.n": 16,
+            "vbon.bound": "exact",
+            "bond.reward_cache": str(reward_cache),
+            "rollout.n_samples_per_prompt": 4,
+            "train.batch_size": 64,
+            "train.micro_batch_size": 16,
+            "rollout.micro_batch_size": 16,
+            "train.num_episodes": 4,
+            "actor.adam.lr": 4e-3,
+        },
+    )
+    steps = done.metrics
+    assert len(steps) == 12
+    rewards = [step["reward/policy"] for step in steps]
+    assert mean(rewards[-3:]) > mean(rewards[:3]) + 0.05
+    assert mean(s["bond/quantile"] for s in steps[-3:]) > mean(s["bond/quantile"] for s in steps[:3])
+    assert abs(steps[0]["bond/kl_ref"]) < 1e-3
+    assert steps[-1]["bond/kl_ref"] > 0
+    assert steps[0]["reward"] == pytest.approx(rewards[0], abs=1e-4)  # the host goes on logging the reward itself
+    # "return" is the transformed reward minus the KL's share, before the baseline is taken off
+    assert "--algo.kl.init_coef is 0.0666" in done.output
+
+
+def test_vbon_on_ppo_with_a_critic_on_two_ranks_from_a_recipe(
+    bond: Callable[..., Run], tiny: Tiny, reward_cache: Path, tmp_path: Path
+) -> None:
+    recipe = as_recipe(
+        {
+            "algo.advantage.estimator": "gae",
+            "reward.transform": "vbon",
+            "vbon.n": 4,
+            "bond.reward_cache": str(reward_cache),
+            "actor.num_gpus_per_node": 2,
+            "train.micro_batch_size": 4,
+        },
+        tmp_path / "recipe.yaml",
+    )
+    ours = {"recipe": str(recipe), "algo.advantage.estimator": None, "actor.num_gpus_per_node": None,
+            "train.micro_batch_size": None}  # fmt: skip
+    done = bond(tmp_path, {**ours, "data.max_samples": 32})
+    assert len(done.metrics) == 2
+    for step in done.metrics:
+        assert step["vbon/reward"] < 0
+        assert step["bond/log_quantile"] < 0
+        assert math.isfinite(step["critic_loss"])
