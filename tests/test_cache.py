@@ -347,7 +347,10 @@ def test_prompts_are_those_of_the_hosts_own_loader(run: Callable, tiny: Tiny, tm
     args.data.prompt_dataset, args.data.label_key, args.data.input_template = str(chats), "answer", None
     with pytest.raises(CacheError, match=r"add --data.apply_chat_template"):
         caching.training_prompts(args, caching.tokenizer_of(args))
-    args.data.apply_chat_template = True
+    args.data.input_key = "question"
+    with pytest.raises(CacheError, match=r"no key 'question': set --data.input_key"):
+        caching.training_prompts(args, caching.tokenizer_of(args))
+    args.data.input_key, args.data.apply_chat_template = "input", True
     tokenizer = caching.tokenizer_of(args)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
     assert caching.training_prompts(args, tokenizer) == [("<hi>", 7)]

@@ -73,7 +73,7 @@ def training_prompts(args: SimpleNamespace, tokenizer: Any) -> list[tuple[str, A
     would need Ray, is left out.
 
     Raises:
-        CacheError: a prompt that is no text.
+        CacheError: a prompt that is no text, or data without the key that should hold it.
     """
     from openrlhf.trainer.ppo_trainer import prepare_datasets
 
@@ -85,7 +85,13 @@ def training_prompts(args: SimpleNamespace, tokenizer: Any) -> list[tuple[str, A
         is_rank_0=lambda: False,
         setup_dataloader=lambda dataset, *settings, **more: dataset,
     )
-    dataset, _, _ = prepare_datasets(strategy, tokenizer)
+    try:
+        dataset, _, _ = prepare_datasets(strategy, tokenizer)
+    except KeyError as error:
+        raise cache.CacheError(
+            f"--data.prompt_dataset {args.data.prompt_dataset} has no key {error}: set --data.input_key or "
+            "--data.label_key"
+        ) from error
     pairs: dict[tuple[Any, str | None], tuple[str, Any]] = {}
     for prompt, label in zip(dataset.prompts, dataset.labels, strict=True):
         if not isinstance(prompt, str) or not prompt:
@@ -306,23 +312,29 @@ def _fill(args: SimpleNamespace, writer: cache.Writer, pairs: list[tuple[str, An
     chunk = -(-responses // args.cache.samples)
     score = scorer(args, tokenizer)
     interactive = sys.stderr.isatty()
-    total, count, waiting = 0.0, 0, True
+    total, count, waiting, progress = 0.0, 0, True, ""
     with tqdm(
-        total=len(pairs), initial=there, unit="prompt", desc="bond cache", mininterval=0.2 if interactive else 5.0
+        total=len(pairs),
+        initial=there,
+        unit="prompt",
+        desc=flags.CACHE,
+        mininterval=0.2 if interactive else 5.0,
+        smoothing=0,  # prompts come in chunks: only the average over all of them says how long it takes
     ) as bar:
 
         def sampled(done: int, wanted: int) -> None:
-            nonlocal waiting
+            nonlocal waiting, progress
             if waiting:
                 waiting = False
                 bar.unpause()  # the time left is of sampling, not of starting vLLM
-            mean = f", mean reward {total / count:.4g}" if count else ""
-            bar.set_postfix_str(f"{done}/{wanted} responses sampled{mean}", refresh=interactive)
+            progress = f"{done}/{wanted} responses sampled"
+            bar.set_postfix_str(progress, refresh=interactive)
 
         def scored(prompt: str, label: Any, samples: engine.PromptSamples) -> Sequence[float]:
             nonlocal total, count
             rewards = score(prompt, label, samples)
             total, count = total + sum(rewards), count + len(rewards)
+            bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
             return rewards
 
         def draw(prompts: list[str]) -> Iterator[list[engine.PromptSamples]]:
