@@ -189,18 +189,23 @@ def bond(tiny: Tiny) -> Callable[..., Run]:
 
 @pytest.fixture
 def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
-    """``dry(flags, extra)``: ``bond train --dry-run`` in this process; returns (status, printed)."""
+    """``dry(flags, extra)``: ``bond train --dry-run`` in this process; returns (status, printed).
+
+    ``command`` names another subcommand that takes the same flags.
+    """
     monkeypatch.setenv("BOND_DEVICE", "cpu")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
 
-    def run(flags: dict[str, Any] | None = None, extra: tuple[str, ...] = (), base: bool = True) -> Any:
+    def run(
+        flags: dict[str, Any] | None = None, extra: tuple[str, ...] = (), base: bool = True, command: str = "train"
+    ) -> Any:
         from bond_plugin.cli.main import main
 
         wanted = {**(recipe_for(tiny) if base else {}), **(flags or {})}
         capfd.readouterr()
         try:
-            status = main(["train", *to_argv(wanted), "--dry-run", *extra])
+            status = main([command, *to_argv(wanted), "--dry-run", *extra])
         except SystemExit as stop:
             status = stop.code
             if isinstance(status, str):

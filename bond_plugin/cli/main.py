@@ -10,6 +10,7 @@ from bond_plugin import __version__
 #: Subcommand: (module with ``main(argv) -> int``, one line of help).
 COMMANDS = {
     "train": ("bond_plugin.cli.train", "train with OpenRLHF's own PPO trainer and any installed algorithm"),
+    "cache": ("bond_plugin.cli.cache", "score samples of the initial policy once, for --bond.reward_cache"),
     "evaluate": ("bond_plugin.cli.evaluate", "compare two models on held-out prompts: reward, win rate, KL"),
 }
 

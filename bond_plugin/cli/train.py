@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 
 
-def main(argv: list[str]) -> int:
-    """Train. Returns the exit status."""
+def main(argv: list[str], command: str = "bond train") -> int:
+    """Train, or do what another command does with the flags of training. Returns the exit status."""
     from bond_plugin.host import hooks, launch
     from bond_plugin.registry import RegistryError
 
     try:
-        launch.run_host(argv)
+        launch.run_host(argv, command)
     except AssertionError as error:
         if launch.started():
             raise

@@ -1,19 +1,23 @@
 """Offline sampling with vLLM, in a process of its own.
 
-:func:`sample` starts ``python -m bond_plugin.host.engine``, hands it the job as JSON and reads the samples
-back. vLLM keeps the memory it has taken until its process ends, so only a process of its own gives it back;
-and two models can be sampled one after the other on one device.
+:func:`stream` starts ``python -m bond_plugin.host.engine``, hands it the job as JSON on its standard input and
+reads the samples back, one JSON line a chunk; :func:`sample` waits for all of them. vLLM keeps the memory it
+has taken until its process ends, so only a process of its own gives it back; and two models can be sampled
+one after the other on one device.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +25,9 @@ from typing import IO, Any
 from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu
 
 _TAIL_LINES = 25
+_REPORT_EVERY = 0.2  # seconds between two reports of progress: they must never fill the pipe
+
+Progress = Callable[[int, int], None]
 
 
 class SamplingError(RuntimeError):
@@ -43,6 +50,23 @@ class Samples:
     queries: list[list[str]]
 
 
+@dataclass(frozen=True)
+class PromptSamples:
+    """What a model wrote to one prompt.
+
+    Attributes:
+        prompt_ids: [tokens], what was kept of the prompt.
+        response_ids: [n][tokens].
+        queries: [n], as in :class:`Samples`.
+        responses: [n], the responses decoded without their prompt, special tokens included.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    queries: list[str]
+    responses: list[str]
+
+
 def sample(
     model: str | Path,
     prompts: Sequence[str],
@@ -50,7 +74,7 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Samples:
     """Draw ``n`` responses for each prompt from ``model``, with vLLM in a child process.
 
@@ -80,39 +104,114 @@ def sample(
         "n": n,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
-        "seed": seed,
+        "engine": {"seed": seed},
     }
-    with tempfile.TemporaryDirectory(prefix="bond-sample-") as folder:
-        paths = [Path(folder, name) for name in ("job.json", "samples.json", "log.txt")]
-        paths[0].write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", __spec__.name, os.fspath(paths[0]), os.fspath(paths[1])]
-        error = ""
-        with paths[2].open("wb") as log:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=_environment(),
-                text=True,
-            )
-            try:
-                assert child.stdout is not None
-                for line in child.stdout:
-                    message = json.loads(line)
-                    if "error" in message:
-                        error = message["error"]
-                    elif progress is not None:
-                        progress(message["done"], message["total"])
-                status = child.wait()
-            finally:
-                child.kill()
-                child.wait()
+    drawn = [one for chunk in _run(job, progress) for one in chunk]
+    return Samples(
+        prompt_ids=[one.prompt_ids for one in drawn],
+        response_ids=[one.response_ids for one in drawn],
+        queries=[one.queries for one in drawn],
+    )
+
+
+def stream(
+    model: str | Path,
+    prompts: Sequence[str],
+    n: int,
+    *,
+    max_new_tokens: int | None,
+    max_len: int,
+    temperature: float,
+    min_new_tokens: int,
+    seed: int,
+    chunk: int,
+    use_fast_tokenizer: bool = True,
+    engine: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[list[PromptSamples]]:
+    """Draw ``n`` responses for each prompt as the host's rollouts do, and yield them a chunk of prompts at a time.
+
+    Each response has a random seed of its own, made of ``seed``, its prompt and its place among the n. So what
+    is drawn does not depend on which other prompts are asked for, but for rounding: a model's log-probabilities
+    depend a little on what is computed beside them. Chunks are sampled one after the other, each alone, so with
+    the same chunks the same machine gives the same samples. While a chunk is being used, the next is sampled.
+
+    Args:
+        model: a folder, or a name that Hugging Face's hub knows.
+        prompts: texts, none empty, as the host gives them to its engines: not tokenised any further than by
+            the tokenizer without special tokens; only the last tokens are kept of one that leaves no room.
+        n: samples a prompt, at least 1.
+        max_new_tokens: tokens after which a response is cut off; ``None`` for as many as ``max_len`` leaves.
+        max_len: tokens of prompt and response together.
+        temperature: above 0.
+        min_new_tokens: no EOS token before so many tokens.
+        seed: see above.
+        chunk: prompts in a chunk, at least 1.
+        use_fast_tokenizer: as the host's ``--data.disable_fast_tokenizer`` says.
+        engine: further arguments of ``vllm.LLM``.
+        progress: called with (responses finished, responses wanted) now and then.
+
+    Yields:
+        Lists of :class:`PromptSamples`, ``chunk`` long but for the last, in the order of ``prompts``. Close the
+        generator to stop the sampling.
+
+    Raises:
+        SamplingError: vLLM failed.
+    """
+    return _run(
+        {
+            "model": os.fspath(model),
+            "prompts": list(prompts),
+            "n": n,
+            "max_new_tokens": max_new_tokens,
+            "max_len": max_len,
+            "temperature": temperature,
+            "min_new_tokens": min_new_tokens,
+            "seed": seed,
+            "chunk": chunk,
+            "tokenizer": {"trust_remote_code": True, "use_fast": use_fast_tokenizer},
+            "engine": {"trust_remote_code": True, **(engine or {})},
+        },
+        progress,
+    )
+
+
+def _run(job: dict[str, Any], progress: Progress | None) -> Iterator[list[PromptSamples]]:
+    """The parent's side: start the child, read what it says, and raise what it ends with."""
+    error = ""
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=_environment(),
+            encoding="utf-8",
+        )
+        try:
+            assert child.stdin is not None and child.stdout is not None
+            with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that is dead has its say below
+                json.dump(job, child.stdin)
+            for line in child.stdout:
+                if not line.endswith("\n"):
+                    break  # it died while it wrote
+                message = json.loads(line)
+                if "samples" in message:
+                    yield [PromptSamples(**one) for one in message["samples"]]
+                elif "error" in message:
+                    error = message["error"]
+                elif progress is not None:
+                    progress(message["done"], message["total"])
+            status = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
         if status != 0:
-            text = error or paths[2].read_text(encoding="utf-8", errors="replace")
+            log.seek(0)
+            text = error or log.read().decode("utf-8", errors="replace")
             tail = "\n".join(text.splitlines()[-_TAIL_LINES:])
-            raise SamplingError(f"sampling from {model} failed (exit status {status}); it ended with:\n{tail}")
-        return Samples(**json.loads(paths[1].read_text(encoding="utf-8")))
+            raise SamplingError(f"sampling from {job['model']} failed (exit status {status}); it ended with:\n{tail}")
 
 
 def _environment() -> dict[str, str]:
@@ -134,21 +233,29 @@ def _environment() -> dict[str, str]:
 class _Progress:
     """The part of tqdm's interface that vLLM uses, writing ``{"done", "total"}`` as JSON lines."""
 
-    def __init__(self, stream: IO[str], total: int) -> None:
-        self.stream, self.total, self.n = stream, total, 0
+    def __init__(self, stream: IO[str], done: int, total: int) -> None:
+        self.stream, self.total, self.n = stream, total, done
         self.format_dict = {"elapsed": 1.0}
         self.postfix = ""
+        self._reported = 0.0
 
     def update(self, count: int) -> None:
         self.n += count
-        # If the parent is gone this raises BrokenPipeError, which ends the child too.
-        print(json.dumps({"done": self.n, "total": self.total}), file=self.stream, flush=True)
+        now = time.monotonic()
+        if now - self._reported >= _REPORT_EVERY or self.n == self.total:
+            self._reported = now
+            # If the parent is gone this raises BrokenPipeError, which ends the child too.
+            _send(self.stream, {"done": self.n, "total": self.total})
 
     def refresh(self) -> None:
         pass
 
     def close(self) -> None:
         pass
+
+
+def _send(stream: IO[str], message: dict[str, Any]) -> None:
+    print(json.dumps(message), file=stream, flush=True)
 
 
 def _dtype() -> str:
@@ -158,62 +265,95 @@ def _dtype() -> str:
     return "bfloat16" if torch.cuda.is_available() or cpu.native_bf16() else "float32"
 
 
-def _run(job: dict[str, Any], stream: IO[str]) -> Samples:
-    """The child's work: tokenise, sample, decode."""
+def _work(job: dict[str, Any], stream: IO[str]) -> None:
+    """The child's side: tokenise, sample a chunk at a time, decode, send."""
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    prompt_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in job["prompts"]]
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], **job.get("tokenizer", {}))
+    requests = [_fit(tokenizer(text=text, add_special_tokens=False)["input_ids"], job) for text in job["prompts"]]
 
     from vllm import LLM, SamplingParams  # takes long, and most of what can go wrong has gone wrong by now
 
     engine = LLM(
         model=job["model"],
         dtype=_dtype(),
-        seed=job["seed"],
         enforce_eager=not torch.cuda.is_available(),
         # No longer than needed, so that a small cache suffices for a model with a long context.
-        max_model_len=max(map(len, prompt_ids)) + job["max_new_tokens"],
+        max_model_len=max(len(ids) + room for ids, room in requests),
+        **job["engine"],
     )
-    parameters = SamplingParams(
-        n=job["n"],
-        temperature=job["temperature"],
-        top_p=1.0,
-        top_k=-1,
-        max_tokens=job["max_new_tokens"],
-        detokenize=False,
-    )
-    responses = len(prompt_ids) * job["n"]
-    outputs = engine.generate(
-        [{"prompt_token_ids": ids} for ids in prompt_ids],
-        parameters,
-        # vLLM puts its bar around an iterable too, while it reads the prompts: that one passes unchanged.
-        use_tqdm=lambda *iterable, **_: iterable[0] if iterable else _Progress(stream, responses),
-    )
-    response_ids = [
-        [list(completion.token_ids) for completion in sorted(output.outputs, key=lambda c: c.index)]
-        for output in outputs
-    ]
-    queries = [
-        [tokenizer.decode(prompt + response, skip_special_tokens=False) for response in responses]
-        for prompt, responses in zip(prompt_ids, response_ids, strict=True)
-    ]
-    return Samples(prompt_ids, response_ids, queries)
+    n, total = job["n"], len(requests) * job["n"]
+    chunk = job.get("chunk", len(requests))
+    for start in range(0, len(requests), chunk):
+        part = range(start, min(start + chunk, len(requests)))
+        common = {
+            "temperature": job["temperature"],
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_tokens": job.get("min_new_tokens", 0),
+            "detokenize": False,
+        }
+        if "seed" in job:  # a request a response
+            asked = [
+                ({"prompt_token_ids": requests[i][0]}, {"seed": _seed(job["seed"], job["prompts"][i], j)})
+                for i in part
+                for j in range(n)
+            ]
+            rooms = [requests[i][1] for i in part for _ in range(n)]
+            # What earlier chunks left behind must not change how this one is computed.
+            engine.reset_prefix_cache()
+        else:
+            asked = [({"prompt_token_ids": requests[i][0]}, {"n": n}) for i in part]
+            rooms = [requests[i][1] for i in part]
+        outputs = engine.generate(
+            [prompt for prompt, _ in asked],
+            [SamplingParams(**common, **own, max_tokens=room) for (_, own), room in zip(asked, rooms, strict=True)],
+            # vLLM puts its bar around an iterable too, while it reads the prompts: that one passes unchanged.
+            use_tqdm=lambda *iterable, _done=start * n, **_: (
+                iterable[0] if iterable else _Progress(stream, _done, total)
+            ),
+        )
+        completions = [
+            list(completion.token_ids)
+            for output in outputs
+            for completion in sorted(output.outputs, key=lambda c: c.index)
+        ]
+        drawn = []
+        for k, i in enumerate(part):
+            ids, responses = requests[i][0], completions[k * n : (k + 1) * n]
+            queries = [tokenizer.decode(ids + response, skip_special_tokens=False) for response in responses]
+            texts = [tokenizer.decode(response, skip_special_tokens=False) for response in responses]
+            drawn.append(vars(PromptSamples(ids, responses, queries, texts)))
+        _send(stream, {"samples": drawn})
 
 
-def _main(job_path: str, result_path: str) -> None:
+def _fit(ids: list[int], job: dict[str, Any]) -> tuple[list[int], int]:
+    """What the host keeps of a prompt, and how many tokens the response may have."""
+    room, length = job["max_new_tokens"], job.get("max_len")
+    if length is None:
+        return ids, room
+    if room is None:
+        room = max(1, length - len(ids))
+    return ids[-(length - room) :], room
+
+
+def _seed(*parts: object) -> int:
+    """A 63-bit seed from anything that has a repr."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def _main() -> None:
     # Libraries print to standard output as they like: keep it for the protocol, send theirs to the log.
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
-        samples = _run(json.loads(Path(job_path).read_text(encoding="utf-8")), stream)
+        _work(json.loads(sys.stdin.buffer.read()), stream)
     except BaseException:
         # What native libraries print while the process ends would bury the traceback in the log.
-        print(json.dumps({"error": traceback.format_exc()}), file=stream, flush=True)
+        _send(stream, {"error": traceback.format_exc()})
         raise
-    Path(result_path).write_text(json.dumps(vars(samples)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _main()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ESTIMATOR = "--algo.advantage.estimator"
 POLICY_LOSS = "--actor.policy_loss_type"
 TRANSFORM = "--reward.transform"
+REWARD_CACHE = "--bond.reward_cache"
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Invocation:
         estimator: the value of ``--algo.advantage.estimator``.
         given: destinations of the flags that the user or the recipe gave.
         dry_run: print the configuration and stop before Ray starts.
+        caching: make a reward cache instead of training.
         args: the host's nested arguments, once the host has made them.
         parser: to report errors in the usual way.
         critic: the value of ``--critic.model_name_or_path``, which the host forgets for estimators other than
@@ -45,6 +47,7 @@ class Invocation:
     parser: argparse.ArgumentParser
     args: SimpleNamespace | None = field(default=None)
     critic: str | None = None
+    caching: bool = False
 
 
 _current: Invocation | None = None
@@ -129,7 +132,8 @@ def extend_parsers() -> None:
 
 def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str], namespace: Any) -> Any:
     global _current
-    parser.prog = "bond train" if parser.prog.startswith("bond") else parser.prog
+    caching = parser.prog == CACHE
+    parser.prog = "bond train" if parser.prog.startswith("bond") and not caching else parser.prog
     parser.allow_abbrev = False
     try:
         estimators = registry.names(registry.ADVANTAGE_ESTIMATORS)
@@ -137,6 +141,8 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         _add_choices(parser, ESTIMATOR, list(estimators), registry.ADVANTAGE_ESTIMATORS)
         _add_choices(parser, POLICY_LOSS, list(losses), registry.POLICY_LOSSES)
         _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
+        if caching:
+            _add_cache_flags(parser)
 
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
@@ -164,6 +170,8 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     parsed, unknown = parser.parse_known_args(argv, namespace)
     if unknown:
         parser.error(_explain_unknown(unknown, parser, estimator))
+    if caching:
+        _settle_output(parsed, parser)
     try:
         if selected is not None:
             selected.Config.from_flags(vars(parsed), "bond")
@@ -178,7 +186,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     )
     dry_run = parsed.dry_run
     del parsed.dry_run, parsed.recipe
-    _current = Invocation(estimator=estimator, given=given, dry_run=dry_run, parser=parser)
+    _current = Invocation(estimator=estimator, given=given, dry_run=dry_run, parser=parser, caching=caching)
     return parsed
 
 
@@ -244,6 +252,92 @@ def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) ->
         default=False,
         help="save the anchor beside the final policy, in <ckpt.output_dir>/anchor",
     )
+
+    group.add_argument(
+        "--bond.cache_samples",
+        type=int,
+        default=0,
+        metavar="M",
+        help=f"how many samples a prompt of {REWARD_CACHE} are used; 0: as many as every prompt has",
+    )
+    group.add_argument(
+        "--bond.reward_cache_mismatch",
+        choices=("error", "warn"),
+        default="error",
+        help=f"what to do when {REWARD_CACHE} was made with another model, reward, temperature, length or template",
+    )
+
+
+#: The name under which ``bond cache`` runs the host's parser.
+CACHE = "bond cache"
+
+_CACHE_DESCRIPTION = """\
+Sample M responses a prompt from the initial policy, score them by the run's reward, and write a file of JSON lines
+that `bond train --bond.reward_cache FILE` reads: once for all runs with the same prompts, model and reward.
+
+Takes the flags, or the recipe, of the training run, so that prompts, template, tokenizer, sampling and reward are the
+same; those that say nothing about them are checked and not used. Stopped at any moment, the same command goes on
+where it was. Needs no Ray.
+"""
+
+_CACHE_EPILOG = """\
+examples:
+  bond cache --recipe FILE.yaml --cache.output rewards.jsonl
+  bond train --recipe FILE.yaml --bond.reward_cache rewards.jsonl
+"""
+
+
+def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = _CACHE_DESCRIPTION, _CACHE_EPILOG
+    parser.usage = f"{CACHE} [the flags of the training run] --cache.output FILE [--cache.samples M] [--cache.seed S]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    group = parser.add_argument_group("openrlhf-bond: cache")
+    group.add_argument(
+        "--cache.output",
+        metavar="FILE.jsonl",
+        help=f"the file to write, or to go on with (default: what {REWARD_CACHE} says)",
+    )
+    group.add_argument(
+        "--cache.samples",
+        type=int,
+        default=300,
+        metavar="M",
+        help="samples a prompt; the vBoN paper found about 300 to be enough (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cache.seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of the sampling: the same seed gives the same samples (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cache.responses",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the responses beside their rewards; training does not read them (default: yes)",
+    )
+    group.add_argument(
+        "--cache.chunk",
+        type=int,
+        default=0,
+        metavar="RESPONSES",
+        help="how many responses are sampled at a time, rounded up to whole prompts: what is lost when it is "
+        "stopped (default: 4096 with a GPU, 512 without)",
+    )
+
+
+def _settle_output(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The run's reward cache and the file to write are each other's default."""
+    values, output, read = vars(parsed), "cache.output", REWARD_CACHE[2:]
+    values[output] = values[output] or values.get(read)
+    if not values[output]:
+        parser.error(f"--{output} is missing: the file to write, for {REWARD_CACHE} of the training run")
+    if read in values:
+        values[read] = values[read] or values[output]
+    for name, least in (("cache.samples", 1), ("cache.seed", 0), ("cache.chunk", 0)):
+        if values[name] < least:
+            parser.error(f"--{name} must be at least {least}, got {values[name]}")
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, options: dict[str, Field]) -> None:

@@ -17,11 +17,11 @@ HOST_MODULE = "openrlhf.cli.train_ppo_ray"
 SETUP_HOOK = "bond_plugin.host.load_plugins"
 
 
-def run_host(argv: list[str]) -> None:
-    """Run the host's own command with our hooks: what ``bond train`` does."""
+def run_host(argv: list[str], command: str = "bond train") -> None:
+    """Run the host's own command with our hooks: what ``bond train`` does, and up to Ray's start ``bond cache``."""
     settle_device(argv)
     load_plugins()
-    sys.argv = ["bond train", *argv]
+    sys.argv = [command, *argv]
     runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=False)
 
 
@@ -71,6 +71,10 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
     if run.dry_run:
         print(describe(run.args), flush=True)
         raise SystemExit(0)
+    if run.caching:
+        from bond_plugin.host import caching
+
+        raise SystemExit(caching.make(run.args))
     kwargs["runtime_env"] = _runtime_env(run.args, kwargs.get("runtime_env") or {})
     local = os.environ.get("RAY_ADDRESS", "local") == "local"
     needed = gpu_slots(run.args)
@@ -86,7 +90,7 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _before_ray(run: flags.Invocation) -> None:
-    from bond_plugin.host import checks
+    from bond_plugin.host import caching, checks
 
     args = run.args
     assert args is not None
@@ -96,6 +100,10 @@ def _before_ray(run: flags.Invocation) -> None:
         for note in checks.complete(args, run.given, run.critic):
             print(f"bond: note: {note}", flush=True)
         problems = checks.problems(args, run.given)
+        if run.caching:
+            problems += caching.refused(args)
+        elif not problems:  # its prompts are read, so they must be there
+            problems = caching.problems(args)
     except (hooks.HostMismatch, checks.registry.RegistryError) as error:
         raise SystemExit(f"bond: error: {error}") from error
     if problems:

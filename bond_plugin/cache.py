@@ -1,0 +1,508 @@
+"""The reward cache: rewards of the initial policy's samples, in a file of JSON lines.
+
+What ``bond cache`` writes opens with a line that records how the samples were made, then has a line a prompt:
+
+    {"bond_cache": 1, "model": {...}, "reward": {...}, "temperature": 1.0, ..., "samples": 300, "seed": 0}
+    {"prompt": "...", "responses": ["...", ...], "rewards": [0.25, ...]}
+
+Both layouts of the vBoN authors' files are read as well, and have no record: a line a prompt as above, or a line a
+sample, ``{"prompt": "...", "text": "...", "reward": 0.25}``.
+
+Rewards are compared as the host has them, rounded to float32; so a tie in training is a tie here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1
+_MARK = "bond_cache"
+_BEST_OF = (2, 4, 8, 16, 32, 64, 128)
+
+Record = dict[str, Any]
+
+#: What is compared between a cache and a run, and what it is called in messages.
+COMPARED = {
+    "model": "the initial policy",
+    "reward": "the reward",
+    "temperature": "--rollout.temperature",
+    "max_new_tokens": "--rollout.max_new_tokens",
+    "max_len": "--data.max_len",
+    "min_new_tokens": "the least number of new tokens",
+    "template": "the prompt's template",
+}
+
+
+class CacheError(ValueError):
+    """A reward cache cannot be read, written or used. The message names the file and what to do."""
+
+
+class PromptError(CacheError):
+    """A prompt's rewards are missing, too few, or unusable. The message names the prompt."""
+
+
+@dataclass
+class Cache:
+    """The rewards of a file, by prompt.
+
+    Attributes:
+        path: the file.
+        record: how the samples were made (the first line of a file of ``bond cache``), or ``None`` if the file
+            does not say.
+        labels: of the prompts that have one: the label that the reward was given, as JSON.
+    """
+
+    path: Path
+    record: Record | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    _rewards: dict[str, array] = field(default_factory=dict, repr=False)
+    _lines: dict[str, int] = field(default_factory=dict, repr=False)
+    _complete: set[str] = field(default_factory=set, repr=False)  # prompts that had a line of their own
+
+    def __contains__(self, prompt: str) -> bool:
+        return prompt in self._rewards
+
+    def __len__(self) -> int:
+        return len(self._rewards)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, in the order of the file."""
+        return list(self._rewards)
+
+    def samples(self, prompts: Iterable[str] | None = None) -> int:
+        """How many rewards every one of ``prompts`` has; of all prompts if none are given. 0 for no prompts."""
+        return min(
+            (len(self._rewards[prompt]) for prompt in (self._rewards if prompts is None else prompts)), default=0
+        )
+
+    def rewards(self, prompts: Sequence[str], samples: int = 0) -> Tensor:
+        """The first ``samples`` rewards of each prompt.
+
+        Args:
+            prompts: P prompts, exactly as the host feeds them to the policy.
+            samples: M; 0 for as many as every prompt of the file has.
+
+        Returns:
+            ``[P, M]`` float64, each rounded to float32.
+
+        Raises:
+            PromptError: a prompt is not in the file, or has fewer rewards.
+        """
+        import torch
+
+        samples = samples or self.samples()
+        self.check(prompts, samples)
+        rows = [torch.frombuffer(self._rewards[prompt][:samples], dtype=torch.float32) for prompt in prompts]
+        return torch.stack(rows).double() if rows else torch.zeros(0, samples, dtype=torch.float64)
+
+    def check(self, prompts: Sequence[str], samples: int = 0) -> None:
+        """Whether every prompt has ``samples`` rewards; 0 for at least one.
+
+        Raises:
+            PromptError: one has not. The message names the first, and says how many there are.
+        """
+        missing = [prompt for prompt in prompts if prompt not in self._rewards]
+        if missing:
+            others = f" (and of {len(missing) - 1} others)" if len(missing) > 1 else ""
+            raise PromptError(f"{self.path} has no rewards of the prompt {shorten(missing[0])}{others}")
+        short = [prompt for prompt in prompts if len(self._rewards[prompt]) < max(1, samples)]
+        if short:
+            prompt = short[0]
+            others = f" (and {len(short) - 1} other prompts have too few)" if len(short) > 1 else ""
+            raise PromptError(
+                f"{self.path}, line {self._lines[prompt]}: the prompt {shorten(prompt)} has "
+                f"{len(self._rewards[prompt])} samples, {samples} are asked for{others}"
+            )
+
+    def add(self, item: Any, line: int) -> None:
+        """Take in what one line holds.
+
+        Raises:
+            CacheError: it is not a line of a reward cache.
+            PromptError: its rewards are not finite numbers, or contradict an earlier line.
+        """
+        where = f"{self.path}, line {line}"
+        if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
+            raise CacheError(
+                f"{where} is not of a reward cache: each line is an object like "
+                '{"prompt": "...", "responses": [...], "rewards": [...]}, or '
+                '{"prompt": "...", "text": "...", "reward": 0.5}'
+            )
+        prompt = item["prompt"]
+        where = f"{where}, prompt {shorten(prompt)}"
+        by_prompt, by_sample = "rewards" in item, "reward" in item
+        if by_prompt == by_sample:
+            both = "both 'reward' and 'rewards'" if by_prompt else "neither 'rewards' nor 'reward'"
+            raise PromptError(f"{where}: it has {both}")
+        values = _numbers(item["rewards"] if by_prompt else [item["reward"]], where)
+        if by_sample:
+            if prompt in self._complete:
+                raise PromptError(f"{where}: line {self._lines[prompt]} has all the rewards of this prompt already")
+            self._rewards.setdefault(prompt, array("f")).extend(values)
+            self._lines.setdefault(prompt, line)
+            return
+        responses = item.get("responses")
+        if responses is not None and (not isinstance(responses, list) or len(responses) != len(values)):
+            count = len(responses) if isinstance(responses, list) else "no list of"
+            raise PromptError(f"{where}: {count} responses, but {len(values)} rewards")
+        if not values:
+            raise PromptError(f"{where}: 'rewards' is empty")
+        label = label_text(item["label"]) if "label" in item else None
+        if prompt in self._rewards:
+            if (self._rewards[prompt], self.labels.get(prompt)) == (values, label) and prompt in self._complete:
+                return
+            raise PromptError(
+                f"{where}: line {self._lines[prompt]} has the same prompt with other rewards; delete one"
+            )
+        self._complete.add(prompt)
+        self._rewards[prompt] = values
+        self._lines[prompt] = line
+        if label is not None:
+            self.labels[prompt] = label
+
+
+def read_cache(path: str | Path) -> Cache:
+    """Read a file of ``bond cache`` or of the vBoN authors, whole.
+
+    Raises:
+        CacheError: no such file; a line that is not of a reward cache, named by its number; or an empty file.
+        PromptError: a reward that is no finite number, or a prompt with contradicting lines, named with the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CacheError(f"{path}: no such file")
+    with path.open("rb") as file:
+        cache = _read(path, file, unfinished=False)[0]
+    if not len(cache):
+        raise CacheError(f"{path} has no rewards in it")
+    return cache
+
+
+def _read(path: Path, file: IO[bytes], unfinished: bool) -> tuple[Cache, int, int]:
+    """The content, its length in bytes and its lines: up to an unfinished last line, if that is allowed."""
+    cache, end, number = Cache(path), 0, 0
+    for number, line in enumerate(file, start=1):
+        if unfinished and not line.endswith(b"\n"):
+            return cache, end, number - 1
+        end += len(line)
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            if not line.endswith(b"\n") and cache.record is not None:
+                raise CacheError(
+                    f"{path}, line {number} is unfinished: `bond cache` was stopped while it wrote. Start it again "
+                    "with the same flags, and it goes on there"
+                ) from error
+            raise CacheError(f"{path}, line {number} is not JSON: {error}") from error
+        if number == 1 and isinstance(item, dict) and _MARK in item:
+            if item[_MARK] != VERSION:
+                raise CacheError(
+                    f"{path} is a reward cache of version {item[_MARK]}; this openrlhf-bond reads version {VERSION}"
+                )
+            cache.record = item
+        else:
+            cache.add(item, number)
+    return cache, end, number
+
+
+def _numbers(values: Any, where: str) -> array:
+    """Rewards as the host has them, in float32."""
+    if not isinstance(values, list):
+        raise PromptError(f"{where}: 'rewards' is a list of numbers, found {type(values).__name__}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise PromptError(f"{where}: a reward is a number, found {shorten(value)}")
+        if not math.isfinite(_float32(value)):
+            raise PromptError(
+                f"{where}: a reward is {value}, which has no place in an order; a reward must be finite"
+            )
+    return array("f", values)
+
+
+def label_text(label: Any) -> str | None:
+    """A label as :attr:`Cache.labels` has it: JSON, or ``None`` for no label (``None`` or "")."""
+    return None if label in (None, "") else json.dumps(label, sort_keys=True, default=str)
+
+
+def _float32(value: float) -> float:
+    """The nearest float32; infinite beyond its range."""
+    try:
+        return struct.unpack("f", struct.pack("f", float(value)))[0]
+    except OverflowError:
+        return math.inf
+
+
+def _shortest(value: float) -> float:
+    """The number with the fewest digits that is ``value`` in float32: 0.1 and not 0.10000000149011612."""
+    wanted = _float32(value)
+    return next(short for digits in range(1, 18) if _float32(short := float(f"{wanted:.{digits}g}")) == wanted)
+
+
+def differences(record: Record, run: Record) -> list[str]:
+    """What a run has otherwise than the record of a cache, in words.
+
+    Models and rewards are compared by their hashes, and by name only where there is no hash.
+    """
+    found = []
+    for key, name in COMPARED.items():
+        cached, now = record.get(key), run.get(key)
+        if _identity(cached, now) != _identity(now, cached):
+            found.append(f"{name}: {_describe(cached)} in the cache, {_describe(now)} in this run")
+    return found
+
+
+def _identity(one: Any, other: Any) -> Any:
+    """What of a part of a record decides: not the name, where both have a hash."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one
+    ignored = {"name"} if one.get("sha256") and other.get("sha256") else {"sha256"}
+    return {key: value for key, value in one.items() if key not in ignored}
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "none" if value is None else str(value)
+    parts = [
+        str(text) if key in ("kind", "name") else f"{key} {text}"
+        for key, text in value.items()
+        if text not in (None, False)
+    ]
+    return ", ".join(parts) or "none"
+
+
+class Writer:
+    """Appends prompts to a cache, one line each, on the disk before :meth:`append` returns.
+
+    Opening a file that exists goes on where it ends: a last line that was not finished is taken away, and
+    ``cache`` holds the prompts that are there. Nothing else is ever taken away or written twice.
+
+    Args:
+        path: the file; made if missing, with its folder.
+        record: what the first line says beside the version. An existing file must say the same.
+
+    Raises:
+        CacheError: the file has another record (the message says what differs), or is no file of ``bond cache``, or
+            another process is writing it.
+    """
+
+    def __init__(self, path: str | Path, record: Record) -> None:
+        self.path = Path(path)
+        self.record: Record = {_MARK: VERSION, **record}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.cache = self._resume()
+        except BlockingIOError:
+            self._file.close()
+            raise CacheError(f"{self.path}: another `bond cache` is writing this file") from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(
+        self, prompt: str, rewards: Sequence[float], responses: Sequence[str] | None = None, label: Any = None
+    ) -> None:
+        """Write one prompt's line.
+
+        Args:
+            prompt: not in the cache yet.
+            rewards: M finite numbers.
+            responses: M texts, if they are to be kept.
+            label: what the reward was given as the prompt's label, any JSON; ``None`` or "" for none.
+
+        Raises:
+            PromptError: a reward is not finite in float32, or the prompt is there already. Nothing is written.
+        """
+        if prompt in self.cache:
+            raise PromptError(f"{self.path} has the prompt {shorten(prompt)} already")
+        where = f"prompt {shorten(prompt)}"
+        item: dict[str, Any] = {"prompt": prompt}
+        if label_text(label) is not None:
+            item["label"] = label
+        if responses is not None:
+            item["responses"] = list(responses)
+        item["rewards"] = [_shortest(value) for value in _numbers(list(rewards), where)]
+        self._write(item)
+        self.cache.add(item, self._lines)
+
+    def _write(self, item: Any) -> None:
+        self._file.write(json.dumps(item, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._lines += 1
+
+    def _resume(self) -> Cache:
+        self._file.seek(0)
+        start = self._file.read(len(_START))
+        if not _START.startswith(start) and start != _START:
+            raise CacheError(f"{self.path} exists and is no file of `bond cache`: name another --cache.output")
+        self._file.seek(0)
+        cache, end, self._lines = _read(self.path, self._file, unfinished=True)
+        self._file.truncate(end)
+        if cache.record is None:  # new, or stopped in its first line
+            self._write(self.record)
+            return Cache(self.path, self.record)
+        self._check_record(cache.record)
+        return cache
+
+    def _check_record(self, record: Record) -> None:
+        found = differences(record, self.record)
+        found += [
+            f"--cache.{key}: {record.get(key)} in the file, {self.record.get(key)} now"
+            for key in ("samples", "seed")
+            if record.get(key) != self.record.get(key)
+        ]
+        if found:
+            lines = "\n".join(f"  - {line}" for line in found)
+            raise CacheError(
+                f"{self.path} was begun with other settings:\n{lines}\n"
+                "Name another --cache.output, or delete the file"
+            )
+
+
+_START = json.dumps({_MARK: VERSION}).removesuffix("}").encode()
+
+
+def fill(
+    writer: Writer,
+    prompts: Sequence[tuple[str, Any]],
+    draw: Callable[[list[str]], Iterator[list[Any]]],
+    score: Callable[[str, Any, Any], Sequence[float]],
+    chunk: int,
+    keep_responses: bool = True,
+    written: Callable[[str], None] | None = None,
+) -> None:
+    """Sample, score and write the prompts that a cache does not have.
+
+    Chunks are of the whole list of prompts, and one that is there in part is drawn again as a whole, so that its
+    samples are computed as they would have been without the interruption.
+
+    Args:
+        writer: of the cache.
+        prompts: all (prompt, label) pairs, the prompts all different.
+        draw: a list of prompts to their samples, ``chunk`` at a time and in order; see
+            :func:`bond_plugin.host.engine.stream`.
+        score: (prompt, label, samples of the prompt) to their rewards.
+        chunk: prompts in a chunk.
+        keep_responses: write the responses beside their rewards.
+        written: called with each prompt once its line is on the disk.
+
+    Raises:
+        PromptError: a reward is not finite. What ``draw`` and ``score`` raise passes. What is written stays.
+    """
+    wanted = [
+        pair
+        for start in range(0, len(prompts), chunk)
+        if any(prompt not in writer.cache for prompt, _ in prompts[start : start + chunk])
+        for pair in prompts[start : start + chunk]
+    ]
+    if not wanted:
+        return
+    drawn = draw([prompt for prompt, _ in wanted])
+    pairs = iter(wanted)
+    try:
+        for part in drawn:
+            for samples in part:
+                prompt, label = next(pairs)
+                if prompt in writer.cache:
+                    continue
+                rewards = score(prompt, label, samples)
+                writer.append(prompt, rewards, samples.responses if keep_responses else None, label)
+                if written is not None:
+                    written(prompt)
+    finally:
+        close = getattr(drawn, "close", None)
+        if close is not None:
+            close()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A look at a cache.
+
+    Attributes:
+        prompts, samples: how many prompts, and samples of each.
+        mean: mean reward.
+        ties: the share of pairs of samples of one prompt that have the same reward.
+        flat: how many prompts have the same reward for all samples: nothing can be learned from those.
+        best_of: N to the mean reward of Best-of-N, for N up to half the samples.
+    """
+
+    prompts: int
+    samples: int
+    mean: float
+    ties: float
+    flat: int
+    best_of: dict[int, float]
+
+    def __str__(self) -> str:
+        rows = [("mean reward", self.mean), *((f"Best-of-{n}", value) for n, value in self.best_of.items())]
+        return "\n".join(
+            [
+                f"{self.prompts} prompts x {self.samples} samples",
+                *(f"  {name:<14} {value:10.4f}" for name, value in rows),
+                f"  {'ties':<14} {self.ties:10.1%}   pairs of a prompt's samples with the same reward",
+                f"  {'flat prompts':<14} {self.flat:10d}   all samples have the same reward: nothing to learn from",
+            ]
+        )
+
+
+def summary(cache: Cache, prompts: Sequence[str] | None = None) -> Summary:
+    """Mean reward, Best-of-N and ties over ``prompts``; over all prompts of the cache if none are given.
+
+    Raises:
+        PromptError: a prompt is not in the cache.
+    """
+    from bond_plugin.bestofn.estimates import expected_max
+
+    prompts = cache.prompts if prompts is None else prompts
+    cache.check(prompts)
+    rewards = cache.rewards(prompts, cache.samples(prompts))
+    m = rewards.shape[-1]
+    ordered = rewards.sort(dim=-1).values
+    equal = 0.0
+    for row in ordered:
+        counts = row.unique_consecutive(return_counts=True)[1].double()
+        equal += (counts * (counts - 1)).sum().item()
+    pairs = len(prompts) * m * (m - 1)
+    return Summary(
+        prompts=len(prompts),
+        samples=m,
+        mean=rewards.mean().item(),
+        ties=equal / pairs if pairs else 0.0,
+        flat=int((ordered[:, 0] == ordered[:, -1]).sum().item()),
+        best_of={n: expected_max(rewards, n).mean().item() for n in _BEST_OF if 2 * n <= m},
+    )
+
+
+def shorten(value: Any, width: int = 120) -> str:
+    """A prompt for a message."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 1]}…"

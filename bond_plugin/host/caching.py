@@ -1,0 +1,470 @@
+"""The reward cache beside the host: which prompts training looks up, how they are sampled and scored, and the checks.
+
+``bond cache`` calls :func:`make` where ``bond train`` starts Ray. A training run calls :func:`problems` there, and
+:func:`rewards_for` at each step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from bond_plugin import cache, fingerprints
+from bond_plugin.host import engine, flags
+from bond_plugin.host.rewards import RewardError, shorten
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CHUNK = {"cuda": 4096, "cpu": 512}  # responses sampled at a time
+_AT_ONCE = 32  # calls to the reward
+
+#: (prompt, label, samples) to the rewards of the samples.
+Score = Callable[[str, Any, engine.PromptSamples], Sequence[float]]
+
+_loaded: dict[str, cache.Cache] = {}
+
+
+def rewards_for(args: SimpleNamespace, prompts: Sequence[str]) -> Tensor:
+    """The rewards of the initial policy's samples, from ``--bond.reward_cache``.
+
+    The file is read once a process. In a run that :func:`problems` has passed nothing is missing.
+
+    Args:
+        args: the run's arguments.
+        prompts: P prompts as the host feeds them to the policy (``Experience.prompts``).
+
+    Returns:
+        ``[P, M]`` float64, rounded to float32 as the host's rewards are; M is ``--bond.cache_samples``, or as many
+        as every prompt has.
+
+    Raises:
+        CacheError: the file cannot be read.
+        PromptError: a prompt is missing, or has fewer than M rewards.
+    """
+    path = args.bond.reward_cache
+    if path not in _loaded:
+        _loaded[path] = cache.read_cache(path)
+    return _loaded[path].rewards(prompts, args.bond.cache_samples)
+
+
+# What is compared, and what is looked up.
+
+
+def tokenizer_of(args: SimpleNamespace) -> Any:
+    """The policy's tokenizer, loaded as the host's trainer does."""
+    from openrlhf.utils import get_tokenizer
+
+    return get_tokenizer(args.actor.model_name_or_path, None, "left", use_fast=not args.data.disable_fast_tokenizer)
+
+
+def training_prompts(args: SimpleNamespace, tokenizer: Any) -> list[tuple[str, Any]]:
+    """The (prompt, label) pairs of a run, each once, in the order of its data.
+
+    They come from the host's own function, so they are the strings that training looks up. Its data loader, which
+    would need Ray, is left out.
+
+    Raises:
+        CacheError: a prompt that is no text, or data without the key that should hold it.
+    """
+    from openrlhf.trainer.ppo_trainer import prepare_datasets
+
+    run = copy.copy(args)
+    run.eval = SimpleNamespace(**{**vars(args.eval), "dataset": None})
+    strategy = SimpleNamespace(
+        args=run,
+        print=lambda *words: None,
+        is_rank_0=lambda: False,
+        setup_dataloader=lambda dataset, *settings, **more: dataset,
+    )
+    try:
+        dataset, _, _ = prepare_datasets(strategy, tokenizer)
+    except KeyError as error:
+        raise cache.CacheError(
+            f"--data.prompt_dataset {args.data.prompt_dataset} has no key {error}: set --data.input_key or "
+            "--data.label_key"
+        ) from error
+    pairs: dict[tuple[Any, str | None], tuple[str, Any]] = {}
+    for prompt, label in zip(dataset.prompts, dataset.labels, strict=True):
+        if not isinstance(prompt, str) or not prompt:
+            raise cache.CacheError(
+                f"--data.prompt_dataset: a prompt must be text that is not empty, found {shorten(prompt)}. If these "
+                "are conversations, add --data.apply_chat_template"
+            )
+        pairs.setdefault((prompt, cache.label_text(label)), (prompt, label))
+    return list(pairs.values())
+
+
+def record_of(args: SimpleNamespace, tokenizer: Any) -> cache.Record:
+    """What of a run decides about the rewards of the initial policy's samples, as the first line of a cache."""
+    chat = tokenizer.chat_template if args.data.apply_chat_template else None
+    return {
+        "model": _model(args.actor.model_name_or_path),
+        "reward": _reward(args),
+        "temperature": args.rollout.temperature,
+        "max_new_tokens": args.rollout.max_new_tokens,
+        "max_len": args.data.max_len,
+        "min_new_tokens": _min_new_tokens(args),
+        "template": {
+            "apply_chat_template": args.data.apply_chat_template,
+            "chat_template": None if chat is None else fingerprints.of_text(str(chat)),
+            "input_template": None if args.data.apply_chat_template else args.data.input_template,
+        },
+    }
+
+
+def _min_new_tokens(args: SimpleNamespace) -> int:
+    """What training samples with: the host itself asks for one token, the rollouts of an algorithm for none."""
+    return 0 if flags.algorithm(args) is not None else 1
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"name": name, "sha256": fingerprints.of_model(name)}
+
+
+def _reward(args: SimpleNamespace) -> dict[str, Any]:
+    if not args.reward.remote_url:
+        return {
+            "kind": "model",
+            **_model(args.reward.model_name_or_path),
+            "normalize_enable": args.reward.normalize_enable,
+            "value_head_prefix": args.ds.value_head_prefix,
+        }
+    first = args.reward.remote_url[0]
+    if first.endswith(".py"):
+        return {"kind": "Python file", "name": first, "sha256": fingerprints.of_file(first)}
+    return {"kind": "server", "url": ",".join(sorted(args.reward.remote_url))}
+
+
+# Before anything starts.
+
+
+def refused(args: SimpleNamespace) -> list[str]:
+    """What keeps ``bond cache`` from making a cache with the flags of this run."""
+    new, longest = args.rollout.max_new_tokens, args.data.max_len
+    table = {
+        "train.agent_func_path": (bool(args.train.agent_func_path), "multi-turn agents: not supported yet"),
+        "data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "images: not supported yet"),
+        "rollout.top_p": (
+            args.rollout.top_p != 1.0,
+            "the samples must come from the initial policy itself, not from its truncated distribution; use 1.0",
+        ),
+        "rollout.temperature": (args.rollout.temperature <= 0, "all samples would be the same; it must be above 0"),
+        "data.max_len": (
+            new is not None and longest <= new,
+            f"{longest} leaves no room for a prompt before --rollout.max_new_tokens {new}",
+        ),
+        "reward.overlong_buffer_len": (args.reward.overlong_buffer_len is not None, "penalties are not cached"),
+        "reward.stop_properly_penalty_coef": (
+            args.reward.stop_properly_penalty_coef is not None,
+            "penalties are not cached",
+        ),
+    }
+    return [f"--{dest} cannot be used with {flags.CACHE}: {why}" for dest, (on, why) in table.items() if on]
+
+
+def problems(args: SimpleNamespace) -> list[str]:
+    """What keeps a training run from using its ``--bond.reward_cache``, each with the fix; empty without one.
+
+    Settles the path and the number of samples in ``args``, for the processes that follow.
+    """
+    given = getattr(args.bond, "reward_cache", "")
+    if not given:
+        return []
+    args.bond.reward_cache = os.path.abspath(os.path.expanduser(given))
+    if args.bond.cache_samples < 0:
+        return [f"--bond.cache_samples must be at least 0, got {args.bond.cache_samples}"]
+    if not Path(args.bond.reward_cache).is_file():
+        return [f"{flags.REWARD_CACHE} {given}: no such file. This makes it: {_command()}"]
+    try:
+        found = cache.read_cache(args.bond.reward_cache)
+        tokenizer = tokenizer_of(args)
+        pairs = training_prompts(args, tokenizer)
+    except cache.CacheError as error:
+        return [f"{flags.REWARD_CACHE}: {error}"]
+    listed = []
+    different = _differences(found, args, tokenizer, pairs)
+    if different and args.bond.reward_cache_mismatch == "error":
+        reasons = "".join(f"\n      {line}" for line in different)
+        listed.append(
+            f"{flags.REWARD_CACHE} {given} was not made for this run:{reasons}\n    Make another, or use it all the "
+            "same with --bond.reward_cache_mismatch warn"
+        )
+    else:
+        for line in different:
+            print(f"bond: warning: {flags.REWARD_CACHE}: {line}", flush=True)
+    prompts = [prompt for prompt, _ in pairs]
+    try:
+        found.check(prompts, args.bond.cache_samples)
+    except cache.PromptError as error:
+        listed.append(f"{flags.REWARD_CACHE}: {error}. {_remedy(found, prompts, args.bond.cache_samples)}")
+    else:
+        args.bond.cache_samples = args.bond.cache_samples or found.samples(prompts)
+    _loaded[args.bond.reward_cache] = found
+    return listed
+
+
+def _differences(
+    found: cache.Cache, args: SimpleNamespace, tokenizer: Any, pairs: list[tuple[str, Any]]
+) -> list[str]:
+    if found.record is None:
+        print(
+            f"bond: note: {found.path} does not say which model, reward and sampling it was made with; nothing of "
+            "that can be checked",
+            flush=True,
+        )
+        return []
+    listed = cache.differences(found.record, record_of(args, tokenizer))
+    for prompt, label in pairs:
+        if prompt in found and found.labels.get(prompt) != cache.label_text(label):
+            listed.append(
+                f"the label of the prompt {shorten(prompt)}: {found.labels.get(prompt) or 'none'} in the cache, "
+                f"{cache.label_text(label) or 'none'} in this run"
+            )
+            break
+    return listed
+
+
+def _remedy(found: cache.Cache, prompts: list[str], samples: int) -> str:
+    """What to do about prompts that are missing or have too few samples."""
+    there = [prompt for prompt in prompts if prompt in found]
+    if len(there) < len(prompts) and found.record is not None:
+        kept = [f"--cache.{key}={found.record[key]}" for key in ("samples", "seed") if key in found.record]
+        return f"This samples what is missing: {_command(*kept)}"
+    fewer = f"Use --bond.cache_samples {found.samples(there)}, or make" if len(there) == len(prompts) else "Make"
+    asked = [f"--cache.samples={samples}"] if samples else []
+    return f"{fewer} another: {_command(*asked, '--cache.output=ANOTHER_FILE')}"
+
+
+def _command(*more: str) -> str:
+    """The ``bond cache`` command that goes with the run of this process."""
+    return shlex.join(["bond", "cache", *(word for word in sys.argv[1:] if word != "--dry-run"), *more])
+
+
+# Making it.
+
+
+def make(args: SimpleNamespace) -> int:
+    """What ``bond cache`` does once everything is checked. Returns the exit status."""
+    path = args.cache.output
+    try:
+        tokenizer = tokenizer_of(args)
+        pairs = training_prompts(args, tokenizer)
+        _one_label_each(pairs)
+        record = {**record_of(args, tokenizer), "samples": args.cache.samples, "seed": args.cache.seed}
+        with cache.Writer(os.path.expanduser(path), record) as writer:
+            try:
+                _fill(args, writer, pairs, tokenizer)
+            except KeyboardInterrupt:
+                there = sum(prompt in writer.cache for prompt, _ in pairs)
+                print(
+                    f"\nbond cache: stopped. {there} of {len(pairs)} prompts are in {path}; the same command goes on"
+                )
+                return 130
+            print(f"\n{path}: {cache.summary(writer.cache, [prompt for prompt, _ in pairs])}", flush=True)
+    except RewardError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        return _failed(error)
+    except (cache.CacheError, engine.SamplingError, OSError) as error:
+        return _failed(error)
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    print(f"{flags.CACHE}: error: {error}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _one_label_each(pairs: list[tuple[str, Any]]) -> None:
+    labels: dict[str, Any] = {}
+    for prompt, label in pairs:
+        if prompt in labels:
+            raise cache.CacheError(
+                f"--data.label_key: the prompt {shorten(prompt)} has two labels, {shorten(labels[prompt])} and "
+                f"{shorten(label)}, and a cache has one list of rewards a prompt. Drop one of the two, or the flag "
+                "if the reward does not use labels"
+            )
+        labels[prompt] = label
+
+
+def _fill(args: SimpleNamespace, writer: cache.Writer, pairs: list[tuple[str, Any]], tokenizer: Any) -> None:
+    import torch
+    from tqdm import tqdm
+
+    there = sum(prompt in writer.cache for prompt, _ in pairs)
+    print(
+        f"bond cache: {len(pairs)} prompts x {args.cache.samples} samples of {args.actor.model_name_or_path} into "
+        f"{writer.path}" + (f"; {there} prompts are there already" if there else ""),
+        flush=True,
+    )
+    if there == len(pairs):
+        return
+    responses = args.cache.chunk or _CHUNK["cuda" if torch.cuda.is_available() else "cpu"]
+    chunk = -(-responses // args.cache.samples)
+    score = scorer(args, tokenizer)
+    interactive = sys.stderr.isatty()
+    total, count, waiting, progress = 0.0, 0, True, ""
+    with tqdm(
+        total=len(pairs),
+        initial=there,
+        unit="prompt",
+        desc=flags.CACHE,
+        mininterval=0.2 if interactive else 5.0,
+        smoothing=0,  # prompts come in chunks: only the average over all of them says how long it takes
+    ) as bar:
+
+        def sampled(done: int, wanted: int) -> None:
+            nonlocal waiting, progress
+            if waiting:
+                waiting = False
+                bar.unpause()  # the time left is of sampling, not of starting vLLM
+            progress = f"{done}/{wanted} responses sampled"
+            bar.set_postfix_str(progress, refresh=interactive)
+
+        def scored(prompt: str, label: Any, samples: engine.PromptSamples) -> Sequence[float]:
+            nonlocal total, count
+            rewards = score(prompt, label, samples)
+            total, count = total + sum(rewards), count + len(rewards)
+            bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
+            return rewards
+
+        def draw(prompts: list[str]) -> Iterator[list[engine.PromptSamples]]:
+            return engine.stream(
+                args.actor.model_name_or_path,
+                prompts,
+                args.cache.samples,
+                max_new_tokens=args.rollout.max_new_tokens,
+                max_len=args.data.max_len,
+                temperature=args.rollout.temperature,
+                min_new_tokens=_min_new_tokens(args),
+                seed=args.cache.seed,
+                chunk=chunk,
+                use_fast_tokenizer=not args.data.disable_fast_tokenizer,
+                engine=_engine_arguments(args, score),
+                progress=sampled,
+            )
+
+        cache.fill(writer, pairs, draw, scored, chunk, args.cache.responses, lambda prompt: bar.update())
+
+
+def _engine_arguments(args: SimpleNamespace, score: Score) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if args.vllm.tensor_parallel_size > 1:
+        found["tensor_parallel_size"] = args.vllm.tensor_parallel_size
+    if isinstance(score, ModelScore) and score.device.type == "cuda" and score.device.index == 0:
+        import torch
+
+        free, total = torch.cuda.mem_get_info(score.device)  # vLLM shares the device with the reward model
+        found["gpu_memory_utilization"] = round(min(0.9, free / total - 0.1), 2)
+    return found
+
+
+# The reward path.
+
+
+def scorer(args: SimpleNamespace, tokenizer: Any) -> Score:
+    """How the host would score: a Python file or servers, or a reward model.
+
+    Raises:
+        RewardError: the Python file or the model cannot be loaded.
+    """
+    try:
+        if args.reward.remote_url:
+            return RemoteScore(args.reward.remote_url)
+        return ModelScore(args, tokenizer.pad_token_id)
+    except Exception as error:
+        name = ", ".join(args.reward.remote_url or [args.reward.model_name_or_path])
+        raise RewardError(f"the reward ({name}) cannot be loaded: {error!r}") from error
+
+
+class RemoteScore:
+    """Rewards of ``--reward.remote_url``, through the host's own calls of it, one query each.
+
+    Raises, when called:
+        RewardError: the reward raised (its exception is the cause), or returned no single number.
+    """
+
+    def __init__(self, urls: list[str]) -> None:
+        from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+        self.name = ", ".join(urls)
+        host = SingleTurnAgentExecutor(urls)
+        self._fetch = host._fetch_rewards_via_func if host.reward_func else host._fetch_rewards_via_http
+
+    def __call__(self, prompt: str, label: Any, samples: engine.PromptSamples) -> list[float]:
+        return asyncio.run(self._all(prompt, label, samples.queries))
+
+    async def _all(self, prompt: str, label: Any, queries: list[str]) -> list[float]:
+        import torch
+
+        places = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(query: str) -> float:
+            async with places:
+                try:
+                    (found,) = await self._fetch([query], [prompt], [label])
+                except Exception as error:
+                    raise RewardError(
+                        f"the reward ({self.name}) failed on the prompt {shorten(prompt)}: {error!r}"
+                    ) from error
+            try:
+                (value,) = torch.tensor([found["rewards"]], dtype=torch.float32).flatten().tolist()
+            except (KeyError, TypeError, ValueError, RuntimeError):
+                raise RewardError(
+                    f"the reward ({self.name}) must give one number under 'rewards' for each query; for the prompt "
+                    f"{shorten(prompt)} it gave {shorten(found)}"
+                ) from None
+            return value
+
+        return list(await asyncio.gather(*map(one, queries)))
+
+
+class ModelScore:
+    """Rewards of ``--reward.model_name_or_path``, loaded and called as the host's reward model actor does."""
+
+    def __init__(self, args: SimpleNamespace, pad_token_id: int) -> None:
+        import torch
+        from openrlhf.models import get_llm_for_sequence_regression
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # vLLM takes the first devices.
+        index = count - 1 if count > args.vllm.tensor_parallel_size else 0
+        self.device = torch.device("cuda", index) if count else torch.device("cpu")
+        self._pad, self._rows = pad_token_id, args.rollout.micro_batch_size
+        self._model = get_llm_for_sequence_regression(
+            args.reward.model_name_or_path,
+            "reward",
+            normalize_reward=args.reward.normalize_enable,
+            attn_implementation=args.ds.attn_implementation,
+            experts_implementation=args.ds.experts_implementation,
+            param_dtype=args.ds.param_dtype,
+            load_in_4bit=args.ds.load_in_4bit,
+            value_head_prefix=args.ds.value_head_prefix,
+        )
+        self._model.to(self.device).eval()
+
+    def __call__(self, prompt: str, label: Any, samples: engine.PromptSamples) -> list[float]:
+        import torch
+
+        rewards: list[float] = []
+        for start in range(0, len(samples.response_ids), self._rows):
+            rows = [
+                torch.tensor(samples.prompt_ids + ids) for ids in samples.response_ids[start : start + self._rows]
+            ]
+            sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
+            mask = torch.zeros_like(sequences)
+            for i, row in enumerate(rows):
+                mask[i, : len(row)] = 1
+            with torch.no_grad():
+                found = self._model(sequences.to(self.device), mask.to(self.device), pad_sequence=True)
+            rewards += found.float().flatten().tolist()
+        return rewards
