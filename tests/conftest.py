@@ -215,3 +215,19 @@ def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         return SimpleNamespace(status=status or 0, out=printed.out, text=printed.out + printed.err)
 
     yield run
+
+
+@pytest.fixture(scope="session")
+def reward_cache(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``bond cache`` makes for vBoN on the tiny model: 64 samples for each prompt."""
+    folder = tmp_path_factory.mktemp("cache")
+    wanted = {
+        **recipe_for(tiny),
+        "algo.advantage.estimator": "reinforce",
+        "reward.transform": "vbon",
+        "cache.output": str(folder / "rewards.jsonl"),
+        "cache.samples": 64,
+    }
+    done = execute([sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted)], folder)
+    assert done.status == 0, done.output[-4000:]
+    return folder / "rewards.jsonl"
