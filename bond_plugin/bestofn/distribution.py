@@ -46,7 +46,7 @@ def quantiles(rewards: Tensor, samples: Tensor, include_self: bool = False) -> t
         raise ValueError("quantiles needs at least one sample of the reference a prompt")
     if rewards.isnan().any() or samples.isnan().any():
         raise ValueError("quantiles needs rewards that are numbers, got NaN")
-    values = rewards.detach().double().reshape(rewards.shape[0], -1).contiguous()
+    values = (rewards if rewards.dim() == 2 else rewards.unsqueeze(-1)).detach().double().contiguous()
     ordered = samples.detach().double().sort(dim=-1).values.contiguous()
     lower = torch.searchsorted(ordered, values, right=False).double()
     not_higher = torch.searchsorted(ordered, values, right=True).double()
@@ -79,11 +79,8 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
     gap = torch.where(whole, (safe - low) / safe, 1.0)  # 1 - q
     power = torch.log1p(-gap) * n  # log q^n
     apart = gap > 0
-    series = torch.where(
-        apart,
-        torch.log(-torch.expm1(power)) - torch.log(torch.where(apart, gap, 1.0)),
-        math.log(n),
-    )
+    # One log of the quotient: the logs of its parts are large and cancel where the gap is small.
+    series = torch.where(apart, torch.log(-torch.expm1(power) / torch.where(apart, gap, 1.0)), math.log(n))
     found = torch.where(whole, (n - 1) * torch.log(safe) + series, 0.0 if n == 1 else -math.inf)
     return found.to(p_le.dtype)
 
@@ -109,19 +106,15 @@ def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
         n: >= 1.
 
     Returns:
-        ``[..., S]`` float64, normalised; ``-inf`` where the reference has no mass.
+        ``[..., S]`` float64, normalised; ``-inf`` where the reference has no mass (at the lowest level also
+        where its mass underflows in float64).
 
     Raises:
         ValueError: shapes that differ, n < 1, or probabilities that do not sum to one (to 1e-6).
     """
-    if log_ref.shape != rewards.shape or log_ref.dim() < 1:
-        raise ValueError(f"need log_ref and rewards [..., S], got {tuple(log_ref.shape)} and {tuple(rewards.shape)}")
-    log_ref = log_ref.double()
-    probabilities = log_ref.exp()
-    if not torch.allclose(probabilities.sum(dim=-1), torch.ones((), dtype=torch.float64), atol=1e-6):
-        raise ValueError("log_ref must be normalised over its last dimension")
-    p_lt, p_le = level_probabilities(probabilities, rewards)
-    return log_ref + torch.where(probabilities > 0, log_bon_ratio(p_lt, p_le, n), 0.0)
+    log_ref = _normalised(log_ref, rewards)
+    p_lt, p_le = level_probabilities(log_ref.exp(), rewards)
+    return log_ref + log_bon_ratio(p_lt, p_le, n)
 
 
 def level_probabilities(probabilities: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +162,7 @@ def bon_kl(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
     """
     log_bon = bon_log_probs(log_ref, rewards, n)
     mass = log_bon.exp()
-    terms = torch.where(mass > 0, log_bon - log_ref.double(), 0.0)
+    terms = torch.where(mass > 0, log_bon - _normalised(log_ref, rewards), 0.0)
     return (mass * terms).sum(dim=-1)
 
 
@@ -182,3 +175,13 @@ def _probabilities(p_lt: Tensor, p_le: Tensor, n: int) -> tuple[Tensor, Tensor]:
     if not ((low >= 0) & (low <= high) & (high <= 1 + 1e-9)).all():
         raise ValueError("need 0 <= p_lt <= p_le <= 1 everywhere")
     return low, high
+
+
+def _normalised(log_ref: Tensor, rewards: Tensor) -> Tensor:
+    if log_ref.shape != rewards.shape or log_ref.dim() < 1:
+        raise ValueError(f"need log_ref and rewards [..., S], got {tuple(log_ref.shape)} and {tuple(rewards.shape)}")
+    log_ref = log_ref.double()
+    log_total = log_ref.logsumexp(dim=-1, keepdim=True)
+    if not (torch.expm1(log_total).abs() <= 1e-6).all():
+        raise ValueError("log_ref must be normalised over its last dimension")
+    return log_ref - log_total  # what rounding in float32 leaves would be raised to the power of n

@@ -57,7 +57,7 @@ def pass_at_n(rewards: Tensor, n: int) -> Tensor:
     """
     if not ((rewards == 0) | (rewards == 1)).all():
         raise ValueError("pass_at_n needs rewards that are 0 or 1")
-    return expected_max(rewards if rewards.is_floating_point() else rewards.float(), n)
+    return expected_max(rewards if rewards.is_floating_point() else rewards.float(), n).clamp(0, 1)
 
 
 def _log_binomial(total: Tensor, chosen: int) -> Tensor:

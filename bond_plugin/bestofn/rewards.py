@@ -29,7 +29,7 @@ def strict_ranks(rewards: Tensor, generator: torch.Generator | None = None) -> T
     """
     if not torch.isfinite(rewards).all():
         raise ValueError("strict_ranks needs finite rewards")
-    tie_break = torch.rand(rewards.shape, generator=generator, dtype=torch.float64)
+    tie_break = torch.rand(rewards.shape, generator=generator, dtype=torch.float64, device="cpu")
     shuffled = tie_break.argsort(dim=-1)
     by_reward = rewards.detach().cpu().gather(-1, shuffled).argsort(dim=-1, stable=True)
     return shuffled.gather(-1, by_reward).argsort(dim=-1).to(rewards.device)
@@ -47,8 +47,8 @@ def bond_reward(p_lt: Tensor, p_le: Tensor, n: int, correction: bool = True) -> 
         p_lt, p_le: any shape, as from :func:`~bond_plugin.bestofn.quantiles`.
         n: >= 2.
         correction: with the second summand, term (B) of Theorem 1. ``False`` is the paper's practical form,
-            log p_<= alone: off by a constant where no rewards are tied, and by something that is different for
-            each level of the reward where they are.
+            log p_<= alone: off by a constant where no generation has a mass of its own (p_< = p_<=), and by
+            something that is different for each level of the reward where rewards are tied.
 
     Returns:
         The same shape and dtype, in nats; computed in float64. ``-inf`` where p_le = 0.
@@ -58,9 +58,8 @@ def bond_reward(p_lt: Tensor, p_le: Tensor, n: int, correction: bool = True) -> 
     """
     if n < 2:
         raise ValueError(f"bond_reward needs n >= 2, got {n}")
-    if correction:
-        return (log_bon_ratio(p_lt, p_le, n).double() / (n - 1)).to(p_le.dtype)
-    return torch.log(p_le.double()).to(p_le.dtype)
+    log_ratio = log_bon_ratio(p_lt.double(), p_le.double(), n)
+    return (log_ratio / (n - 1) if correction else torch.log(p_le.double())).to(p_le.dtype)
 
 
 def vbon_reward(log_cdf: Tensor, log_ref: Tensor | None, n: int, bound: str = "exact") -> Tensor:
@@ -85,7 +84,7 @@ def vbon_reward(log_cdf: Tensor, log_ref: Tensor | None, n: int, bound: str = "e
 
     Returns:
         The same shape and dtype, in nats; computed in float64. The exact form is finite at F = 0 and stays
-        accurate when pi_ref(y) underflows.
+        accurate when pi_ref(y) underflows; for F > 0 it is that also in the limit of no mass at all.
 
     Raises:
         ValueError: n < 2, an unknown bound, a missing ``log_ref``, or a positive log-probability.
@@ -102,12 +101,11 @@ def vbon_reward(log_cdf: Tensor, log_ref: Tensor | None, n: int, bound: str = "e
         raise ValueError("the exact form of vbon_reward needs log_ref")
     f, ref = log_cdf.double(), log_ref.double()
     apart = ref - f  # log (pi_ref / F); +inf at F = 0
-    # log of s = log (1 + pi_ref / F), of which (F / (F + pi_ref))^n = exp(-n s)
-    log_s = torch.where(apart < -30, apart, torch.log(torch.nn.functional.softplus(apart)))
-    exponent = math.log(n) + log_s
-    # log (1 - exp(-n s)): n s itself to first order where it is tiny
-    log_share = torch.where(exponent < -30, exponent, torch.log(-torch.expm1(-exponent.exp())))
-    return ((n * torch.logaddexp(f, ref) + log_share - ref) / (n - 1)).to(log_cdf.dtype)
+    # With s = log (1 + pi_ref / F), (F / (F + pi_ref))^n = exp(-n s).
+    exponent = math.log(n) + torch.log(torch.nn.functional.softplus(apart))  # log (n s)
+    # log ((1 - exp(-n s)) / pi_ref): where n s is tiny, to first order log (n s / pi_ref) = log (n / F)
+    log_share = torch.where(exponent < -30, math.log(n) - f, torch.log(-torch.expm1(-exponent.exp())) - ref)
+    return ((n * torch.logaddexp(f, ref) + log_share) / (n - 1)).to(log_cdf.dtype)
 
 
 def jbond_reward(rewards: Tensor, anchor_rewards: Tensor, ties: str = "expected") -> Tensor:
