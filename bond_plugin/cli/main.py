@@ -11,6 +11,7 @@ from bond_plugin import __version__
 COMMANDS = {
     "train": ("bond_plugin.cli.train", "train with OpenRLHF's own PPO trainer and any installed algorithm"),
     "evaluate": ("bond_plugin.cli.evaluate", "compare two models on held-out prompts: reward, win rate, KL"),
+    "lab": ("bond_plugin.cli.lab", "run every algorithm where Best-of-N is known exactly: a minute, no GPU"),
 }
 
 _USAGE = f"""\
