@@ -234,17 +234,15 @@ class Problem:
         return n, point.reward - self.measure(self.best_of(n), 1).reward
 
 
-def clipped_loss(inputs: LossInputs) -> LossOutputs:
-    """PPO's clipped loss, the host's default, as ``policy_loss = "ppo"`` names it: summed over tokens.
+def ppo_loss(inputs: LossInputs) -> LossOutputs:
+    """What ``policy_loss = "ppo"`` stands for: the host's loss at the weights that drew the samples.
 
-    The host divides by the number of tokens of the whole batch, which is the same up to a factor.
+    There every ratio pi / pi_old is 1 and nothing is clipped. The host divides by the number of tokens of the
+    whole batch, which is the same up to a factor.
     """
-    mask = inputs.mask.to(inputs.log_probs.dtype)
     ratio = torch.where(inputs.mask.bool(), inputs.log_probs - inputs.old_log_probs, 0.0).exp()
-    unclipped = ratio * inputs.advantages
-    bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
-    clipped = (bounded < unclipped).to(mask.dtype) * mask
-    return LossOutputs(-(torch.minimum(unclipped, bounded) * mask).sum(dim=-1), (clipped.sum() / mask.sum()).detach())
+    row_loss = -(ratio * inputs.advantages * inputs.mask).sum(dim=-1)
+    return LossOutputs(row_loss, torch.zeros((), dtype=row_loss.dtype))
 
 
 @dataclass(frozen=True)
@@ -312,7 +310,7 @@ class Learner:
         self.anchor = policy.parameters.detach().clone()
         self.classifier = torch.zeros(len(RESPONSES), dtype=torch.float64, requires_grad=True)
         self.metrics: dict[str, float] = {}
-        self.loss_function: Callable[[LossInputs], LossOutputs] = clipped_loss
+        self.loss_function: Callable[[LossInputs], LossOutputs] = ppo_loss
         if isinstance(method, Algorithm) and method.policy_loss != "ppo":
             self.loss_function = registry.load(registry.POLICY_LOSSES, method.policy_loss)
         self.cache: Tensor | None = None

@@ -330,7 +330,7 @@ def _trial(method: Method, training: Any) -> None:
 
 
 def format_report(report: Report) -> str:
-    """All tables as plain text, at most 104 columns, ending without a newline."""
+    """All tables as plain text, at most 118 columns, ending without a newline."""
     parts = [format_table(table) for table in report.tables.values()]
     if report.rounds:
         parts.append(format_rounds(report))
@@ -343,14 +343,14 @@ def format_table(table: Table) -> str:
     lines = [
         f"{table.title} ({table.policy} policy, {table.rewards} rewards)",
         "",
-        f"{'':<31}{'KL(pi||BoN)':>12}{'KL(BoN||pi)':>12}{'Jeffreys':>10}{'reward':>8}{'quantile':>10}"
-        f"{'KL(pi||ref)':>13}",
+        f"{'':<30}{'KL(pi||BoN)':>12}{'KL(BoN||pi)':>12}{'Jeffreys':>9}{'reward':>8}{'quantile':>9}"
+        f"{'KL(pi||ref)':>12}",
     ]
     for row in table.rows:
         p = row.point
         lines.append(
-            f"{row.name:<31}{p.kl_to_bon:>12.4f}{p.kl_from_bon:>12.4f}{p.jeffreys:>10.4f}{p.reward:>8.3f}"
-            f"{p.quantile:>10.3f}{p.kl_ref:>13.3f}  {row.note}".rstrip()
+            f"{row.name:<30}{p.kl_to_bon:>12.4f}{p.kl_from_bon:>12.4f}{p.jeffreys:>9.4f}{p.reward:>8.3f}"
+            f"{p.quantile:>9.3f}{p.kl_ref:>12.3f}  {row.note}".rstrip()
         )
     return "\n".join(lines)
 
