@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -78,6 +79,7 @@ def test_the_hosts_own_algorithms_run_through_the_same_command(dry: Any) -> None
     assert report["configuration"]["algo"]["kl"]["init_coef"] == 0.1
 
 
+VBON = {"algo.advantage.estimator": "reinforce", "reward.transform": "vbon", "bond.reward_cache": "x"}
 REFUSED = [
     ({"train.async_enable": True}, "--train.async_enable cannot be used with jbond"),
     ({"train.async_enable": True, "train.partial_rollout_enable": True}, "--train.partial_rollout_enable"),
@@ -124,6 +126,23 @@ REFUSED = [
     ({"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 2, "bond.beta": 0.5},
      "--bond.beta belongs to --algo.advantage.estimator bond and --algo.advantage.estimator jbond, but"),
     ({"algo.advantage.estimator": "jbonb"}, "invalid choice: 'jbonb'"),
+    ({"algo.advantage.estimator": "bond", "bond.n": 1}, "--bond.n must be at least 2"),
+    ({"algo.advantage.estimator": "bond", "bond.quantile": "learned"}, "add --no-bond.correction"),
+    ({"algo.advantage.estimator": "bond", "bond.baseline": "leave_one_out"}, "n_samples_per_prompt 2 or more"),
+    ({"algo.advantage.estimator": "bond", "bond.reward_cache": "missing.jsonl"}, "missing.jsonl: no such file"),
+    ({"algo.advantage.estimator": "bon_sft", "bond.kl_coef": -1}, "--bond.kl_coef must be at least 0"),
+    ({"reward.transform": "vbon", "bond.reward_cache": "x"},
+     "--reward.transform vbon is for the host's own estimators, not for --algo.advantage.estimator jbond"),
+    ({"vbon.n": 4}, "--vbon.n belongs to --reward.transform vbon"),
+    ({**VBON, "bond.reward_cache": None}, "make it with `bond cache`"),
+    ({**VBON, "vbon.n": 1}, "--vbon.n must be at least 2"),
+    ({**VBON, "algo.kl.init_coef": 0.5}, "--algo.kl.init_coef 0.5 contradicts --reward.transform vbon"),
+    ({**VBON, "algo.kl.target": 6.0}, "--algo.kl.target cannot be used with --reward.transform vbon"),
+    ({**VBON, "algo.kl.use_loss": True}, "--algo.kl.use_loss cannot be used"),
+    ({**VBON, "algo.kl.estimator": "k3"}, "--algo.kl.estimator cannot be used"),
+    ({**VBON, "rollout.top_p": 0.9}, "--rollout.top_p cannot be used"),
+    ({**VBON, "reward.overlong_buffer_len": 5}, "--reward.overlong_buffer_len cannot be used"),
+    ({**VBON, "bond.reward_cache": "missing.jsonl"}, "missing.jsonl: no such file"),
 ]  # fmt: skip
 
 
@@ -209,7 +228,9 @@ def test_missing_recipe(dry: Any) -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(REPOSITORY.glob("recipes/**/*.yaml")), ids=lambda path: path.name)
-def test_shipped_recipes_are_accepted(dry: Any, recipe: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_recipes_are_accepted(
+    dry: Any, recipe: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """As far as this machine can tell: model, data and device are replaced by ones that are here."""
     monkeypatch.chdir(REPOSITORY)
     assert recipe.read_text().lstrip().startswith("#"), "a recipe opens with how to run it"
@@ -220,8 +241,37 @@ def test_shipped_recipes_are_accepted(dry: Any, recipe: Path, tiny: Any, monkeyp
         "vllm.sync_backend": "gloo",
         "ds.attn_implementation": "sdpa",
     }
+    if "reward_cache" in recipe.read_text():
+        flags["bond.reward_cache"] = tmp_path / "rewards.jsonl"
+        prompts = [json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()]
+        rows = [{"prompt": prompt, "rewards": [0.0, 1.0]} for prompt in sorted(set(prompts))]
+        flags["bond.reward_cache"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = dry(flags, extra=("--recipe", str(recipe), "--ds.packing_samples=false"), base=False)
     assert done.status == 0, done.text
+
+
+def test_vbon_sets_the_kl_coefficient_and_takes_the_clip_away(dry: Any, tiny: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "rewards.jsonl"
+    rows = [json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()]
+    cache.write_text("".join(json.dumps({"prompt": p, "text": "", "reward": 0.5}) + "\n" for p in sorted(set(rows))))
+    done = dry({**VBON, "vbon.n": 5, "bond.reward_cache": cache})
+    assert done.status == 0, done.text
+    report = yaml.safe_load(done.out[done.out.index("configuration:") :])["configuration"]
+    assert report["algo"]["kl"]["init_coef"] == 0.25
+    assert report["reward"]["clip_range"] is None
+    assert report["actor"]["policy_loss_type"] == "ppo"
+    assert "does not say which model" in done.out  # the authors' layout has no record
+
+
+def test_learned_quantile_takes_the_critic_slot(dry: Any, tiny: Any) -> None:
+    learned = {"algo.advantage.estimator": "bond", "bond.quantile": "learned"}
+    done = dry(learned, extra=("--no-bond.correction",))
+    assert done.status == 0, done.text
+    report = yaml.safe_load(done.out[done.out.index("configuration:") :])
+    assert report["configuration"]["critic"]["model_name_or_path"] == str(tiny.model)
+    assert report["gpu_slots"]["--critic.num_gpus_per_node"] == 1
+    done = dry({**learned, "critic.num_gpus_per_node": 2}, extra=("--no-bond.correction",))
+    assert "as many ranks as the policy" in done.text
 
 
 def test_notes_name_flags_without_effect(dry: Any) -> None:

@@ -261,7 +261,7 @@ class RewardServer(BaseHTTPRequestHandler):
         pass
 
 
-def test_reward_server_several_samples_and_several_epochs(bond: Callable[..., Run], tmp_path: Path) -> None:
+def test_reward_server_several_samples_several_epochs_and_wandb(bond: Callable[..., Run], tmp_path: Path) -> None:
     """HTTP reward with many ties; 2 policy and 3 anchor samples; 2 optimiser steps and 2 epochs a rollout."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), RewardServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -278,7 +278,10 @@ def test_reward_server_several_samples_and_several_epochs(bond: Callable[..., Ru
                 "train.micro_batch_size": 6,
                 "rollout.micro_batch_size": 6,
                 "actor.adam.lr": 2e-2,
+                "logger.wandb.key": "0" * 40,
             },
+            WANDB_MODE="offline",
+            WANDB_DIR=str(tmp_path),
         )
     finally:
         server.shutdown()
@@ -288,6 +291,13 @@ def test_reward_server_several_samples_and_several_epochs(bond: Callable[..., Ru
         assert step["bond/anchor_distance"] == 0.0  # --bond.eta reached the training workers
         assert step["bond/log_quantile"] == pytest.approx(-8 * math.log(2) * step["bond/fire_rate"])
         assert step["ppo_clip_ratio"] > 0  # --train.max_epochs 2 is off-policy: ratios, clipped
+
+    # Weights & Biases got the same numbers: its file of an offline run holds names and JSON values as text.
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    logged = path.read_bytes()
+    for name in ("reward/policy", "bond/kl_anchor", "timing/generate_anchor"):
+        assert f"train/{name}".encode() in logged
+        assert json.dumps(done.metrics[-1][name]).encode() in logged
 
 
 def test_exception_in_the_reward_function_stops_the_run_with_its_traceback(

@@ -16,7 +16,7 @@ from bond_plugin.host.rewards import RewardError, shorten
 def compute_advantages_and_returns(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     """Put the transformed rewards in the place of the rewards, just before the host makes advantages of them.
 
-    ``info["reward"]``, which the host logs, keeps the reward as it was.
+    ``info["reward"]``, which the host logs, is the reward as it was.
     """
     transform = flags.transform(self.args)
     if transform is None:
@@ -42,6 +42,7 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         )
     )
     start = 0
+    as_they_were = [e.rewards.float() for e in experiences]
     for e in experiences:
         e.rewards = found.rewards[start : start + len(e.sequences), 0].float()
         start += len(e.sequences)
@@ -50,7 +51,10 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         "reward/policy": rewards.mean().item(),
         "bond/kl_ref": kl.mean().item(),
     }
-    return original(self, experiences)
+    made = original(self, experiences)
+    for e, reward in zip(experiences, as_they_were, strict=True):
+        e.info["reward"] = reward  # the host has put there what it was given
+    return made
 
 
 def _row_sums(values: torch.Tensor, experience: Any) -> torch.Tensor:
