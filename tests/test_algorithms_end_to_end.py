@@ -89,53 +89,53 @@ def test_bon_sft_on_two_ranks_with_a_reward_model_actor(bond: Callable[..., Run]
     assert "bond/anchor_distance" not in done.metrics[-1]  # it keeps no anchor
 
 
-def test_vbon_on_rloo_from_flags(bond: Callable[..., Run], tiny: Tiny, reward_cache: Path, tmp_path: Path) -> None:
+def test_vbon_on_rloo_on_two_ranks_from_a_recipe(
+    bond: Callable[..., Run], tiny: Tiny, reward_cache: Path, tmp_path: Path
+) -> None:
     """The host's own estimator, loss and reference model; the reward and the KL coefficient are vBoN's."""
-    done = bond(
-        tmp_path,
+    recipe = as_recipe(
         {
             "algo.advantage.estimator": "rloo",
             "reward.transform": "vbon",
             "vbon.n": 16,
             "vbon.bound": "exact",
             "bond.reward_cache": str(reward_cache),
+            "actor.num_gpus_per_node": 2,
+            "actor.adam.lr": 4e-3,
             "rollout.n_samples_per_prompt": 4,
             "train.batch_size": 64,
             "train.micro_batch_size": 16,
-            "rollout.micro_batch_size": 16,
-            "train.num_episodes": 4,
-            "actor.adam.lr": 4e-3,
+            "train.num_episodes": 3,
         },
+        tmp_path / "recipe.yaml",
     )
+    ours = {"recipe": str(recipe), "algo.advantage.estimator": None, "actor.num_gpus_per_node": None,
+            "actor.adam.lr": None, "train.batch_size": None, "train.micro_batch_size": None}  # fmt: skip
+    done = bond(tmp_path, ours)
     steps = done.metrics
-    assert len(steps) == 12
+    assert len(steps) == 9
     rewards = [step["reward/policy"] for step in steps]
-    assert mean(rewards[-3:]) > mean(rewards[:3]) + 0.05
+    assert mean(rewards[-3:]) > mean(rewards[:3]) + 0.03
     assert mean(s["bond/quantile"] for s in steps[-3:]) > mean(s["bond/quantile"] for s in steps[:3])
     assert abs(steps[0]["bond/kl_ref"]) < 1e-3
     assert steps[-1]["bond/kl_ref"] > 0
     assert steps[0]["reward"] == pytest.approx(rewards[0], abs=1e-4)  # the host goes on logging the reward itself
-    # "return" is the transformed reward minus the KL's share, before the baseline is taken off
     assert "--algo.kl.init_coef is 0.0666" in done.output
 
 
-def test_vbon_on_ppo_with_a_critic_on_two_ranks_from_a_recipe(
+def test_vbon_on_ppo_with_a_critic_from_flags(
     bond: Callable[..., Run], tiny: Tiny, reward_cache: Path, tmp_path: Path
 ) -> None:
-    recipe = as_recipe(
+    done = bond(
+        tmp_path,
         {
             "algo.advantage.estimator": "gae",
             "reward.transform": "vbon",
             "vbon.n": 4,
             "bond.reward_cache": str(reward_cache),
-            "actor.num_gpus_per_node": 2,
-            "train.micro_batch_size": 4,
+            "data.max_samples": 32,
         },
-        tmp_path / "recipe.yaml",
     )
-    ours = {"recipe": str(recipe), "algo.advantage.estimator": None, "actor.num_gpus_per_node": None,
-            "train.micro_batch_size": None}  # fmt: skip
-    done = bond(tmp_path, {**ours, "data.max_samples": 32})
     assert len(done.metrics) == 2
     for step in done.metrics:
         assert step["vbon/reward"] < 0
