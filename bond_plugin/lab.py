@@ -14,7 +14,7 @@ policy, and their gradient moves it. Imports torch and nothing of the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -716,6 +716,24 @@ class Estimator:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """What M cached rewards of the reference are good for: see :func:`sensitivity`.
+
+    Attributes:
+        bound: of vBoN.
+        samples: M.
+        kl_to_bon: mean KL(pi* || pi_BoN) over the caches, in nats.
+        low, high: the middle 90 % of the caches.
+    """
+
+    bound: str
+    samples: int
+    kl_to_bon: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that ``bond lab`` finds."""
 
@@ -724,6 +742,7 @@ class Report:
     rounds: list[Round]
     estimators: list[Estimator]
     curve: list[tuple[float, Point]]
+    cached: list[Cached] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -806,7 +825,50 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
                 rounds = _rounds(problem, 2, run)
         tables[key] = Table(title, kind, rewards, N, rows)
     estimators = _estimators(strict, bond, draw, say)
-    return Report(seed, tables, rounds, estimators, strict.curve(2.0**_ROUNDS * 1.25))
+    cached = sensitivity(strict, N, seed=seed)
+    return Report(seed, tables, rounds, estimators, strict.curve(2.0**_ROUNDS * 1.25), cached)
+
+
+def sensitivity(
+    problem: Problem,
+    n: int,
+    sizes: Sequence[int] = (4, 8, 16, 32, 64, 128, 300, 1000, 3000),
+    draws: int = 400,
+    seed: int = 0,
+) -> list[Cached]:
+    """How far from Best-of-n vBoN ends up with a cache of M rewards, for each of its bounds and each M.
+
+    Needs no training: with coefficient c the optimum for a cache is pi* = pi_ref exp(r / c), normalised, where r
+    is what the reward transform itself makes of that cache. The mean is over ``draws`` caches.
+
+    Args:
+        problem: where rewards and reference come from.
+        n: >= 2.
+        sizes: the M to try.
+        draws: caches drawn for each M.
+        seed: of the caches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    target = problem.best_of(n)
+    found = []
+    for bound in ("exact", "tied", "l1"):
+        method = build("vbon", n=n, bound=bound)
+        for size in sizes:
+            drawn = torch.multinomial(
+                problem.log_ref.exp().expand(draws, -1), size, replacement=True, generator=generator
+            )
+            out = method.transform(
+                TransformInputs(
+                    rewards=problem.rewards.expand(draws, -1),
+                    reference_rewards=problem.rewards[drawn],
+                    reference_log_probs=problem.log_ref.expand(draws, -1),
+                )
+            )
+            optimum = (problem.log_ref + out.rewards / method.kl_coefficient).log_softmax(dim=-1)
+            kl = (optimum.exp() * (optimum - target)).sum(dim=-1)
+            low, high = torch.quantile(kl, torch.tensor([0.05, 0.95], dtype=kl.dtype)).tolist()
+            found.append(Cached(bound, size, kl.mean().item(), low, high))
+    return found
 
 
 def training_of(method: Method, steps: int = 160, seed: int = 0) -> Training:

@@ -588,3 +588,14 @@ def test_help_teaches_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     for words in ("KL(pi||BoN)", "restricted", "--algorithm", "test-bed", "bond lab --algorithm jbond"):
         assert words in done.stdout
+
+
+def test_more_cached_rewards_bring_vbon_closer_and_l1_stays_off() -> None:
+    """The optimum for each cache is a formula; with a very large cache it is Best-of-N for the exact forms."""
+    problem = lab.Problem.make("strict")
+    found = {(c.bound, c.samples): c for c in lab.sensitivity(problem, 4, sizes=(8, 64, 100_000), draws=50)}
+    for bound in ("exact", "tied"):
+        few, some, many = (found[bound, size].kl_to_bon for size in (8, 64, 100_000))
+        assert few > 2 * some > 10 * many
+        assert many < 1e-3
+    assert found["l1", 100_000].kl_to_bon > 0.01

@@ -30,12 +30,13 @@ other what they reach, computed exactly, without sampling:
   KL(pi||ref)   how far the policy is from the reference
 
 The objects are those that `bond train` runs: their sample selection, advantages and policy loss, on batches
-sampled from the enumerable policy. Without flags four tables are printed, in about a minute on one core:
+sampled from the enumerable policy. Without flags five tables are printed, in about a minute on one core:
 
   full          a policy that can be any distribution: who reaches Best-of-N
   restricted    one that cannot: forward KL, backward KL, and Jeffreys between them
   tied          0/1 rewards
   estimators    each gradient estimator's bias against the exact gradient
+  sensitivity   how far from Best-of-N vBoN ends with M cached rewards
 
 With --algorithm, one algorithm or reward transform of any installed package is run instead, with its own flags:
 the test-bed for a new one. `bond lab --algorithm NAME --help` shows its flags.
@@ -335,6 +336,8 @@ def format_report(report: Report) -> str:
     if report.rounds:
         parts.append(format_rounds(report))
     parts.append(format_estimators(report))
+    if report.cached:
+        parts.append(format_cached(report))
     return "\n\n".join(parts)
 
 
@@ -390,6 +393,21 @@ def format_estimators(report: Report) -> str:
     return "\n".join(lines)
 
 
+def format_cached(report: Report) -> str:
+    """vBoN's distance from Best-of-N for each size of the cache."""
+    bounds = list(dict.fromkeys(c.bound for c in report.cached))
+    lines = [
+        "Sensitivity to M: KL(pi||BoN) of vBoN's optimum with M cached rewards, mean and middle 90 % of 400 caches",
+        "",
+        f"{'M':>6}" + "".join(f"{f'vbon {bound}':>30}" for bound in bounds),
+    ]
+    for samples in dict.fromkeys(c.samples for c in report.cached):
+        row = [c for c in report.cached if c.samples == samples]
+        cells = "".join(f"{f'{c.kl_to_bon:.4f}  [{c.low:.4f}, {c.high:.4f}]':>30}" for c in row)
+        lines.append(f"{samples:>6}{cells}")
+    return "\n".join(lines)
+
+
 def to_json(report: Report) -> str:
     """All numbers of a report, points with their Jeffreys divergence."""
     from bond_plugin.lab import Point
@@ -416,7 +434,7 @@ def plot(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     everything = "full" in report.tables
-    draw = (_front, _directions, _convergence) if everything else (_front, _both_directions)
+    draw = (_front, _directions, _convergence, _sensitivity) if everything else (_front, _both_directions)
     figure = Figure(figsize=(8, 6 * len(draw)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(len(draw), 1), draw, strict=True):
@@ -539,6 +557,25 @@ def _convergence(axes: Axes, report: Report) -> None:
     axes.set_ylim(top=30)
     axes.set(title=f"Convergence to Best-of-{table.n}", xlabel="step", ylabel="KL(pi || BoN), nats")
     axes.legend(frameon=False, fontsize=10, loc="upper center", ncols=2)
+
+
+def _sensitivity(axes: Axes, report: Report) -> None:
+    """KL(pi || BoN) of vBoN's optimum against the size of the cache."""
+    styles = {"exact": (_BLACK, "x", "-"), "tied": (_BLUE, "o", "--"), "l1": (_ORANGE, "^", "-.")}
+    for bound, (colour, marker, line) in styles.items():
+        points = [c for c in report.cached if c.bound == bound]
+        xs = [c.samples for c in points]
+        axes.plot(xs, [c.kl_to_bon for c in points], color=colour, marker=marker, linestyle=line, markersize=8,
+                  linewidth=2, label=f"vbon {bound}")  # fmt: skip
+        axes.fill_between(xs, [c.low for c in points], [c.high for c in points], color=colour, alpha=0.12)
+    axes.axvline(300, color=_GREY, linestyle=":", linewidth=1.5)
+    axes.annotate("300, the paper's", (300, 0.97), (6, 0), xycoords=("data", "axes fraction"),
+                  textcoords="offset points", fontsize=11, color=_GREY, va="top")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set(title="How many cached rewards? (band: 90 % of caches)", xlabel="M, rewards of the reference a prompt",
+             ylabel="KL(pi* || BoN), nats")  # fmt: skip
+    axes.legend(frameon=False, fontsize=11, loc="lower left")
 
 
 def _both_directions(axes: Axes, report: Report) -> None:
