@@ -660,6 +660,18 @@ def bond_cache(tiny: Tiny, tmp_path: Path) -> Callable[..., list[str]]:
     return build
 
 
+def ended_at_once(tiny: Tiny, prompts: list[str], samples: int) -> tuple[float, float]:
+    """How many responses read as no more than the EOS token: mean and standard deviation by the model itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.model), AutoTokenizer.from_pretrained(tiny.model)
+    with torch.no_grad():
+        ids = tokenizer(prompts, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        first = model(ids).logits[:, -1].float().softmax(dim=-1)
+    chance = first[:, 1] + first[:, 29:].sum(dim=-1) / 30  # or after one of the ids that have no letter
+    return samples * chance.sum().item(), (samples * (chance * (1 - chance)).sum().item()) ** 0.5
+
+
 @pytest.mark.e2e
 def test_killed_midway_it_ends_with_the_same_file_and_training_takes_it(
     tiny: Tiny, bond_cache: Callable[..., list[str]], dry: Any, tmp_path: Path
@@ -706,8 +718,9 @@ def test_killed_midway_it_ends_with_the_same_file_and_training_takes_it(
         from reward import reward_func
     finally:
         sys.path.remove(str(tiny.folder))
-    for line in content.splitlines()[1:]:
-        item = json.loads(line)
+    items = [json.loads(line) for line in content.splitlines()[1:]]
+    assert len({tuple(item["responses"]) for item in items}) == 26
+    for item in items:
         assert len(item["responses"]) == 24
         assert len(set(item["responses"])) > 12
         queries = [item["prompt"] + response for response in item["responses"]]
@@ -716,7 +729,10 @@ def test_killed_midway_it_ends_with_the_same_file_and_training_takes_it(
         for response in item["responses"]:
             assert len(response.replace("<eos>", "").replace("<pad>", "_")) <= 10  # three ids have no letter
             assert "<eos>" not in response.removesuffix("<eos>")
-    assert b'"<eos>"' in content  # the initial policy may end at once, as in the rollouts of BOND
+    at_once = sum(response == "<eos>" for item in items for response in item["responses"])
+    mean, deviation = ended_at_once(tiny, [item["prompt"] for item in items], 24)
+    assert abs(at_once - mean) < 4 * deviation  # no least length, as in the rollouts of BOND
+    assert mean > 5 * deviation
 
     base = {"algo.advantage.estimator": "bond", "bond.reward_cache": whole}
     assert dry(base).status == 0
