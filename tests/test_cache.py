@@ -731,8 +731,7 @@ def test_killed_midway_it_ends_with_the_same_file_and_training_takes_it(
             assert "<eos>" not in response.removesuffix("<eos>")
     at_once = sum(response == "<eos>" for item in items for response in item["responses"])
     mean, deviation = ended_at_once(tiny, [item["prompt"] for item in items], 24)
-    assert abs(at_once - mean) < 4 * deviation  # no least length, as in the rollouts of BOND
-    assert mean > 5 * deviation
+    assert abs(at_once - mean) < 3 * deviation < mean  # no least length, as in the rollouts of BOND
 
     base = {"algo.advantage.estimator": "bond", "bond.reward_cache": whole}
     assert dry(base).status == 0
