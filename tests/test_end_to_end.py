@@ -371,7 +371,6 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
         wanted = {
             **recipe_for(tiny),
             "bond.device": "cpu",
-            "data.max_samples": 32,
             "algo.advantage.estimator": "bon_sft",
             "bond.n": 4,
             "ckpt.output_dir": str(folder / "out"),
@@ -384,7 +383,8 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
             folder,
         )  # fmt: skip
         assert submitted.status == 0, submitted.output[-4000:]
-        assert len(submitted.metrics) == 2
+        assert len(submitted.metrics) == 3
+        # The same policy on the same prompts with the same seeds.
         assert submitted.metrics[0]["reward/policy"] == pytest.approx(steps[0]["reward/policy"], rel=1e-6)
         assert submitted.metrics[0]["reward/reference"] > 0
         assert submitted.metrics[0]["bond/kl_ref"] == 0 < submitted.metrics[1]["bond/kl_ref"]
