@@ -646,12 +646,7 @@ def method_class(name: str) -> type[Method]:
     kinds = ((registry.ADVANTAGE_ESTIMATORS, Algorithm), (registry.REWARD_TRANSFORMS, RewardTransform))
     for group, base in kinds:
         if name in registry.names(group):
-            found = registry.load(group, name)
-            if not (isinstance(found, type) and issubclass(found, base)):
-                raise registry.RegistryError(
-                    f"'{name}' in '{group}' must be a subclass of bond_plugin.algorithms.{base.__name__}"
-                )
-            return found
+            return registry.load_class(group, name, base)
     known = ", ".join(name for group, _ in kinds for name in registry.names(group))
     raise registry.RegistryError(f"no installed package registers an algorithm '{name}' (known: {known or 'none'})")
 

@@ -60,6 +60,18 @@ def load(group: str, name: str) -> Any:
         ) from error
 
 
+def load_class(group: str, name: str, base: type) -> Any:
+    """The subclass of ``base`` that ``name`` stands for in ``group``.
+
+    Raises:
+        RegistryError: as :func:`load`; or it is no subclass of ``base``.
+    """
+    found = load(group, name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise RegistryError(f"'{name}' in '{group}' must be a subclass of bond_plugin.algorithms.{base.__name__}")
+    return found
+
+
 def _origin(entry: EntryPoint) -> str:
     dist = entry.dist.metadata["Name"] if entry.dist is not None else "an unnamed distribution"
     return f"{entry.value} from {dist}"

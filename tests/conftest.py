@@ -134,6 +134,18 @@ def recipe_for(tiny: Tiny) -> dict[str, Any]:
     }
 
 
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names as a recipe has them."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
 def to_argv(flags: dict[str, Any]) -> list[str]:
     """``--name value`` for each; True is a switch, None drops the flag."""
     argv: list[str] = []

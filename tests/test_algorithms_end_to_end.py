@@ -10,21 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Run, Tiny
+from conftest import Run, Tiny, nested
 
 pytestmark = pytest.mark.e2e
 
 
 def as_recipe(flags: dict[str, Any], path: Path) -> Path:
     """Dotted flags as a recipe file."""
-    tree: dict[str, Any] = {}
-    for name, value in flags.items():
-        *groups, leaf = name.split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = value
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(nested(flags)))
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, clean_environment, recipe_for
+from conftest import REPOSITORY, clean_environment, nested, recipe_for
 
 
 def test_help_is_quick_and_imports_neither_torch_nor_the_host() -> None:
@@ -160,17 +160,6 @@ def test_reward_file_without_reward_func_is_an_error(dry: Any, tmp_path: Path) -
     done = dry({"reward.remote_url": str(path)})
     assert done.status == 2
     assert "defines no reward_func" in done.text
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree
 
 
 def configuration(done: Any) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from bond_plugin import cache, fingerprints
+from bond_plugin.cache import shorten
 from bond_plugin.host import engine, flags
-from bond_plugin.host.rewards import RewardError, shorten
+from bond_plugin.host.rewards import RewardError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -296,7 +296,7 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
         }
         if "seed" in job:  # a request a response
             asked = [
-                ({"prompt_token_ids": requests[i][0]}, {"seed": _seed(job["seed"], job["prompts"][i], j)})
+                ({"prompt_token_ids": requests[i][0]}, {"seed": seed(job["seed"], job["prompts"][i], j)})
                 for i in part
                 for j in range(n)
             ]
@@ -338,7 +338,7 @@ def _fit(ids: list[int], job: dict[str, Any]) -> tuple[list[int], int]:
     return ids[-(length - room) :], room
 
 
-def _seed(*parts: object) -> int:
+def seed(*parts: object) -> int:
     """A 63-bit seed from anything that has a repr."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 

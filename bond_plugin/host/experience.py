@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from bond_plugin.algorithms.base import AdvantageInputs
 from bond_plugin.host import classifier
-from bond_plugin.host.rewards import RewardError, shorten
+from bond_plugin.host.rewards import RewardError, finite
 from bond_plugin.host.sampling import Rollout, Rollouts
 
 #: Per-row mark in ``Experience.info``: 1 for companions. Taken out again before the host would log it.
@@ -61,12 +60,12 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         values = values.reshape(prompts, per_prompt)
         return values[:, :n], values[:, n:]
 
-    log_probs, companion_log_probs = by_prompt(_sums([e.action_log_probs for e in experiences], experiences))
+    log_probs, companion_log_probs = by_prompt(sums([e.action_log_probs for e in experiences], experiences))
     under: dict[str, list[torch.Tensor]] = {"policy": [e.action_log_probs for e in experiences]}
     of_policy: dict[str, torch.Tensor] = {}
     for name in _others(algorithm):
         under[name] = rollouts.log_probs(name, experiences)
-        of_policy[name], _ = by_prompt(_sums(under[name], experiences))
+        of_policy[name], _ = by_prompt(sums(under[name], experiences))
 
     classifier_logits = reference_rewards = None
     if wants.classifier:
@@ -143,16 +142,11 @@ def _score(maker: Any, rows: list[Any]) -> None:
 
 def _finite_rewards(rows: list[Any]) -> torch.Tensor:
     """The rewards of single-sample rows as float64 ``[rows]``; raises with the prompt if one is no number."""
-    values = []
-    for row in rows:
-        value = float(row.rewards.flatten()[0])
-        if not math.isfinite(value):
-            raise RewardError(f"the reward is {value} for the prompt {shorten(row.prompts[0])}")
-        values.append(value)
+    values = [finite(float(row.rewards.flatten()[0]), row.prompts[0]) for row in rows]
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _sums(log_probs: list[torch.Tensor], experiences: list[Any]) -> torch.Tensor:
+def sums(log_probs: list[torch.Tensor], experiences: list[Any]) -> torch.Tensor:
     """log pi(y) of each row: the sum over its response tokens, ``[rows]`` float64. An empty response has 0."""
     return torch.cat(
         [

@@ -64,24 +64,14 @@ def algorithm_class(name: str) -> type[Algorithm] | None:
         return None
     from bond_plugin.algorithms.base import Algorithm  # torch: only where an algorithm is wanted
 
-    found = registry.load(registry.ADVANTAGE_ESTIMATORS, name)
-    if not (isinstance(found, type) and issubclass(found, Algorithm)):
-        raise registry.RegistryError(
-            f"'{name}' in '{registry.ADVANTAGE_ESTIMATORS}' must be a subclass of bond_plugin.algorithms.Algorithm"
-        )
-    return found
+    return registry.load_class(registry.ADVANTAGE_ESTIMATORS, name, Algorithm)
 
 
 def transform_class(name: str) -> type[RewardTransform]:
     """The reward transform registered under ``name``."""
     from bond_plugin.algorithms.base import RewardTransform
 
-    found = registry.load(registry.REWARD_TRANSFORMS, name)
-    if not (isinstance(found, type) and issubclass(found, RewardTransform)):
-        raise registry.RegistryError(
-            f"'{name}' in '{registry.REWARD_TRANSFORMS}' must be a subclass of bond_plugin.algorithms.RewardTransform"
-        )
-    return found
+    return registry.load_class(registry.REWARD_TRANSFORMS, name, RewardTransform)
 
 
 @functools.lru_cache(maxsize=8)

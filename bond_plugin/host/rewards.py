@@ -7,7 +7,10 @@ its traceback, from the sample that met it.
 from __future__ import annotations
 
 import contextvars
+import math
 from typing import Any
+
+from bond_plugin.cache import shorten
 
 _failure: contextvars.ContextVar[list[BaseException] | None] = contextvars.ContextVar("failure", default=None)
 
@@ -46,7 +49,12 @@ async def execute(original: Any, self: Any, prompt: str, *args: Any, **kwargs: A
     return output
 
 
-def shorten(prompt: str, width: int = 120) -> str:
-    """A prompt for an error message."""
-    text = repr(prompt)
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+def finite(value: float, prompt: str) -> float:
+    """``value``, if it is a number that can be put in an order.
+
+    Raises:
+        RewardError: NaN or infinite; the prompt is named.
+    """
+    if not math.isfinite(value):
+        raise RewardError(f"the reward is {value} for the prompt {shorten(prompt)}")
+    return value

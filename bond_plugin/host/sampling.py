@@ -17,6 +17,7 @@ import ray
 import torch
 
 from bond_plugin.host import classifier, flags, hooks, metrics, weights
+from bond_plugin.host.engine import seed
 
 
 class Rollout(list):
@@ -105,12 +106,6 @@ def _restore_tokenizer(key: str, payload: bytes) -> Any:
     if key not in _tokenizers:
         _tokenizers[key] = pickle.loads(payload)
     return _tokenizers[key]
-
-
-def seed(*parts: object) -> int:
-    """A 63-bit seed from anything that has a repr."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 # The trainer.

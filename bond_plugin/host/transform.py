@@ -9,7 +9,8 @@ import torch
 
 from bond_plugin.algorithms.base import TransformInputs
 from bond_plugin.host import flags
-from bond_plugin.host.rewards import RewardError, shorten
+from bond_plugin.host.experience import sums
+from bond_plugin.host.rewards import finite
 
 
 @torch.no_grad()
@@ -26,12 +27,11 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
     rewards = torch.cat([e.rewards.double() for e in experiences])
     prompts = list(itertools.chain.from_iterable(e.prompts for e in experiences))
     for reward, prompt in zip(rewards.tolist(), prompts, strict=True):
-        if not torch.isfinite(torch.tensor(reward)):
-            raise RewardError(f"the reward is {reward} for the prompt {shorten(prompt)}")
+        finite(reward, prompt)
 
     # The host keeps log pi - log pi_ref of each token (its k1 estimate of the KL), not log pi_ref itself.
-    kl = torch.cat([_row_sums(e.kl, e) for e in experiences])
-    log_probs = torch.cat([_row_sums(e.action_log_probs, e) for e in experiences])
+    kl = sums([e.kl for e in experiences], experiences)
+    log_probs = sums([e.action_log_probs for e in experiences], experiences)
 
     # Each sample by itself: a row needs its own prompt's samples of the reference and nothing else.
     found = transform.transform(
@@ -55,7 +55,3 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
     for e, reward in zip(experiences, as_they_were, strict=True):
         e.info["reward"] = reward  # the host has put there what it was given
     return made
-
-
-def _row_sums(values: torch.Tensor, experience: Any) -> torch.Tensor:
-    return torch.where(experience.action_mask.bool(), values.double(), 0.0).sum(dim=-1)
