@@ -46,6 +46,13 @@ _MODULES = (
     "transformers.models.llama.modeling_llama",
     "torch.utils.tensorboard",
 )
+#: Libraries that would start threads when they are imported.
+_NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
+#: Ray reads a worker's job from the environment when it is imported, so all workers of all runs are of this job: the
+#: first of a cluster. Each run here starts a cluster of its own. Workers of other jobs are not copies.
+_JOB = "01000000"
+#: Threads that look after themselves in a fork: jemalloc's (in pyarrow) stops before one and starts after it.
+_HARMLESS = ("jemalloc",)
 _HIGH = 512  # where received files wait for their own number
 _START_SECONDS = 300
 _COPIES = "copies"  # folder of files named for executables that run, each with its copy's process id
@@ -103,7 +110,7 @@ class Server:
         self.python = folder / "python"
         self.python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {client} "$@"\n')
         self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
-        variables = dict(os.environ) | {"OPENBLAS_NUM_THREADS": "1", VARIABLE: str(self.python)}
+        variables = dict(os.environ) | _NO_THREADS | {"RAY_JOB_ID": _JOB, VARIABLE: str(self.python)}
         with self._log.open("w") as log:
             # Its standard input is our end of a pipe: it ends when we do, however we end.
             self._process = subprocess.Popen(
@@ -166,12 +173,16 @@ def _serve(address: str) -> None:
 
     from bond_plugin.host import load_plugins
 
+    # Read at import as the job is: the process by whose end workers know that Ray's daemon has gone. Theirs ends
+    # their connection to it too, which they notice as well.
+    os.environ["RAY_RAYLET_PID"] = str(os.getpid())
     load_plugins()
     for name in _MODULES:
         importlib.import_module(name)
-    if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
-        names = [thread.name for thread in threading.enumerate()]
-        raise SystemExit(f"an import started threads ({names}, {len(os.listdir('/proc/self/task'))} in all): no fork")
+    threads = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    others = [name for name in threads if not name.startswith(_HARMLESS)]
+    if len(others) > 1 or threading.active_count() > 1:
+        raise SystemExit(f"an import started threads, which a fork would lose: {', '.join(others)}")
     import gc
 
     gc.collect()
@@ -281,6 +292,8 @@ def _become(request: dict, files: list[int], sockets: list, selector: Any, pipe:
             os.nice(request["nice"] - os.nice(0))
         os.environ.clear()
         os.environ.update(request["env"])
+        if os.environ.get("RAY_JOB_ID", _JOB) != _JOB:
+            os.execv(sys.executable, [sys.executable, *request["argv"]])
         status = _run(request["argv"])
     except SystemExit as stop:
         if isinstance(stop.code, str):
