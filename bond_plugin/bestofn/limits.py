@@ -35,6 +35,7 @@ from bond_plugin.bestofn.estimates import expected_max
 
 _FIRST_KL = 1e-6  # where the grid of beta begins, in nats; from there to 0 the front is a root, which `at` follows
 _LAST_SHARE = 0.999  # and where it stops, as a share of the KL at which only the best samples have weight
+_CHUNK = 250_000  # weights at a time: 2 MB
 
 
 @dataclass(frozen=True)
@@ -171,20 +172,23 @@ def _tilted(rewards: Tensor, ranked: bool, points: int) -> tuple[Tensor, Tensor]
     below = below / scale
     log_samples = math.log(rewards.shape[-1])
 
-    def point(inverse_beta: float) -> tuple[Tensor, Tensor]:
-        tilt = inverse_beta * below
-        log_total = tilt.logsumexp(dim=-1, keepdim=True)
-        gap = ((tilt - log_total).exp() * below).sum(dim=-1).mean()
-        return inverse_beta * gap - log_total.mean() + log_samples, gap
+    def means(inverse_beta: Tensor) -> tuple[Tensor, Tensor]:
+        """KL, and mean of ``below``, over prompts, for each of ``[B]``."""
+        tilt = inverse_beta.reshape(-1, 1, 1) * below
+        log_total = tilt.logsumexp(dim=-1)
+        gap = ((tilt - log_total.unsqueeze(-1)).exp_() * below).sum(dim=-1).mean(dim=-1)
+        return inverse_beta * gap - log_total.mean(dim=-1) + log_samples, gap
 
     end = log_samples - (below == 0).sum(dim=-1).double().log().mean()
     # KL = Var(r) / (2 beta^2) for small 1 / beta.
-    first = math.sqrt(2 * min(_FIRST_KL, end.item() / 2) / below.var(dim=-1, correction=0).mean().item())
+    first = (end.clamp(max=2 * _FIRST_KL) / below.var(dim=-1, correction=0).mean()).sqrt()
     last = 2 * first
-    while point(last)[0] < _LAST_SHARE * end:
-        last *= 2
-    grid = [first * (last / first) ** (i / (points - 1)) for i in range(points)]
-    kl, gap = (torch.stack(column) for column in zip(*map(point, grid), strict=True))
+    while means(last)[0] < _LAST_SHARE * end:
+        last = 2 * last
+    share = torch.arange(points, dtype=torch.float64, device=rewards.device) / (points - 1)
+    grid = first * (last / first) ** share
+    parts = [means(part) for part in grid.split(max(1, _CHUNK // below.numel()))]
+    kl, gap = (torch.cat(column) for column in zip(*parts, strict=True))
     kl = torch.cat([kl.new_zeros(1), kl, end.reshape(1)])
     value = torch.cat([mean.reshape(1), best.mean() + scale * gap, best.mean().reshape(1)])
     # Both increase; where two best rewards differ by little, rounding may not.
@@ -321,7 +325,10 @@ def share_of_limit(value: Tensor | float, base: Tensor | float, limit: Tensor | 
     Returns:
         The common shape, float64. NaN where there is nothing to gain: the limit is not above the base, or unknown.
     """
-    value, base, limit = (torch.as_tensor(part, dtype=torch.float64) for part in (value, base, limit))
+    value, base, limit = (
+        part.double() if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device="cpu")
+        for part in (value, base, limit)
+    )
     room = limit - base
     return torch.where(room > 0, (value - base) / room, math.nan)
 
@@ -375,7 +382,7 @@ def area_under_front(kl: Tensor, value: Tensor, up_to: float, limit: Front) -> f
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], new):
             hull.pop()
         hull.append(new)
-    knots, heights = torch.tensor(hull, dtype=torch.float64, device=limit.kl.device).unbind(dim=-1)
+    knots, heights = torch.tensor(hull, dtype=torch.float64, device=limit.kl.device).T.contiguous()
     grid = up_to * torch.linspace(0, 1, 4097, dtype=torch.float64, device=limit.kl.device) ** 2
     reached = torch.trapezoid(_interpolate(grid, knots, heights) - limit.base, grid)
     possible = torch.trapezoid(limit.at(grid) - limit.base, grid)
