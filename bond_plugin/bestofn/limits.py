@@ -5,7 +5,7 @@ by its reward. KL(pi || pi_beta) >= 0 is, written out, for *every* policy pi
 
     E_pi[r]  <=  beta KL(pi || pi_ref) + beta log Z(beta),        with equality for pi = pi_beta      (1)
 
-(the Gibbs variational principle; Theorem 1 of arXiv 2205.11275 has it for RLHF). Averaged over prompts with one
+(the Gibbs variational principle; for RLHF see arXiv 2205.11275). Averaged over prompts with one
 beta for all of them, (1) bounds the mean reward by the mean KL, and the tilted references reach it together: so a
 single beta, not one a prompt, gives the highest mean reward at a given mean KL, and the *front* is
 beta -> (mean KL, mean reward) of the tilted references. The win rate against one sample of the reference is
@@ -16,9 +16,10 @@ M samples of the reference a prompt are enough to estimate both fronts, with wei
     log Z = logsumexp(r / beta) - log M,     KL = E[r] / beta - log Z
 
 That is the exact front of the samples' empirical distribution. It ends where only the best sample of each prompt has
-weight, at a KL of log M without ties, and it lies below the true one on average: by (1) the front at a KL of kappa is
-the minimum over beta of beta (kappa + mean log Z), and both log and min are concave. How far below is estimated by
-comparing with the fronts of half the samples, see :class:`Front`.
+weight, at a KL of log M without ties. For rewards it lies below the true front on average: by (1) the front at a KL
+of kappa is the minimum over beta of beta (kappa + mean log Z), and both log and min are concave. How far below is
+estimated by comparing with the fronts of half the samples, see :class:`Front`. For win rates without ties nothing is
+left to chance, and the front of M samples misses that of infinitely many by less than 1 / M of the possible gain.
 """
 
 from __future__ import annotations
