@@ -179,8 +179,31 @@ def execute(command: list[str], folder: Path, timeout: float = 400, **environmen
 
 
 @pytest.fixture(scope="session")
-def bond(tiny: Tiny) -> Callable[..., Run]:
-    """``bond(folder, **flags)``: run ``bond train`` on the tiny model; flags with dots are given as a dict."""
+def forks() -> Iterator[dict[str, str]]:
+    """The environment in which Ray's workers are copies of one process that has the host's imports."""
+    from bond_plugin.host import cpu, prefork
+
+    if torch_has_gpu():
+        yield {}
+        return
+    variables = clean_environment(**cpu.ENVIRONMENT, BOND_DEVICE="cpu", BOND_ACTIVE="1", OMP_NUM_THREADS="1")
+    with prefork.Server(variables) as server:
+        yield {prefork.VARIABLE: str(server.python)}
+
+
+def torch_has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
+    """``bond(folder, **flags)``: run ``bond train`` on the tiny model; flags with dots are given as a dict.
+
+    To save time its processes are copies of one that has the imports, as in ``bond bench``. Where they could not be,
+    with other packages on the path or in a cluster that is there already, they are started as users start them.
+    """
 
     def run(folder: Path, flags: dict[str, Any] | None = None, check: bool = True, **environment: str) -> Run:
         wanted = {
@@ -191,7 +214,11 @@ def bond(tiny: Tiny) -> Callable[..., Run]:
         }
         # One thread, so that runs with one and two ranks compute (and so sample) the same.
         environment = {"OMP_NUM_THREADS": "1", **environment}
-        done = execute([sys.executable, "-m", "bond_plugin", "train", *to_argv(wanted)], folder, **environment)
+        python = sys.executable
+        if not {"PYTHONPATH", "RAY_ADDRESS"} & set(environment):
+            python = next(iter(forks.values()), python)
+            environment |= forks
+        done = execute([python, "-m", "bond_plugin", "train", *to_argv(wanted)], folder, **environment)
         if check:
             assert done.status == 0, f"bond train failed ({done.seconds:.0f} s):\n{done.output[-6000:]}"
         return done

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,16 @@ class Server:
         python: the executable that runs a Python command line in a copy of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
+        """Start it and wait until it has imported everything, about half a minute.
+
+        Args:
+            variables: its environment; this process's if not given. Settings that libraries read when they are
+                imported are those of all copies.
+
+        Raises:
+            PreforkError: it did not start.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="bond-prefork-")
         folder = Path(self._folder.name)
         address, self._log = folder / "socket", folder / "log"
@@ -110,7 +120,11 @@ class Server:
         self.python = folder / "python"
         self.python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {client} "$@"\n')
         self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
-        variables = dict(os.environ) | _NO_THREADS | {"RAY_JOB_ID": _JOB, VARIABLE: str(self.python)}
+        variables = (
+            dict(os.environ if variables is None else variables)
+            | _NO_THREADS
+            | {"RAY_JOB_ID": _JOB, VARIABLE: str(self.python)}
+        )
         with self._log.open("w") as log:
             # Its standard input is our end of a pipe: it ends when we do, however we end.
             self._process = subprocess.Popen(
