@@ -41,8 +41,8 @@ REWARDS = ("strict", "tied")
 #: What ``--bond.reward_cache`` is here: rewards of the reference that the laboratory draws before training.
 CACHE = "lab"
 
-#: Which of the problems of this kind (see :meth:`Problem.make`). In 13 of the first 60 each single direction of
-#: the divergence raises the other above where it started, in the restricted class and for N = 4; in this one most.
+#: Which of the problems of this kind (see :meth:`Problem.make`): one in which each single direction of the divergence
+#: raises the other above where it started, in the restricted class and for N = 4. That is not so in most of them.
 _PROBLEM_SEED = 36
 
 Method = Algorithm | RewardTransform

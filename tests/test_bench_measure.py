@@ -1,0 +1,161 @@
+"""What `bond bench` measures of a policy, against exact values on responses of one token."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Tiny
+
+from bond_plugin.bench import measure
+from bond_plugin.bestofn import bon_log_probs, level_probabilities
+from bond_plugin.host.engine import Samples
+
+PROMPTS = [[5, 6, 7], [10], [20, 21]]
+VOCABULARY = 32
+N = 4
+COUNT = 4000  # samples a prompt
+Q = 2000  # of them for quantiles
+
+
+@pytest.fixture(scope="module")
+def moved(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy some way off from the reference."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("moved") / "model"
+    shutil.copytree(tiny.model, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.08 * torch.randn(weight.shape, generator=generator).to(weight.dtype))
+    model.save_pretrained(folder)
+    return folder
+
+
+def log_probs(path: Path) -> torch.Tensor:
+    """[prompts, vocabulary] float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids])).logits[0, -1].double() for ids in PROMPTS]
+    return torch.log_softmax(torch.stack(logits), dim=-1)
+
+
+def draw(logs: torch.Tensor, values: torch.Tensor, seed: int) -> tuple[Samples, torch.Tensor]:
+    tokens = torch.multinomial(logs.exp(), COUNT, replacement=True, generator=torch.Generator().manual_seed(seed))
+    samples = Samples(PROMPTS, tokens[:, :, None].tolist(), [[f"p{t}" for t in row] for row in tokens.tolist()])
+    return samples, values.gather(-1, tokens)
+
+
+@pytest.fixture(scope="module", params=["strict", "tied"])
+def case(request: pytest.FixtureRequest, tiny: Tiny, moved: Path) -> SimpleNamespace:
+    values = torch.rand(len(PROMPTS), VOCABULARY, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    if request.param == "tied":
+        values = (values > 0.6).double()
+    reference, policy = log_probs(tiny.model), log_probs(moved)
+    kept, kept_rewards = draw(reference, values, 1)
+    drawn, rewards = draw(policy, values, 2)
+    settings = {
+        "samples": COUNT, "quantile_samples": Q, "bon_levels": [N], "forward_samples": 400, "examples": 2,
+    }  # fmt: skip
+    job = measure.Job(
+        model=str(moved),
+        reference=str(tiny.model),
+        output="",
+        reference_samples="",
+        prompts=["p"] * len(PROMPTS),
+        labels=None,
+        configuration={"rollout": {"max_new_tokens": 1, "temperature": 1.0}},
+        evaluation=settings,
+        is_reference=False,
+    )
+    found = measure.evaluate(job, drawn, rewards, {**vars(kept), "rewards": kept_rewards.tolist()})
+    return SimpleNamespace(found=found, values=values, reference=reference, policy=policy, job=job, kept=kept)
+
+
+def close(found: list[float], expected: torch.Tensor, tolerance: float) -> None:
+    assert found == pytest.approx(expected.tolist(), abs=tolerance)
+
+
+def test_kl_and_entropy_are_exact_for_one_token(case: SimpleNamespace) -> None:
+    kl = (case.policy.exp() * (case.policy - case.reference)).sum(-1)
+    assert kl.min() > 0.1
+    close(case.found["kl"], kl, 1e-3)
+    close(case.found["entropy"], -(case.policy.exp() * case.policy).sum(-1), 1e-3)
+
+
+def test_reward_win_rate_and_quantiles(case: SimpleNamespace) -> None:
+    mass = case.policy.exp()
+    p_lt, p_le = level_probabilities(case.reference.exp(), case.values)
+    close(case.found["reward"], (mass * case.values).sum(-1), 0.03)
+    close(case.found["win_rate"], (mass * (p_lt + p_le) / 2).sum(-1), 0.03)
+    close(case.found["quantile"], (mass * (p_lt + p_le) / 2).sum(-1), 0.03)
+    close(case.found["log_quantile"], (mass * p_le.log()).sum(-1), 0.06)
+
+
+def test_both_kls_to_best_of_n(case: SimpleNamespace) -> None:
+    best = bon_log_probs(case.reference, case.values, N)
+    mass = case.policy.exp()
+    backward = (mass * (case.policy - best)).sum(-1)
+    forward = (best.exp() * (best - case.policy)).sum(-1)
+    assert backward.min() > 0.1
+    assert forward.min() > 0.1
+    close(case.found["backward_kl"][str(N)], backward, 0.2)  # the log of small quantiles, times N - 1
+    close(case.found["forward_kl"][str(N)], forward, 0.12)
+
+
+def test_zero_one_rewards_have_pass_at_k(case: SimpleNamespace) -> None:
+    if "pass_at" not in case.found:
+        assert case.values.unique().numel() > 2
+        return
+    right = (case.policy.exp() * case.values).sum(-1)
+    for k, found in case.found["pass_at"].items():
+        close(found, 1 - (1 - right) ** int(k), 0.06)
+
+
+def test_the_reference_is_at_its_own_place(case: SimpleNamespace, tiny: Tiny) -> None:
+    import dataclasses
+
+    settings = {**case.job.evaluation, "samples": 1000}
+    job = dataclasses.replace(case.job, model=str(tiny.model), evaluation=settings, is_reference=True)
+    rewards = case.values.gather(-1, torch.tensor(case.kept.response_ids)[..., 0])
+    found = measure.evaluate(job, case.kept, rewards, {**vars(case.kept), "rewards": rewards.tolist()})
+    assert found["kl"] == [0.0] * len(PROMPTS)
+    close(found["win_rate"], torch.full((len(PROMPTS),), 0.5), 0.05)
+    best = bon_log_probs(case.reference, case.values, N)
+    close(found["backward_kl"][str(N)], (case.reference.exp() * (case.reference - best)).sum(-1), 0.15)
+    close(found["forward_kl"][str(N)], (best.exp() * (best - case.reference)).sum(-1), 0.12)
+
+
+def test_another_tokenizer_is_refused(case: SimpleNamespace) -> None:
+    drawn = Samples([[1], [2], [3]], case.kept.response_ids, case.kept.queries)
+    with pytest.raises(ValueError, match="tokenize the prompts differently"):
+        measure.evaluate(case.job, drawn, torch.zeros(3, COUNT), {**vars(case.kept), "rewards": []})
+
+
+def test_best_of_reference_takes_disjoint_groups_after_those_of_the_quantiles() -> None:
+    rewards = torch.arange(40.0).reshape(2, 20)
+    rewards[1] = -rewards[1]
+    found = measure.best_of_reference(rewards, skip=4, levels=[2, 4], samples=4)
+    assert found[2].tolist() == [[5, 7, 9, 11], [4, 6, 8, 10]]
+    assert found[4].tolist() == [[7, 11, 15, 19], [4, 8, 12, 16]]
+
+
+def test_distinct_n() -> None:
+    assert measure.distinct([[[1, 2, 1, 2]]], 1) == pytest.approx(2 / 4)
+    assert measure.distinct([[[1, 2, 1, 2]]], 2) == pytest.approx(2 / 3)
+    assert measure.distinct([[[1], [1]], [[1], [2]]], 1) == pytest.approx((1 / 2 + 1) / 2)
+    assert measure.distinct([[[1]]], 2) == 0.0
+
+
+def test_numbers_keep_five_digits() -> None:
+    value: dict[str, Any] = measure._plain({"a": torch.tensor([math.pi * 1e-7, -12345.678])})
+    assert value == {"a": [3.1416e-07, -12346.0]}
