@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,11 @@ from bond_plugin.bench.matrix import Cell, Matrix
 
 _ERROR_LINES = 12
 _MEMORY_EVERY = 2.0  # seconds
+_NOISE = re.compile(
+    r"\x1b\[[0-9;]*m|^(\x1b\[[0-9;]*m)?\(.*? pid=.*?\)\S* ", re.MULTILINE
+)  # Ray's prefixes and colours
+#: The last line of a traceback, unless it only says that a worker of Ray's has ended.
+_EXCEPTION = re.compile(r"\s*(?!ray\.exceptions\.)[\w.]*(Error|Exception)(\(.*\))?: ")
 #: Flags that say what is compared: every cell must have them alike.
 _SHARED = (
     "actor.model_name_or_path",
@@ -318,7 +324,7 @@ class Runner:
         return {"key": key, **result}
 
     def _train_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        for old in ("policy", "checkpoints"):
+        for old in ("policy", "run", "checkpoints"):
             shutil.rmtree(folder / old, ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         log = folder / "train.log"
@@ -485,7 +491,11 @@ def _processes(settings: Settings) -> Iterator[Processes]:
     variables = dict(os.environ)
     try:
         if not settings.prefork or "RAY_ADDRESS" in os.environ or launch.has_gpu():
+            os.environ.pop(prefork.VARIABLE, None)
             yield Processes()
+            return
+        if prefork.VARIABLE in os.environ:  # somebody else's server
+            yield Processes(os.environ[prefork.VARIABLE])
             return
         os.environ[DEVICE_VARIABLE] = "cpu"
         launch.settle_device([])
@@ -521,6 +531,11 @@ def _training(path: Path) -> dict[str, Any]:
             found.append(None if value is None else float(f"{value:.5g}"))
         return found
 
+    # The host's is the mean over tokens; ours that of whole responses.
+    kl = column("bond/kl_ref")
+    if kl[-1] is None:
+        lengths = column("response_length")
+        kl = [None if None in pair else pair[0] * pair[1] for pair in zip(column("kl"), lengths, strict=True)]
     tokens, total = [], 0.0
     for line in lines:
         total += line.get("rollout/generated_tokens", 0)
@@ -531,7 +546,7 @@ def _training(path: Path) -> dict[str, Any]:
         "curve": {
             "generated_tokens": tokens,
             "reward": column("reward/policy", "vbon/reward", "reward"),
-            "kl": column("bond/kl_ref", "kl"),
+            "kl": kl,
             "log_quantile": column("bond/log_quantile", "vbon/log_quantile"),
         },
     }
@@ -564,11 +579,14 @@ def _gpus() -> int:
 
 
 def _error(text: str) -> str:
-    """The part of a log that says what went wrong."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    """The part of a log that says what went wrong: our own message, else the last exception, else the last lines."""
+    lines = [line for line in _NOISE.sub("", text).splitlines() if line.strip()]
     for i, line in enumerate(lines):
         if line.startswith("bond: error:") or ": error: " in line[:60]:
             return "\n".join(lines[i : i + _ERROR_LINES])
+    for line in reversed(lines):
+        if _EXCEPTION.match(line):
+            return line.strip()
     return "\n".join(lines[-_ERROR_LINES:])
 
 

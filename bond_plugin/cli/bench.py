@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
     def finished(done: int, total: int, result: dict[str, Any], left: float | None) -> None:
         if result["status"] == "failed":
-            said = f"FAILED: {result['error'].splitlines()[-1]} (see {output / 'cells'})"
+            said = f"FAILED: {result['error'].splitlines()[0]} (log in {output / 'cells'})"
         else:
             mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
             said = (
