@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +26,10 @@ def matrix(tiny: Tiny) -> dict[str, Any]:
         "evaluation": {"prompts": "held.jsonl", "samples": 8, "reference_samples": 64, "bon_levels": [2, 4]},
         "seeds": [1],
         "methods": {
-            "jbond": {"label": "J-BOND", "flags": nested({"algo.advantage.estimator": "jbond", "train.batch_size": 16})},
+            "jbond": {
+                "label": "J-BOND",
+                "flags": nested({"algo.advantage.estimator": "jbond", "train.batch_size": 16}),
+            },
             "broken": {
                 "flags": nested({
                     "algo.advantage.estimator": "jbond", "train.batch_size": 16, "bond.max_engine_gap": 1e-12,
