@@ -16,7 +16,7 @@ from torch import Tensor
 from bond_plugin.bestofn.distribution import quantiles
 
 LEVEL = 0.95
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)

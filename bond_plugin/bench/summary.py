@@ -25,7 +25,7 @@ MEASURES = ("reward", "win_rate")
 #: The N of the Best-of-N rows, as far as there are samples for them; the curve has every N up to the last.
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 
-_GRID = 65  # KLs at which two fronts are compared, and areas added up
+_GRID = 33  # KLs at which two fronts are compared, and areas added up
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Summary:
 
     Attributes:
         reference: the reference policy as a point without cells.
-        best_of: N to estimates of ``reward``, ``win_rate``, ``kl`` and the two shares of the limit.
+        best_of: N to estimates of ``kl``, and of each measure with its ``..._gain`` and ``..._share`` of the limit.
         curve: Best-of-N for each N from 1 to the last of ``best_of``.
         limits: of each measure, the highest value at a KL, corrected for its estimated bias.
         area_up_to: of each measure, in nats: the largest KL of any point, or where the limit ends to be supported.
@@ -283,7 +283,8 @@ class _Summariser:
         column = {key: self.bon[key][:, n - 1] for key in ("kl", *MEASURES)}
         for measure in MEASURES:
             column |= self.against_the_limit(measure, column["kl"], column[measure])
-        return {key: Estimate.of(values) for key, values in column.items()}
+        own = [key for key in column if not key.endswith(("_bon_share", "_above_bon"))]  # compared with itself
+        return {key: Estimate.of(column[key]) for key in own}
 
     # Fronts.
 
