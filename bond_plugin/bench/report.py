@@ -24,11 +24,12 @@ from bond_plugin.bench.summary import (
 PICTURES = "figures"
 
 
-def write_report(out_dir: Path) -> list[Path]:
+def write_report(out_dir: Path, resamples: int = RESAMPLES) -> list[Path]:
     """Write the report about a results folder into that folder.
 
     Args:
         out_dir: holds ``reference.json`` and ``results.jsonl``; an earlier report in it is replaced.
+        resamples: of the bootstrap behind the intervals.
 
     Returns:
         The files written: ``report.html``, ``report.md`` and the pictures of the latter, ``figures/*.png``.
@@ -37,7 +38,7 @@ def write_report(out_dir: Path) -> list[Path]:
         bond_plugin.bench.results.ResultsError: a file cannot be used.
     """
     out_dir = Path(out_dir)
-    summary = summarise(read_results(out_dir))
+    summary = summarise(read_results(out_dir), resamples)
     title, blocks = summary.results.reference.title, contents(summary)
     files = {f"{PICTURES}/{block.name}.png": block.png for block in blocks if isinstance(block, Picture)}
     files["report.md"] = to_markdown(title, blocks, PICTURES).encode()
@@ -133,7 +134,7 @@ def conditions(summary: Summary) -> str:
     seeds = sorted({len(point.cells) for point in summary.points})
     text = (
         f"{len(reference.prompts)} held-out prompts, the same for all; {reference.rewards.shape[1]} samples of the "
-        f"reference for each. In brackets: 95 % intervals, from {RESAMPLES:,} bootstrap resamples"
+        f"reference for each. In brackets: 95 % intervals, from {summary.resamples:,} bootstrap resamples"
     )
     if not seeds:
         return text + "."

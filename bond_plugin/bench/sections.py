@@ -103,15 +103,16 @@ def policies(summary: Summary) -> list[Block]:
             | kl,
         ),
         Paragraph(
-            "Best-of-N is computed from the samples of the reference, its KL from their ties (log N − (N−1)/N without "
-            "ties). The gain is prompt by prompt, so that how difficult the prompts are is not in its interval."
+            "Best-of-N is computed from the samples of the reference, its KL from their ties (log N − (N−1)/N "
+            "without ties). The gain is prompt by prompt: how difficult the prompts are is not in its interval."
         ),
         _table("Against the limit at the policy's own KL", trained + best_of, kl | shares),
         Paragraph(
             "The limit is the highest value that any policy can have at this KL, that of the reference tilted by the "
-            "reward, estimated from the reference's samples and corrected for its bias. Shares are of the possible gain over the reference; beside each, what Best-of-N has at the same KL, and "
-            f"how far the policy is above it. {_BEYOND}: more KL than the reference's samples can support the limit "
-            f"for (a bias above 2 % before it is corrected). {_NONE}: not defined, or beyond Best-of-{summary.curve.ns[-1]}."
+            "reward, estimated from the reference's samples and corrected for its bias. Shares are of the possible "
+            "gain over the reference; beside each, what Best-of-N has at the same KL, and how far the policy is "
+            f"above it. {_BEYOND}: more KL than these samples can support the limit for (a bias above 2 % before "
+            f"correction). {_NONE}: not defined, or beyond Best-of-{summary.curve.ns[-1]}."
         ),
         _table("Distance to Best-of-N", reference + trained, distances),
         _table(

@@ -119,6 +119,7 @@ class Summary:
     """
 
     results: Results
+    resamples: int
     reference: Point
     points: tuple[Point, ...]
     methods: tuple[Method, ...]
@@ -183,6 +184,7 @@ class _Summariser:
             methods.append(Method(key, own[0].label, tuple(own), area, share))
         return Summary(
             results=self.results,
+            resamples=self.resampling.resamples,
             reference=self.reference(),
             points=tuple(points),
             methods=tuple(methods),
