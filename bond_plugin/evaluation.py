@@ -29,8 +29,6 @@ LEVEL = 0.95
 
 _REWARD_THREADS = 8
 _SPOT_CHECKS = 4
-_ROWS_AT_A_TIME = 64
-_LOGITS_AT_A_TIME = 2**25  # elements: 128 MB in float32, of which a batch needs about six
 _EXAMPLES = 4
 _SAY_EVERY = 10.0  # seconds
 
@@ -216,6 +214,45 @@ def _ticker(say: Say, what: str) -> Callable[[int, int], None]:
             say(f"{what}: {done} of {total} responses after {now - started:.0f} s")
 
     return tick
+
+
+# Prompts.
+
+
+def read_prompts(
+    path: Path, key: str, label_key: str | None, flags: tuple[str, str] = ("--input-key", "--label-key")
+) -> tuple[list[str], list[Any] | None]:
+    """The prompts of a file of JSON lines, and a label each if ``label_key`` is given.
+
+    Args:
+        path: the file; empty lines are passed over.
+        key, label_key: the keys of prompt and label.
+        flags: where these two are set, for the messages.
+
+    Raises:
+        EvaluationError: the first line that is no use.
+    """
+    if not path.is_file():
+        raise EvaluationError(f"{path}: no such file")
+    prompts, labels = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise EvaluationError(f"{path}, line {number} is not JSON: {error}") from error
+        for flag, wanted in zip(flags, (key, label_key), strict=True):
+            if wanted is not None and (not isinstance(item, dict) or wanted not in item):
+                has = f"it has {', '.join(map(repr, item))}" if isinstance(item, dict) else "it is no object"
+                raise EvaluationError(f"{path}, line {number} has no key '{wanted}' ({has}): set {flag}")
+        if not isinstance(item[key], str) or not item[key]:
+            raise EvaluationError(f"{path}, line {number}: '{key}' must be non-empty text (apply a chat template)")
+        prompts.append(item[key])
+        labels.append(item[label_key] if label_key is not None else None)
+    if not prompts:
+        raise EvaluationError(f'{path} is empty: it needs at least one line like {{"{key}": "..."}}')
+    return prompts, labels if label_key is not None else None
 
 
 # Rewards.
@@ -410,63 +447,13 @@ def response_kl(
     Raises:
         EvaluationError: the models' vocabularies differ in size.
     """
-    import torch
+    from bond_plugin import likelihood
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = [_load(path, device) for path in (model, other)]
-    sizes = [loaded.config.get_text_config().vocab_size for loaded in models]
-    if sizes[0] != sizes[1]:
-        raise EvaluationError(f"the vocabularies differ: {model} has {sizes[0]} tokens, {other} {sizes[1]}")
-
-    count = len(response_ids[0])
-    pairs = [(list(p), list(r)) for p, responses in zip(prompt_ids, response_ids, strict=True) for r in responses]
-    longest = max(len(response) for _, response in pairs)
-    rows = min(_ROWS_AT_A_TIME, max(1, _LOGITS_AT_A_TIME // (longest * sizes[0])))
-    found: list[Tensor] = []
-    for start in range(0, len(pairs), rows):
-        found.append(_batch_kl(models, pairs[start : start + rows], temperature, device))
-        if progress is not None:
-            progress(min(start + rows, len(pairs)), len(pairs))
-    return torch.cat(found).reshape(len(prompt_ids), count)
-
-
-def _load(path: str | Path, device: str) -> Any:
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    dtype = torch.float32 if device == "cpu" else "auto"
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-
-
-def _batch_kl(models: Sequence[Any], pairs: list[tuple[list[int], list[int]]], temperature: float, device: str):
-    """KL of each (prompt, response), ``[len(pairs)]`` float64. Prompts padded left, responses right."""
-    import torch
-
-    width = max(len(prompt) for prompt, _ in pairs)
-    length = max(len(response) for _, response in pairs)
-    ids = torch.zeros(len(pairs), width + length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, response) in enumerate(pairs):
-        span = slice(width - len(prompt), width + len(response))
-        ids[row, span] = torch.tensor(prompt + response)
-        mask[row, span] = 1
-    inputs = {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0).to(device),
-    }
-    with torch.inference_mode():
-        log_p, log_q = (
-            torch.log_softmax(
-                # One position more than the response: the logits at a token are those of the next one.
-                model(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float() / temperature,
-                dim=-1,
-            )
-            for model in models
-        )
-        by_token = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    return (by_token.double().cpu() * mask[:, width:]).sum(dim=-1)
+    try:
+        models = likelihood.load(model, other)
+    except likelihood.VocabularyError as error:
+        raise EvaluationError(str(error)) from error
+    return likelihood.measure(models, prompt_ids, response_ids, temperature, progress).kl
 
 
 # What a reader sees.

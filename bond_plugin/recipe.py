@@ -46,23 +46,31 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"--recipe {path}: no such file")
     try:
-        content = yaml.load(path.read_text(), Loader=_strict_loader(yaml))
+        content = yaml.load(path.read_text(), Loader=strict_loader(yaml))
     except yaml.YAMLError as error:
         raise RecipeError(f"--recipe {path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"--recipe {path}: a recipe is a mapping of flags, found {type(content).__name__}")
     flat: dict[str, Any] = {}
-    _flatten(content, "", flat, path)
+    try:
+        flatten(content, flat)
+    except RecipeError as error:
+        raise RecipeError(f"--recipe {path}: {error}") from error
     return flat
 
 
-def _flatten(node: dict, prefix: str, flat: dict[str, Any], path: Path) -> None:
+def flatten(node: dict, flat: dict[str, Any], prefix: str = "") -> None:
+    """Add the dotted names and values of a nested mapping to ``flat``.
+
+    Raises:
+        RecipeError: a name that is there already.
+    """
     for key, value in node.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            _flatten(value, f"{name}.", flat, path)
+            flatten(value, flat, f"{name}.")
         elif name in flat:
-            raise RecipeError(f"--recipe {path}: '{name}' is given twice")
+            raise RecipeError(f"'{name}' is given twice")
         else:
             flat[name] = value
 
@@ -130,7 +138,7 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _strict_loader(yaml: Any) -> Any:
+def strict_loader(yaml: Any) -> Any:
     """A loader to which a key given twice is an error, as it never is meant."""
 
     class Loader(yaml.SafeLoader):

@@ -1,1 +1,5 @@
-"""``bond bench``: a matrix of training runs, measured on the same held-out prompts, and the report about it."""
+"""``bond bench``: algorithms compared on one task, by reward against KL and win rate against KL.
+
+``matrix``: what is run, from a YAML file; ``runner``: real training runs, resumable, several at once; ``measure``: a
+policy on held-out prompts; ``results``, ``summary``, ``figures`` and ``report``: from the files it leaves to a page.
+"""

@@ -1,7 +1,8 @@
 """The mathematics of Best-of-N distillation. Imports torch and nothing of the host.
 
 ``distribution``: quantiles and the Best-of-N distribution; ``rewards``: what turns it into policy gradients;
-``divergences``: forward, backward and Jeffreys, with gradients; ``estimates``: Best-of-N from samples.
+``divergences``: forward, backward and Jeffreys, with gradients; ``estimates``: Best-of-N from samples;
+``limits``: the best that any policy can do at a given KL, and how near to it a method comes.
 """
 
 from bond_plugin.bestofn.distribution import (
@@ -21,14 +22,32 @@ from bond_plugin.bestofn.divergences import (
     leave_one_out_mean,
 )
 from bond_plugin.bestofn.estimates import bootstrap_interval, expected_max, pass_at_n, win_rate
+from bond_plugin.bestofn.limits import (
+    BestOfNCurve,
+    Front,
+    area_under_front,
+    best_of_n_curve,
+    bon_kl_from_samples,
+    bon_win_rate,
+    pareto_front,
+    reward_front,
+    share_of_limit,
+    win_rate_front,
+)
 from bond_plugin.bestofn.rewards import bond_reward, jbond_reward, strict_ranks, vbon_reward
 
 __all__ = [
+    "BestOfNCurve",
     "Divergence",
+    "Front",
+    "area_under_front",
     "backward_kl",
+    "best_of_n_curve",
     "bon_kl",
     "bon_kl_bound",
+    "bon_kl_from_samples",
     "bon_log_probs",
+    "bon_win_rate",
     "bond_reward",
     "bootstrap_interval",
     "expected_max",
@@ -38,10 +57,14 @@ __all__ = [
     "leave_one_out_mean",
     "level_probabilities",
     "log_bon_ratio",
+    "pareto_front",
     "pass_at_n",
     "quantiles",
+    "reward_front",
+    "share_of_limit",
     "strict_ranks",
     "tied_log_bon_ratio",
     "vbon_reward",
     "win_rate",
+    "win_rate_front",
 ]

@@ -184,7 +184,12 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[Any] | None]:
             f"--after {args.after} has a vocabulary of {sizes[1]} tokens and --before one of {sizes[0]}: "
             "give the model that --after was trained from"
         )
-    prompts, labels = _read_prompts(args.prompts, args.input_key, args.label_key)
+    from bond_plugin import evaluation
+
+    try:
+        prompts, labels = evaluation.read_prompts(args.prompts, args.input_key, args.label_key)
+    except evaluation.EvaluationError as error:
+        raise UsageError(f"--prompts {error}") from error
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise UsageError(f"--output-dir {args.output_dir} is a file: name a folder")
     _check_metrics(args.metrics)
@@ -208,32 +213,6 @@ def _vocabulary(flag: str, folder: Path) -> int | None:
     except json.JSONDecodeError as error:
         raise UsageError(f"{flag} {config} is not JSON ({error}): was the model saved completely?") from error
     return content.get("vocab_size", content.get("text_config", {}).get("vocab_size"))
-
-
-def _read_prompts(path: Path, key: str, label_key: str | None) -> tuple[list[str], list[Any] | None]:
-    if not path.is_file():
-        raise UsageError(f"--prompts {path}: no such file")
-    prompts, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"--prompts {path}, line {number} is not JSON: {error}") from error
-        for flag, wanted in (("--input-key", key), ("--label-key", label_key)):
-            if wanted is not None and (not isinstance(item, dict) or wanted not in item):
-                has = f"it has {', '.join(map(repr, item))}" if isinstance(item, dict) else "it is no object"
-                raise UsageError(f"--prompts {path}, line {number} has no key '{wanted}' ({has}): set {flag}")
-        if not isinstance(item[key], str) or not item[key]:
-            raise UsageError(
-                f"--prompts {path}, line {number}: '{key}' must be non-empty text (apply a chat template)"
-            )
-        prompts.append(item[key])
-        labels.append(item[label_key] if label_key is not None else None)
-    if not prompts:
-        raise UsageError(f'--prompts {path} is empty: it needs at least one line like {{"{key}": "..."}}')
-    return prompts, labels if label_key is not None else None
 
 
 def _check_metrics(path: Path | None) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bond_plugin import recipe as recipes
-from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu, flags, hooks, load_plugins, on_cpu
+from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu, flags, hooks, load_plugins, on_cpu, prefork
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
 SETUP_HOOK = "bond_plugin.host.load_plugins"
@@ -57,9 +57,14 @@ def _device(argv: list[str]) -> str:
         return wanted
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return "cuda"  # a cluster's head node may well have no GPU while its workers have
+    return "cuda" if has_gpu() else "cpu"
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that torch can use."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.is_available()
 
 
 def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +130,7 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
         if "HF_HUB_OFFLINE" in os.environ:
             variables["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
     variables |= given.get("env_vars") or {}
-    merged = {**given, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
+    merged = {**prefork.runtime_env(), **given, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
     # Under `ray job submit`, Ray refuses variables that the job's own runtime_env sets too; those win anyway.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
     for name in submitted.get("env_vars") or {}:

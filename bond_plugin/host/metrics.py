@@ -101,7 +101,8 @@ def train_step(original: Any, self: Any, rollout_samples: Any, global_step: int)
         self._bond_timings = {name: own.pop(name) for name in list(own) if name.startswith("timing/")}
         status |= own
     else:
-        status |= getattr(self.experience_maker, "bond_metrics", {})
+        for part in (getattr(self, "samples_generator", None), self.experience_maker):
+            status |= getattr(part, "bond_metrics", {})
     return status, step
 
 

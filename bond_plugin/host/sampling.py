@@ -19,6 +19,9 @@ import torch
 from bond_plugin.host import classifier, flags, hooks, metrics, weights
 from bond_plugin.host.engine import seed
 
+#: Response tokens of a step, of companions too: what two algorithms cost beside each other.
+TOKENS = "rollout/generated_tokens"
+
 
 class Rollout(list):
     """What the sampler hands to the experience maker: the policy's samples, prompt by prompt.
@@ -176,7 +179,9 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
     taken, and whether the prompts are exhausted.
     """
     if not hasattr(self, "bond"):
-        return original(self, **generate_kwargs)
+        samples, *rest = original(self, **generate_kwargs)
+        self.bond_metrics = {TOKENS: _tokens(samples)}
+        return samples, *rest
     from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
 
     rollouts: Rollouts = self.bond
@@ -197,7 +202,7 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
             )
         return [], None, len(prompts), True
 
-    rollouts.metrics = {}
+    rollouts.metrics = {TOKENS: 0}
     rollouts.hold("policy")
     samples = _draw(self, "policy", self.args.rollout.n_samples_per_prompt, prompts, labels, generate_kwargs)
     companions: list[Any] = []
@@ -246,4 +251,10 @@ def _draw(
         for response in ray.get(ref):
             samples.append(sampler._process_response_into_experience(response, **options))
     rollouts.metrics[f"timing/generate_{source}"] = time.time() - started
+    rollouts.metrics[TOKENS] += _tokens(samples)
     return samples
+
+
+def _tokens(samples: list[Any]) -> int:
+    """Response tokens, EOS included."""
+    return int(sum(sample.action_mask.sum().item() for sample in samples))

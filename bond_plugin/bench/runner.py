@@ -1,0 +1,589 @@
+"""Runs the cells of a matrix: check all, measure the reference, then train and measure cell by cell.
+
+A folder of results holds ``matrix.yaml`` (a copy), ``reference.json``, ``results.jsonl`` (rewritten after each
+cell), and for each cell ``cells/<name>/`` with its log, metrics, policy and ``result.json``. A cell whose
+``result.json`` was made with the same flags, evaluation and reference is finished; all others are run, from the part
+that is missing. So the same command goes on where it was stopped, and tries failed cells again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bond_plugin import __version__, fingerprints
+from bond_plugin.bench.matrix import Cell, Matrix
+
+_ERROR_LINES = 12
+_MEMORY_EVERY = 2.0  # seconds
+#: Flags that say what is compared: every cell must have them alike.
+_SHARED = (
+    "actor.model_name_or_path",
+    "data.prompt_dataset",
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "reward.remote_url",
+    "reward.model_name_or_path",
+)
+
+Say = Callable[[str], None]
+
+
+class BenchError(RuntimeError):
+    """The comparison cannot go on. The message says why and what to do."""
+
+
+@dataclass
+class Processes:
+    """Starts processes, knows those that run, and ends them all when asked.
+
+    Attributes:
+        python: the executable for Python command lines: this interpreter, or a prefork server's.
+    """
+
+    python: str = sys.executable
+    _running: set[subprocess.Popen] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: bool = False
+
+    def run(
+        self, arguments: Sequence[str], log: Path, variables: dict[str, str], memory: bool = False
+    ) -> tuple[int, float | None]:
+        """Run ``python arguments``, its output appended to ``log``.
+
+        Returns:
+            The exit status, and with ``memory`` the largest memory of its processes together in GiB (proportional
+            set size, so that what they share counts once).
+
+        Raises:
+            BenchError: it was ended by :meth:`stop`.
+        """
+        with log.open("ab") as file:
+            with self._lock:
+                if self._stopped:
+                    raise BenchError("stopped")
+                process = subprocess.Popen(
+                    [self.python, *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                    env={**os.environ, **variables}, start_new_session=True,
+                )  # fmt: skip
+                self._running.add(process)
+            peak = None
+            try:
+                while True:
+                    if memory:
+                        used = _memory(process.pid)
+                        peak = used if peak is None else max(peak, used)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return process.wait(timeout=_MEMORY_EVERY), peak
+                    if self._stopped:
+                        process.terminate()
+            finally:
+                self._running.discard(process)
+
+    def stop(self) -> None:
+        """End everything that runs."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def _memory(pid: int) -> float:
+    import psutil
+
+    from bond_plugin.host import prefork
+
+    total, seen = 0, set()
+    waiting = [pid]
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(one)
+            total += process.memory_full_info().pss
+            waiting += [child.pid for child in process.children()]
+        copy = prefork.copy_of(one)
+        if copy is not None:
+            waiting.append(copy)
+    return total / 2**30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a matrix is run.
+
+    Attributes:
+        output: the folder of results.
+        parallel: cells at a time; 0 finds out.
+        keep_policies: keep trained weights (they are deleted after they were measured otherwise).
+        prefork: let all processes be copies of one that has the imports (only without GPU, and on this machine).
+        command: what made the results, for the report.
+    """
+
+    output: Path
+    parallel: int = 0
+    keep_policies: bool = False
+    prefork: bool = True
+    command: str = "bond bench"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time writes a folder of results.
+
+    Raises:
+        BenchError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BenchError(f"another bond bench writes to {folder}: wait for it, or name another folder") from error
+        yield
+
+
+class Runner:
+    """See :func:`run`."""
+
+    def __init__(self, matrix: Matrix, settings: Settings, processes: Processes, say: Say) -> None:
+        self.matrix, self.settings, self.processes, self.say = matrix, settings, processes, say
+        self.output = settings.output
+        self.prompts, self.labels = _prompts(matrix)
+        self.configurations: dict[str, dict[str, Any]] = {}  # by cell
+        self._devices: list[str] | None = None
+        self._device_lock = threading.Lock()
+
+    # Before anything expensive starts.
+
+    def check(self) -> None:
+        """Resolve every cell's flags as the host would, without starting it, and see that all compare alike.
+
+        Raises:
+            BenchError: the cells that cannot run, each with its reason.
+        """
+        import yaml
+
+        self.say(f"checking the flags of {len(self.matrix.cells)} cells")
+        folder = self.output / "checks"
+        folder.mkdir(exist_ok=True)
+        kept = {cell.name: folder / f"{cell.folder}.json" for cell in self.matrix.cells}
+        problems = []
+
+        def one(cell: Cell) -> str | None:
+            path, key = kept[cell.name], _hash([cell.flags, cell.seed, sys.executable, __version__])
+            if path.is_file():
+                found = json.loads(path.read_text())
+                if found["key"] == key:
+                    self.configurations[cell.name] = found["configuration"]
+                    return None
+            log = folder / f"{cell.folder}.log"
+            log.unlink(missing_ok=True)
+            status, _ = self.processes.run([*self._train(cell), "--dry-run"], log, {})
+            text = log.read_text(errors="replace")
+            if status != 0 or "configuration:" not in text:
+                return f"{cell.name}: {_error(text)}"
+            found = yaml.safe_load(text[text.index("configuration:") :])
+            configuration = {**found["configuration"], "gpu_slots": found["gpu_slots"]}
+            _write(path, {"key": key, "configuration": configuration})
+            self.configurations[cell.name] = configuration
+            return None
+
+        with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
+            problems = [problem for problem in pool.map(one, self.matrix.cells) if problem]
+        if problems:
+            raise BenchError("these cells cannot run:\n  " + "\n  ".join(problems))
+        first = self.configurations[self.matrix.cells[0].name]
+        for cell in self.matrix.cells:
+            for name in _SHARED:
+                mine, theirs = _get(self.configurations[cell.name], name), _get(first, name)
+                if mine != theirs:
+                    raise BenchError(
+                        f"cells that are compared must have the same --{name}: {mine!r} in '{cell.name}', {theirs!r} "
+                        f"in '{self.matrix.cells[0].name}'"
+                    )
+
+    # The reference.
+
+    def reference(self) -> str:
+        """Measure the reference unless that is done. Returns what identifies it."""
+        configuration = self.configurations[self.matrix.cells[0].name]
+        model = configuration["actor"]["model_name_or_path"]
+        key = _hash(
+            [
+                fingerprints.of_model(model),
+                asdict(self.matrix.evaluation),
+                self.prompts,
+                self.labels,
+                {name: _get(configuration, name) for name in _SHARED},
+                [fingerprints.of_file(path) for path in configuration["reward"]["remote_url"] or [] if ".py" in path],
+            ]
+        )
+        path = self.output / "reference.json"
+        if path.is_file() and json.loads(path.read_text()).get("key") == key:
+            return key
+        self.say(f"reference: {len(self.prompts)} prompts x {self.matrix.evaluation.reference_samples} samples")
+        measured = self.output / "reference-measured.json"
+        self._measure(model, measured, True, self.output / "reference.log", configuration)
+        found = json.loads(measured.read_text())
+        samples = json.loads((self.output / "reference-samples.json").read_text())
+        evaluation = self.matrix.evaluation
+        _write(
+            path,
+            {
+                "key": key,
+                "title": self.matrix.title,
+                "command": self.settings.command,
+                "model": model,
+                "reward": ", ".join(configuration["reward"]["remote_url"] or [])
+                or configuration["reward"]["model_name_or_path"],
+                "max_new_tokens": configuration["rollout"]["max_new_tokens"],
+                "temperature": configuration["rollout"]["temperature"],
+                "quantile_samples": evaluation.quantile_samples,
+                "bon_levels": list(evaluation.bon_levels),
+                "prompts": self.prompts,
+                "rewards": [[float(f"{r:.6g}") for r in row] for row in samples["rewards"]],
+                "seconds": found.pop("seconds"),
+                "generated_tokens": found.pop("generated_tokens"),
+                "examples": found.pop("examples"),
+                "evaluation": found,
+            },
+        )
+        measured.unlink()
+        return key
+
+    # A cell.
+
+    def finished(self, cell: Cell, reference: str) -> dict[str, Any] | None:
+        """The result of a cell, if it has one that was made with what it would be made with now."""
+        path = self._folder(cell) / "result.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if found.get("key") == self._key(cell, reference) and found["status"] == "done":
+                return found
+        return None
+
+    def cell(self, cell: Cell, reference: str) -> dict[str, Any]:
+        """Train and measure one cell; its result, which may be a failure."""
+        folder, key = self._folder(cell), self._key(cell, reference)
+        folder.mkdir(parents=True, exist_ok=True)
+        result: dict[str, Any] = {
+            "cell": cell.name,
+            "method": cell.method,
+            "label": cell.label,
+            "strength": cell.strength,
+            "seed": cell.seed,
+            "flags": cell.own,
+        }
+        trained = folder / "trained.json"
+        try:
+            known = json.loads(trained.read_text()) if trained.is_file() else {}
+            if known.get("key") != _hash([cell.flags, cell.seed]) or not (folder / "policy").is_dir():
+                known = self._train_cell(cell, folder)
+                _write(trained, known)
+            measured = folder / "measured.json"
+            self._measure(
+                str(folder / "policy"), measured, False, folder / "measure.log", self.configurations[cell.name]
+            )
+            found = json.loads(measured.read_text())
+            measured.unlink()
+            result |= {
+                "status": "done",
+                "training": known["training"],
+                "examples": found.pop("examples"),
+                "evaluation": {k: v for k, v in found.items() if k not in ("seconds", "generated_tokens")},
+            }
+            if not self.settings.keep_policies:
+                shutil.rmtree(folder / "policy")
+        except BenchError as error:
+            if self.processes._stopped:
+                raise
+            result |= {"status": "failed", "error": str(error)}
+        _write(folder / "result.json", {"key": key, **result})
+        return {"key": key, **result}
+
+    def _train_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        for old in ("policy", "checkpoints"):
+            shutil.rmtree(folder / old, ignore_errors=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        log = folder / "train.log"
+        log.unlink(missing_ok=True)
+        started = time.monotonic()
+        with self._device(cell) as variables:
+            status, peak = self.processes.run(self._train(cell), log, variables, memory=True)
+        seconds = time.monotonic() - started
+        if status != 0:
+            raise BenchError(f"training ended with status {status}: {_error(log.read_text(errors='replace'))}")
+        policy = folder / "policy"
+        policy.mkdir()
+        for path in (folder / "run").iterdir():
+            if path.name == "metrics.jsonl":
+                path.rename(folder / path.name)
+            else:
+                path.rename(policy / path.name)
+        shutil.rmtree(folder / "run")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        training = _training(folder / "metrics.jsonl")
+        training |= {"seconds": round(seconds, 1), "peak_memory_gib": None if peak is None else round(peak, 2)}
+        return {"key": _hash([cell.flags, cell.seed]), "training": training}
+
+    def _measure(
+        self, model: str, output: Path, is_reference: bool, log: Path, configuration: dict[str, Any]
+    ) -> None:
+        job = {
+            "model": model,
+            "reference": configuration["actor"]["model_name_or_path"],
+            "output": str(output),
+            "reference_samples": str(self.output / "reference-samples.json"),
+            "prompts": self.prompts,
+            "labels": self.labels,
+            "configuration": configuration,
+            "evaluation": asdict(self.matrix.evaluation),
+            "is_reference": is_reference,
+        }
+        path = output.with_suffix(".job.json")
+        _write(path, job)
+        log.unlink(missing_ok=True)
+        status, _ = self.processes.run(["-m", "bond_plugin.bench.measure", str(path)], log, {})
+        path.unlink()
+        if status != 0:
+            raise BenchError(f"measuring ended with status {status}: {_error(log.read_text(errors='replace'))}")
+
+    def _train(self, cell: Cell) -> list[str]:
+        import yaml
+
+        folder = self._folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = folder / "recipe.yaml"
+        nested: dict[str, Any] = {}
+        for name, value in cell.flags.items():
+            *path, last = name.split(".")
+            node = nested
+            for part in path:
+                node = node.setdefault(part, {})
+            node[last] = value
+        recipe.write_text(f"# {cell.name}, made by bond bench\n" + yaml.safe_dump(nested, sort_keys=False))
+        flags = [
+            "-m", "bond_plugin", "train", "--recipe", str(recipe), "--train.seed", str(cell.seed),
+            "--ckpt.output_dir", str(folder / "run"), "--ckpt.path", str(folder / "checkpoints"),
+        ]  # fmt: skip
+        return flags
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.output / "cells" / cell.folder
+
+    def _key(self, cell: Cell, reference: str) -> str:
+        return _hash([cell.flags, cell.seed, reference])
+
+    # Several at once.
+
+    def parallel(self) -> int:
+        """How many cells run at a time: as asked, or as many as the GPUs allow."""
+        if self.settings.parallel:
+            return self.settings.parallel
+        configuration = self.configurations[self.matrix.cells[0].name]
+        if configuration["bond"]["device"] == "cpu" and "RAY_ADDRESS" not in os.environ:
+            return max(1, (os.cpu_count() or 1) // 4)
+        most = max(sum(found["gpu_slots"].values()) for found in self.configurations.values())
+        return max(1, _gpus() // max(1, most))
+
+    @contextlib.contextmanager
+    def _device(self, cell: Cell) -> Iterator[dict[str, str]]:
+        """On a machine with GPUs and without a cluster, a run sees those that no other run has."""
+        configuration = self.configurations[cell.name]
+        if configuration["bond"]["device"] == "cpu" or "RAY_ADDRESS" in os.environ:
+            yield {}
+            return
+        with self._device_lock:
+            if self._devices is None:
+                self._devices = [str(i) for i in range(_gpus())]
+            wanted = sum(configuration["gpu_slots"].values())
+            mine, self._devices = self._devices[:wanted], self._devices[wanted:]
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+        finally:
+            with self._device_lock:
+                self._devices = [*self._devices, *mine]
+
+
+def check(matrix: Matrix, settings: Settings, say: Say) -> None:
+    """Check every cell's flags. Raises as :func:`run` does."""
+    with locked(settings.output), _processes(settings) as processes:
+        Runner(matrix, settings, processes, say).check()
+
+
+def run(
+    matrix: Matrix, settings: Settings, say: Say, finished: Callable[[int, int, dict, float | None], None]
+) -> int:
+    """Run what is not finished of a matrix.
+
+    Args:
+        matrix, settings: what and how.
+        say: takes messages.
+        finished: called after each cell with (cells done, cells in all, its result, seconds left or ``None``).
+
+    Returns:
+        How many cells have failed.
+
+    Raises:
+        BenchError: the matrix cannot run, or was stopped.
+    """
+    with locked(settings.output), _processes(settings) as processes:
+        runner = Runner(matrix, settings, processes, say)
+        runner.check()
+        reference = runner.reference()
+        results = {cell.name: runner.finished(cell, reference) for cell in matrix.cells}
+        waiting = [cell for cell in matrix.cells if results[cell.name] is None]
+        done = len(matrix.cells) - len(waiting)
+        if done:
+            say(f"{done} of {len(matrix.cells)} cells are finished already")
+        width = runner.parallel()
+        started = time.monotonic()
+        futures: dict[Future, Cell] = {}
+        _results(settings.output, matrix, results)
+        with ThreadPoolExecutor(max_workers=width) as pool:
+            try:
+                futures = {pool.submit(runner.cell, cell, reference): cell for cell in waiting}
+                unfinished, count = set(futures), 0
+                while unfinished:
+                    ready, unfinished = wait(unfinished, return_when=FIRST_COMPLETED)
+                    for future in ready:
+                        result = future.result()
+                        results[result["cell"]] = result
+                        count += 1
+                        _results(settings.output, matrix, results)
+                        left = (time.monotonic() - started) / count * (len(waiting) - count)
+                        finished(done + count, len(matrix.cells), result, left)
+            except BaseException:
+                processes.stop()
+                for future in futures:
+                    future.cancel()
+                raise
+        return sum(result is not None and result["status"] == "failed" for result in results.values())
+
+
+@contextlib.contextmanager
+def _processes(settings: Settings) -> Iterator[Processes]:
+    """With a prefork server where it helps."""
+    from bond_plugin.host import DEVICE_VARIABLE, launch, prefork
+
+    variables = dict(os.environ)
+    try:
+        if not settings.prefork or "RAY_ADDRESS" in os.environ or launch.has_gpu():
+            yield Processes()
+            return
+        os.environ[DEVICE_VARIABLE] = "cpu"
+        launch.settle_device([])
+        with prefork.Server() as server:
+            os.environ[prefork.VARIABLE] = str(server.python)
+            yield Processes(str(server.python))
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+
+
+def _results(output: Path, matrix: Matrix, results: dict[str, dict[str, Any] | None]) -> None:
+    lines = []
+    for cell in matrix.cells:
+        result = results[cell.name]
+        if result is not None:
+            lines.append(json.dumps({k: v for k, v in result.items() if k != "key"}, ensure_ascii=False) + "\n")
+    part = output / "results.jsonl.part"
+    part.write_text("".join(lines), encoding="utf-8")
+    os.replace(part, output / "results.jsonl")
+
+
+def _training(path: Path) -> dict[str, Any]:
+    """What a run logged, as far as the report shows it."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if not lines:
+        raise BenchError("the run logged no step: was there as much data as one rollout takes?")
+
+    def column(*names: str) -> list[float | None]:
+        found = []
+        for line in lines:
+            value = next((line[name] for name in names if isinstance(line.get(name), (int, float))), None)
+            found.append(None if value is None else float(f"{value:.5g}"))
+        return found
+
+    tokens, total = [], 0.0
+    for line in lines:
+        total += line.get("rollout/generated_tokens", 0)
+        tokens.append(int(total))
+    return {
+        "steps": len(lines),
+        "generated_tokens": tokens[-1],
+        "curve": {
+            "generated_tokens": tokens,
+            "reward": column("reward/policy", "vbon/reward", "reward"),
+            "kl": column("bond/kl_ref", "kl"),
+            "log_quantile": column("bond/log_quantile", "vbon/log_quantile"),
+        },
+    }
+
+
+def _prompts(matrix: Matrix) -> tuple[list[str], list[Any] | None]:
+    from bond_plugin import evaluation
+
+    given = matrix.evaluation
+    try:
+        return evaluation.read_prompts(
+            Path(given.prompts), given.input_key, given.label_key, ("evaluation.input_key", "evaluation.label_key")
+        )
+    except evaluation.EvaluationError as error:
+        raise BenchError(f"evaluation.prompts {error}") from error
+
+
+def _gpus() -> int:
+    """GPUs of the cluster at RAY_ADDRESS, or of this machine; asked in a process of its own, which frees them."""
+    code = (
+        "import ray; ray.init(logging_level='ERROR'); print('GPUS', int(ray.cluster_resources().get('GPU', 0)))"
+        if "RAY_ADDRESS" in os.environ
+        else "import torch; print('GPUS', torch.cuda.device_count())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    counts = [line.split()[1] for line in said.stdout.splitlines() if line.startswith("GPUS ")]
+    if not counts:
+        raise BenchError(f"cannot count the GPUs: {_error(said.stderr)}")
+    return int(counts[0])
+
+
+def _error(text: str) -> str:
+    """The part of a log that says what went wrong."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    for i, line in enumerate(lines):
+        if line.startswith("bond: error:") or ": error: " in line[:60]:
+            return "\n".join(lines[i : i + _ERROR_LINES])
+    return "\n".join(lines[-_ERROR_LINES:])
+
+
+def _get(configuration: dict[str, Any], name: str) -> Any:
+    node: Any = configuration
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, value: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,165 @@
+"""``bond bench``: a matrix of algorithm x strength x seed, each cell a real training run, and a report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_DESCRIPTION = """\
+Compare algorithms by what they reach: reward and win rate against KL to the reference, on the same model, prompts,
+reward and number of generated tokens. Each cell of the matrix is a `bond train` run, measured on held-out prompts
+beside Best-of-1...64 of the reference and beside the limit that no policy can exceed at a given KL.
+"""
+
+_EPILOG = """\
+The file:
+  title: ...
+  common: {...}          flags of every cell, nested as in a recipe
+  evaluation:            how every policy is measured
+    prompts: FILE.jsonl  (also: input_key, label_key, samples, reference_samples, quantile_samples, bon_levels,
+                         forward_samples, seed, examples)
+  seeds: [1, 2, 3]       --train.seed
+  methods:
+    jbond:
+      label: J-BOND
+      flags: {algo: {advantage: {estimator: jbond}}}
+      strength: {bond.gamma: [0, 0.5, 1]}    each value is one point; several flags: every combination;
+                                             a list of mappings: one point each
+      seeds: [1]                             instead of those above
+
+Written to --output-dir: report.html, report.md, results.jsonl, reference.json, figures/, cells/ (logs and metrics).
+Started again, the same command goes on where it was stopped: finished cells are kept, failed ones are tried again.
+
+examples:
+  bond bench recipes/miniature/bench.yaml --output-dir runs/bench
+  bond bench recipes/miniature/bench.yaml --output-dir runs/bench --check     what would run; nothing starts
+  RAY_ADDRESS=auto bond bench FILE.yaml --output-dir DIR                      on a cluster, as many cells as it takes
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Compare. Returns the exit status: 2 for an unusable matrix, 1 if cells failed, 130 if stopped."""
+    args = build_parser().parse_args(argv)
+    from bond_plugin.bench import matrix, runner
+
+    try:
+        wanted = matrix.read(args.matrix)
+        wanted = _only(wanted, args.only)
+    except matrix.MatrixError as error:
+        return _failed(error, 2)
+    if args.report:
+        return _report(args.output_dir)
+    command = shlex.join(["bond", "bench", *argv])
+    output = args.output_dir.resolve()
+    settings = runner.Settings(output, args.parallel, args.keep_policies, args.prefork, command)
+    started = time.monotonic()
+
+    def say(message: str) -> None:
+        print(f"[{_clock(time.monotonic() - started)}] {message}", flush=True)
+
+    def finished(done: int, total: int, result: dict[str, Any], left: float | None) -> None:
+        if result["status"] == "failed":
+            said = f"FAILED: {result['error'].splitlines()[-1]} (see {output / 'cells'})"
+        else:
+            mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
+            said = (
+                f"reward {mean['reward']:.3f}, KL {mean['kl']:.2f}, win rate {mean['win_rate']:.3f}; "
+                f"{result['training']['seconds']:.0f} s"
+            )
+        rest = "" if left is None or done == total else f"; about {_clock(left)} left"
+        say(f"{done}/{total} {result['cell']}: {said}{rest}")
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if args.check:
+            runner.check(wanted, settings, say)
+            print("\n".join(cell.name for cell in wanted.cells))
+            return 0
+        (output / "matrix.yaml").write_text(args.matrix.read_text(encoding="utf-8"), encoding="utf-8")
+        failed = runner.run(wanted, settings, say, finished)
+    except runner.BenchError as error:
+        return _failed(error, 2)
+    except KeyboardInterrupt:
+        print("\nbond bench: stopped. Finished cells are kept; the same command goes on", file=sys.stderr)
+        return 130
+    status = _report(args.output_dir)
+    if failed:
+        print(f"bond bench: {failed} cells failed; the same command tries them again", file=sys.stderr)
+    return 1 if failed else status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="bond bench",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("matrix", type=Path, metavar="FILE.yaml", help="what is compared; see below")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
+    parser.add_argument(
+        "--parallel",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="cells at a time (default: as many as the GPUs of the machine or of the cluster at RAY_ADDRESS take; "
+        "without GPU one for four cores)",
+    )
+    parser.add_argument("--only", nargs="+", metavar="METHOD", default=[], help="run only these methods of the file")
+    parser.add_argument("--check", action="store_true", help="check every cell's flags, list the cells, and stop")
+    parser.add_argument("--report", action="store_true", help="write the report of what is there, and stop")
+    parser.add_argument("--keep-policies", action="store_true", help="keep the weights of every trained policy")
+    parser.add_argument(
+        "--no-prefork",
+        dest="prefork",
+        action="store_false",
+        help="without GPU, let every process import the host itself instead of copying one that has (slower)",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _only(wanted: Any, methods: list[str]) -> Any:
+    import dataclasses
+
+    from bond_plugin.bench.matrix import MatrixError
+
+    known = {cell.method for cell in wanted.cells}
+    for method in methods:
+        if method not in known:
+            raise MatrixError(f"--only {method}: the file has {', '.join(sorted(known))}")
+    cells = tuple(cell for cell in wanted.cells if not methods or cell.method in methods)
+    return dataclasses.replace(wanted, cells=cells)
+
+
+def _report(output: Path) -> int:
+    from bond_plugin.bench import report, results
+
+    try:
+        written = report.write_report(output)
+    except (results.ResultsError, OSError) as error:
+        return _failed(error, 2)
+    print(f"written: {', '.join(map(str, written))}", flush=True)
+    return 0
+
+
+def _failed(error: Exception, status: int) -> int:
+    print(f"bond bench: error: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
