@@ -151,7 +151,6 @@ def write_toy(
                     "flags": {f"--bond.{name}": strength, "--train.seed": seed},
                     "training": {
                         "steps": 40,
-                        "samples": 4000,
                         "generated_tokens": tokens,
                         "seconds": 300.0 * cost + 10 * seed,
                         "peak_memory_gib": 3.5,
@@ -352,19 +351,20 @@ def test_mean_of_curves_and_moving_average() -> None:
     assert tokens.tolist() == [1, 2]
     assert mean.tolist() == [(1 + 6) / 2, (2 + 8) / 2]
     ramp = torch.arange(40.0)
-    assert torch.allclose(smoothed(ramp), ramp)
-    assert smoothed(torch.tensor([0.0, 1, 0])).tolist() == [0, 1, 0]
+    assert torch.allclose(smoothed(ramp)[2:-2], ramp[2:-2])
+    assert smoothed(torch.tensor([0.0, 2, 4, 0])).tolist() == [1, 2, 2, 2]
 
 
 def test_binary_rewards_have_pass_at_k(small: Path) -> None:
     reference = json.loads((small / "reference.json").read_text())
     rewards = (torch.tensor(reference["rewards"], dtype=torch.float64) > 0.5).double()
-    edit_reference(small, rewards=rewards.tolist())
+    passes = {str(k): pass_at_n(rewards, k).tolist() for k in (1, 4, 64)}
+    edit_reference(small, rewards=rewards.tolist(), evaluation={**reference["evaluation"], "pass_at": passes})
     cells = cells_of(small)
     for cell in cells:
         if cell["status"] == "done":
             cell["evaluation"]["reward"] = [min(1.0, value + 0.1) for value in rewards.mean(dim=-1).tolist()]
-            cell["pass_at"] = {"1": [0.25] * PROMPTS, "4": [0.75] * PROMPTS}
+            cell["evaluation"]["pass_at"] = {"1": [0.25] * PROMPTS, "4": [0.75] * PROMPTS}
     write_report(write_cells(small, cells), 50)
     rows = table((small / "report.md").read_text(), "Problems solved within k samples")
     assert rows["J-BOND gamma=0"]["pass@4"] == "0.750"
@@ -532,6 +532,14 @@ def test_wrong_values(small: Path, change: Callable[[dict[str, Any]], Any], mess
     change(cells[0])
     with pytest.raises(ResultsError, match=message):
         read_results(write_cells(small, cells))
+
+
+def test_methods_with_one_label_are_told_apart(small: Path) -> None:
+    cells = [{**cells_of(small)[0], "cell": name, "method": name} for name in ("one", "other")]
+    assert [cell.label for cell in read_results(write_cells(small, cells)).cells] == [
+        "J-BOND (one)",
+        "J-BOND (other)",
+    ]
 
 
 def test_unreadable_files(small: Path) -> None:

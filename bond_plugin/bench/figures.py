@@ -27,8 +27,8 @@ from bond_plugin.bench.summary import Point, Summary, strength_text
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 2, 1.5, 2)), (0, (10, 3)))
-_STRENGTH_LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (1, 1, 4, 1)))
+_STRENGTH_LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 1.5)))
 _BLACK, _GREY, _SHADE = "#1a1a1a", "#595959", "#ececec"
 
 #: What the measures and curves are called on an axis.
@@ -222,7 +222,7 @@ def training(summary: Summary, key: str) -> Figure:
         for axes, method, look in zip(panels, summary.methods, looks(summary).values(), strict=False):
             for place, point in enumerate(method.points):
                 _runs(axes, point, key, look, _STRENGTH_LINES[place % len(_STRENGTH_LINES)], _shade(place))
-            axes.set_title(method.label, loc="left", fontweight="bold", color=look.colour)
+            axes.set_title(method.label, loc="left", fontweight="bold")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(handlelength=2.6, fontsize=8, loc="upper left", borderaxespad=0.2)
             else:
@@ -241,7 +241,7 @@ def training(summary: Summary, key: str) -> Figure:
 
 def _shade(place: int) -> float:
     """Opacity of the strengths of one method, which share its colour."""
-    return (1.0, 0.8, 0.6, 0.5)[place % 4]
+    return (1.0, 0.8, 0.65, 0.55, 0.5)[min(place, 4)]
 
 
 def _runs(axes: Axes, point: Point, key: str, look: _Look, line: Any, opacity: float) -> None:
@@ -300,12 +300,12 @@ def mean_curve(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def smoothed(values: Tensor) -> Tensor:
-    """Moving average over a tenth of the entries; at the ends over what there is, symmetrically."""
-    reach = len(values) // 20
+    """Moving average over a tenth of the entries; at the ends over those that there are."""
+    reach = max(1, len(values) // 20)
     sums = torch.cat([values.new_zeros(1), values.cumsum(dim=0)])
     place = torch.arange(len(values))
-    around = torch.minimum(torch.minimum(place, len(values) - 1 - place), torch.tensor(reach))
-    return (sums[place + around + 1] - sums[place - around]) / (2 * around + 1)
+    start, end = (place - reach).clamp(min=0), (place + reach + 1).clamp(max=len(values))
+    return (sums[end] - sums[start]) / (end - start)
 
 
 # Cost.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Evaluation:
             policy's samples among the reference's; ``length`` (tokens).
         backward_kl, forward_kl: N to KL(pi || pi_BoN) and KL(pi_BoN || pi), nats.
         distinct_1, distinct_2: share of distinct uni- and bigrams among the samples of a prompt.
+        pass_at: k to pass@k, for rewards of 0 and 1; empty for others.
     """
 
     values: dict[str, Tensor]
@@ -52,6 +53,7 @@ class Evaluation:
     forward_kl: dict[int, Tensor]
     distinct_1: float
     distinct_2: float
+    pass_at: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,6 @@ class Training:
     that was not logged is NaN. ``peak_memory_gib`` is NaN where it was not measured."""
 
     steps: int
-    samples: int
     generated_tokens: int
     seconds: float
     peak_memory_gib: float
@@ -80,7 +81,6 @@ class Cell:
     error: str | None
     training: Training | None
     evaluation: Evaluation | None
-    pass_at: dict[int, Tensor]
     examples: tuple[Example, ...]
 
 
@@ -137,7 +137,18 @@ def read_results(folder: Path) -> Results:
             cells.append(cell)
     if not cells:
         raise ResultsError(f"{path} has no cell: run `bond bench` first")
-    return Results(reference, tuple(cells))
+    return Results(reference, _told_apart(cells))
+
+
+def _told_apart(cells: list[Cell]) -> tuple[Cell, ...]:
+    """Methods that share a label get their keys added to it."""
+    methods: dict[str, set[str]] = {}
+    for cell in cells:
+        methods.setdefault(cell.label, set()).add(cell.method)
+    return tuple(
+        replace(cell, label=f"{cell.label} ({cell.method})") if len(methods[cell.label]) > 1 else cell
+        for cell in cells
+    )
 
 
 class _Reader:
@@ -201,7 +212,7 @@ def _reference(reader: _Reader) -> Reference:
     levels = tuple(int(n) for n in reader.tensor("bon_levels", -1))
     for key in ("model", "reward", "max_new_tokens", "temperature", "quantile_samples"):
         reader.get(key)
-    own = ("title", "command", "prompts", "rewards", "bon_levels", "evaluation", "examples")
+    own = ("title", "command", "prompts", "rewards", "bon_levels", "evaluation", "examples", "key")
     return Reference(
         title=reader.get("title", str),
         command=reader.get("command", str),
@@ -235,7 +246,6 @@ def _cell(reader: _Reader, reference: Reference) -> Cell:
         error=None if done else reader.get("error", str),
         training=_training(reader.inside("training")) if done else None,
         evaluation=_evaluation(reader.inside("evaluation"), prompts, reference.bon_levels) if done else None,
-        pass_at=reader.by_n("pass_at", prompts) if done and "pass_at" in reader.content else {},
         examples=_examples(reader) if done else (),
     )
 
@@ -251,6 +261,7 @@ def _evaluation(reader: _Reader, prompts: int, levels: tuple[int, ...]) -> Evalu
         forward_kl=forward,
         distinct_1=reader.number("distinct_1"),
         distinct_2=reader.number("distinct_2"),
+        pass_at=reader.by_n("pass_at", prompts) if "pass_at" in reader.content else {},
     )
 
 
@@ -266,7 +277,6 @@ def _training(reader: _Reader) -> Training:
     memory = reader.get("peak_memory_gib")
     return Training(
         steps=reader.get("steps", int),
-        samples=reader.get("samples", int),
         generated_tokens=reader.get("generated_tokens", int),
         seconds=reader.number("seconds"),
         peak_memory_gib=math.nan if memory is None else reader.number("peak_memory_gib"),

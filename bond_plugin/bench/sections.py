@@ -88,7 +88,7 @@ def policies(summary: Summary) -> list[Block]:
         "distinct-2": _column("distinct_2"),
         "length, tokens": _column("length", 1),
     }
-    passes = sorted({n for cell in summary.results.done for n in cell.pass_at})
+    passes = sorted({n for cell in summary.results.done if cell.evaluation for n in cell.evaluation.pass_at})
     right = {f"pass@{n}": _column(f"pass_at_{n}") for n in passes}
     return [
         Heading("The trained policies, and Best-of-N"),

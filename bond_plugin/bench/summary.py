@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bond_plugin.bench.resampling import RESAMPLES, Estimate, Resampling, envelope, interpolate, limit_by_prompt
 from bond_plugin.bench.results import PER_PROMPT, Cell, Evaluation, Example, Results
-from bond_plugin.bestofn.estimates import pass_at_n
 from bond_plugin.bestofn.limits import BestOfNCurve, Front, best_of_n_curve, reward_front, win_rate_front
 from bond_plugin.bestofn.limits import pareto_front as not_dominated
 
@@ -200,8 +199,7 @@ class _Summariser:
 
     def point(self, cells: list[Cell]) -> Point:
         evaluations = [cell.evaluation for cell in cells if cell.evaluation is not None]
-        passes = [cell.pass_at for cell in cells]
-        draws = self.measured(evaluations, passes, self.resampling.weights(len(cells)))
+        draws = self.measured(evaluations, self.resampling.weights(len(cells)))
         for measure in MEASURES:
             draws |= self.against_the_limit(measure, draws["kl"], draws[measure])
         # Rewards of Best-of-N rise with N, up to errors of estimation.
@@ -221,29 +219,20 @@ class _Summariser:
 
     def reference(self) -> Point:
         reference = self.results.reference
-        passes = {}
-        if ((reference.rewards == 0) | (reference.rewards == 1)).all():
-            wanted = {n for cell in self.results.done for n in cell.pass_at if n <= reference.rewards.shape[1]}
-            passes = {n: pass_at_n(reference.rewards, n) for n in sorted(wanted)}
-        draws = self.measured([reference.evaluation], [passes], self.resampling.weights(1))
+        draws = self.measured([reference.evaluation], self.resampling.weights(1))
         estimates = {key: Estimate.of(values) for key, values in draws.items()}
         nothing = Estimate(math.nan, math.nan, math.nan)
         return Point("", "reference", {}, (), reference.examples, estimates, {}, nothing, {})
 
-    def measured(
-        self, evaluations: list[Evaluation], passes: list[dict[int, Tensor]], seeds: Tensor
-    ) -> dict[str, Tensor]:
+    def measured(self, evaluations: list[Evaluation], seeds: Tensor) -> dict[str, Tensor]:
         """Draws of what the evaluations hold, over seeds and prompts."""
 
         def pooled(values: list[Tensor]) -> Tensor:
             return self.resampling.mean(torch.stack(values), seeds)
 
         draws = {key: pooled([one.values[key] for one in evaluations]) for key in PER_PROMPT}
-        for name, tables in (
-            ("backward_kl", [one.backward_kl for one in evaluations]),
-            ("forward_kl", [one.forward_kl for one in evaluations]),
-            ("pass_at", passes),
-        ):
+        for name in ("backward_kl", "forward_kl", "pass_at"):
+            tables = [getattr(one, name) for one in evaluations]
             for n in sorted(set.intersection(*(set(table) for table in tables))):
                 draws[f"{name}_{n}"] = pooled([table[n] for table in tables])
         for key in ("distinct_1", "distinct_2"):
