@@ -1,0 +1,341 @@
+"""The report's pictures: fronts, training curves, cost. Nothing is computed here beyond what is drawn.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and each method also has its own marker
+and line style. Pictures are narrow, so that their text can be read on a telephone. matplotlib is imported here,
+without a display.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from bond_plugin.bench.resampling import interpolate
+from bond_plugin.bench.results import Cell
+from bond_plugin.bench.summary import Point, Summary, strength_text
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (1, 1, 4, 1)))
+_STRENGTH_LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 1.5)))
+_BLACK, _GREY, _SHADE = "#1a1a1a", "#595959", "#ececec"
+
+#: What the measures and curves are called on an axis.
+NAMES = {
+    "reward": "mean reward",
+    "win_rate": "win rate against the reference",
+    "kl": r"KL($\pi\,\Vert\,\pi_\mathrm{ref}$), nats a response",
+    "log_quantile": "log quantile, nats",
+}
+_WIDTH = 6.0  # inches
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.hashsalt": "bond bench",  # the same numbers give the same file
+}
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG, text as outlines, without date or creator."""
+    return _saved(figure, "svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+
+
+def png(figure: Figure) -> bytes:
+    return _saved(figure, "png", dpi=150)
+
+
+def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        if figure.get_layout_engine() is not None:
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # it stays, and is half of the work
+        figure.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+class _Look:
+    """Colour, marker and line style of a method, by its place among all methods."""
+
+    def __init__(self, place: int) -> None:
+        self.colour = _COLOURS[place % len(_COLOURS)]
+        self.marker = _MARKERS[place % len(_MARKERS)]
+        self.line = _LINES[place % len(_LINES)]
+
+    def handle(self, label: str) -> Line2D:
+        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=self.line, label=label)
+
+
+def looks(summary: Summary) -> dict[str, _Look]:
+    return {method.key: _Look(place) for place, method in enumerate(summary.methods)}
+
+
+# Fronts.
+
+
+def front(summary: Summary, measure: str) -> Figure:
+    """``measure`` against the KL: all points with their intervals, Best-of-N, and the limit."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(6.2)
+        axes = figure.subplots()
+        right = _right_end(summary)
+        top = _limit(axes, summary, measure, right)
+        _best_of_n(axes, summary, measure, right)
+        for method, look in zip(summary.methods, looks(summary).values(), strict=True):
+            _points(axes, method.points, look, measure)
+        ends = [_interval(point, measure) for point in summary.points]
+        lowest = min([summary.limits[measure].base, *(low for low, _ in ends)])
+        highest = max([top, *(high for _, high in ends)])
+        margin = 0.06 * max(highest - lowest, 1e-9)
+        axes.set(xlim=(-0.02 * right, right), ylim=(lowest - margin, highest + margin))
+        axes.set(xlabel=NAMES["kl"], ylabel=NAMES[measure])
+        _legend_below(figure, axes.get_legend_handles_labels()[0], summary)
+        return figure
+
+
+def _right_end(summary: Summary) -> float:
+    """The KL at which the picture ends: beyond all points, and beyond Best-of-4 if the points are few and near."""
+    last = max((point.estimates["kl"].high for point in summary.points), default=0.0)
+    fourth = summary.best_of[max(n for n in summary.best_of if n <= 4)]["kl"].value
+    return 1.12 * max(last, fourth, 1e-3)
+
+
+def _limit(axes: Axes, summary: Summary, measure: str, right: float) -> float:
+    """Draw the limit up to ``right``; return its highest value there."""
+    limit = summary.limits[measure]
+    # Evenly spaced in the root of the KL, in which the limit is nearly a straight line.
+    kl = right * torch.linspace(0, 1, 200, dtype=torch.float64) ** 2
+    value, supported = limit.at(kl), limit.supported_at(kl)
+    axes.plot(kl[supported], value[supported], color=_BLACK, linewidth=1.6, label="limit at this KL", zorder=2)
+    if not supported.all():
+        start = limit.kl[limit.supported].max().item()
+        beyond = (kl >= start) & value.isfinite()
+        axes.axvspan(
+            start, right, color=_SHADE, linewidth=0, zorder=0, label="too few reference samples for the limit"
+        )
+        axes.plot(kl[beyond], value[beyond], color=_BLACK, linewidth=1.6, linestyle=(0, (4, 3)), zorder=2)
+    return value[value.isfinite()].max().item()
+
+
+def _best_of_n(axes: Axes, summary: Summary, measure: str, right: float) -> None:
+    """The curve, a tick at each N of the table, and N itself above the limit, where no other mark can be."""
+    kls, rewards, win_rates = summary.curve.mean()
+    values = {"reward": rewards, "win_rate": win_rates}[measure]
+    at = torch.linspace(0, 1, 200, dtype=torch.float64) ** 2 * min(right, kls[-1].item())
+    between = interpolate(at.sqrt().unsqueeze(0), kls.sqrt().unsqueeze(0), values.unsqueeze(0)).squeeze(0)
+    axes.plot(at, between, color=_GREY, linewidth=1.3, linestyle=":", zorder=2)
+    axes.plot([], [], color=_GREY, linewidth=1.3, linestyle=":", marker="|", label="Best-of-N of the reference")
+    placed = -math.inf
+    for n, estimates in summary.best_of.items():
+        kl, value = estimates["kl"].value, estimates[measure].value
+        if kl > right:
+            break
+        axes.plot([kl], [value], color=_GREY, marker="|", markersize=9, zorder=2)
+        if n == 1 or kl - placed < 0.035 * right:  # a label that would lie on the one before is left out
+            continue
+        above = max(value, summary.limits[measure].at(kl).nan_to_num(-math.inf).item())
+        axes.annotate(str(n), (kl, above), (-1, 5), textcoords="offset points", ha="right", fontsize=8.5, color=_GREY)
+        placed = kl
+
+
+def _points(axes: Axes, points: Sequence[Point], look: _Look, measure: str) -> None:
+    """Points with interval whiskers, joined in their order."""
+    kls = [point.estimates["kl"] for point in points]
+    axes.errorbar(
+        [kl.value for kl in kls],
+        [point.estimates[measure].value for point in points],
+        xerr=[[max(0.0, kl.value - kl.low) for kl in kls], [max(0.0, kl.high - kl.value) for kl in kls]],
+        yerr=_whiskers(points, measure),
+        color=look.colour,
+        marker=look.marker,
+        linestyle=look.line,
+        linewidth=1.5,
+        elinewidth=0.9,
+        markersize=6.5,
+        zorder=3,
+    )
+
+
+def _interval(point: Point, measure: str) -> tuple[float, float]:
+    """The interval of the gain over the reference, about the point. How difficult the prompts happened to be
+    moves all policies and both curves together, and would hide how these differ."""
+    gain = point.estimates[f"{measure}_gain"]
+    value = point.estimates[measure].value
+    return value - max(0.0, gain.value - gain.low), value + max(0.0, gain.high - gain.value)
+
+
+def _whiskers(points: Sequence[Point], measure: str) -> list[list[float]]:
+    values = [point.estimates[measure].value for point in points]
+    ends = [_interval(point, measure) for point in points]
+    return [
+        [value - low for value, (low, _) in zip(values, ends, strict=True)],
+        [high - value for value, (_, high) in zip(values, ends, strict=True)],
+    ]
+
+
+def _legend_below(figure: Figure, others: Sequence[Any], summary: Summary) -> None:
+    handles = [
+        look.handle(method.label) for method, look in zip(summary.methods, looks(summary).values(), strict=True)
+    ]
+    handles += list(others)
+    columns = 2 if any(len(handle.get_label()) > 18 for handle in handles) else 3
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+# Training curves.
+
+
+def training(summary: Summary, key: str) -> Figure:
+    """A curve of the training runs against the tokens they generated: one panel a method, with common axes.
+
+    Seeds are thin lines as logged; the thick line is the mean of the seeds, smoothed over a tenth of the run.
+    """
+    count = len(summary.methods)
+    columns = 1 if count == 1 else 2
+    rows = math.ceil(count / columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(0.4 + 2.7 * rows)
+        panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+        for axes, method, look in zip(panels, summary.methods, looks(summary).values(), strict=False):
+            for place, point in enumerate(method.points):
+                _runs(axes, point, key, look, _STRENGTH_LINES[place % len(_STRENGTH_LINES)], _shade(place))
+            axes.set_title(method.label, loc="left", fontweight="bold")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(handlelength=2.6, fontsize=8, loc="upper left", borderaxespad=0.2)
+            else:
+                axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=_GREY)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.tick_params(labelbottom=True, labelleft=True)
+        for axes in panels[count:]:
+            axes.set_axis_off()
+        low, high = panels[0].get_ylim()
+        lines = max(len(method.points) for method in summary.methods)
+        panels[0].set_ylim(low, high + (high - low) * 0.09 * lines)  # room for the legends
+        figure.supxlabel("generated tokens, thousands", fontsize=10)
+        figure.supylabel(NAMES[key], fontsize=10)
+        return figure
+
+
+def _shade(place: int) -> float:
+    """Opacity of the strengths of one method, which share its colour."""
+    return (1.0, 0.8, 0.65, 0.55, 0.5)[min(place, 4)]
+
+
+def _runs(axes: Axes, point: Point, key: str, look: _Look, line: Any, opacity: float) -> None:
+    runs = [run for run in (_curve(cell, key) for cell in point.cells) if len(run[0]) > 0]
+    for tokens, values in runs:
+        axes.plot(tokens, values, color=look.colour, linewidth=0.6, alpha=0.35 * opacity)
+    if not runs:
+        return
+    grid, mean = mean_curve(runs)
+    label = strength_text(point.strength) or "mean of the seeds"
+    marker = look.marker if len(grid) == 1 else None
+    axes.plot(
+        grid,
+        smoothed(mean),
+        color=look.colour,
+        linewidth=2,
+        linestyle=line,
+        alpha=opacity,
+        marker=marker,
+        label=label,
+    )
+
+
+def _curve(cell: Cell, key: str) -> tuple[Tensor, Tensor]:
+    """(thousands of tokens, values) where both were logged, by tokens."""
+    curve = cell.training.curve if cell.training is not None else {"generated_tokens": [], key: []}
+    tokens = torch.tensor(curve["generated_tokens"], dtype=torch.float64) / 1000
+    values = torch.tensor(curve[key], dtype=torch.float64)
+    logged = tokens.isfinite() & values.isfinite()
+    order = tokens[logged].argsort()
+    return tokens[logged][order], values[logged][order]
+
+
+def mean_curve(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The mean of several curves, over the tokens that all of them cover.
+
+    Args:
+        runs: (tokens ``[S_i]`` increasing, values ``[S_i]``) each, S_i >= 1.
+
+    Returns:
+        (tokens, mean), on the tokens of the first run inside the common range; its first value if there is none.
+    """
+    low, high = max(run[0][0].item() for run in runs), min(run[0][-1].item() for run in runs)
+    grid = runs[0][0][(runs[0][0] >= low) & (runs[0][0] <= high)]
+    if not len(grid):
+        return runs[0][0][:1], runs[0][1][:1]
+    found = []
+    for tokens, values in runs:
+        if len(tokens) == 1:
+            found.append(values.expand(len(grid)))
+            continue
+        right = torch.searchsorted(tokens, grid, right=True).clamp(1, len(tokens) - 1)
+        share = ((grid - tokens[right - 1]) / (tokens[right] - tokens[right - 1]).clamp(min=1e-12)).clamp(0, 1)
+        found.append(torch.lerp(values[right - 1], values[right], share))
+    return grid, torch.stack(found).mean(dim=0)
+
+
+def smoothed(values: Tensor) -> Tensor:
+    """Moving average over a tenth of the entries; at the ends over those that there are."""
+    reach = max(1, len(values) // 20)
+    sums = torch.cat([values.new_zeros(1), values.cumsum(dim=0)])
+    place = torch.arange(len(values))
+    start, end = (place - reach).clamp(min=0), (place + reach + 1).clamp(max=len(values))
+    return (sums[end] - sums[start]) / (end - start)
+
+
+# Cost.
+
+
+def cost(summary: Summary) -> Figure:
+    """Held-out reward against what the training generated, and against its wall time; seeds pooled."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(6.6)
+        for axes, key, scale, name in zip(
+            figure.subplots(2, 1, sharey=True),
+            ("generated_tokens", "seconds"),
+            (1e3, 60),
+            ("generated tokens of a run, thousands", "wall time of a run, minutes"),
+            strict=True,
+        ):
+            for method, look in zip(summary.methods, looks(summary).values(), strict=True):
+                axes.errorbar(
+                    [point.training(key) / scale for point in method.points],
+                    [point.estimates["reward"].value for point in method.points],
+                    yerr=_whiskers(method.points, "reward"),
+                    color=look.colour,
+                    marker=look.marker,
+                    linestyle="none",
+                    elinewidth=0.9,
+                    markersize=6.5,
+                )
+            axes.axhline(summary.limits["reward"].base, color=_GREY, linewidth=1.2, linestyle=":", label="reference")
+            axes.set(xlabel=name, ylabel=NAMES["reward"])
+            axes.set_xlim(left=0)
+        handles = axes.get_legend_handles_labels()[0]
+        _legend_below(figure, handles, summary)
+        return figure

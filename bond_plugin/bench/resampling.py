@@ -1,0 +1,151 @@
+"""The two-level bootstrap of the report, and curves that are evaluated in all resamples at once.
+
+Every statistic is a tensor of *draws* ``[B + 1]``: entry 0 is computed from the data as they are, the other B
+from resamples. A statistic of several means (a share of the limit, the gap between two fronts) is computed from
+the draws of those means row by row, so that its interval respects how they vary together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bond_plugin.bestofn.distribution import quantiles
+
+LEVEL = 0.95
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % bootstrap interval; NaN in all three where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, draws: Tensor) -> Estimate:
+        """From ``[B + 1]`` draws. Resamples in which the statistic is not defined are left out of the interval."""
+        value, defined = draws[0].item(), draws[1:][draws[1:].isfinite()]
+        if not math.isfinite(value) or not len(defined):
+            return cls(math.nan, math.nan, math.nan)
+        tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+        low, high = torch.quantile(defined, tails).tolist()
+        return cls(value, low, high)
+
+
+class Resampling:
+    """Resamples of prompts, the same for everything, and of seeds, drawn anew for each trained policy.
+
+    All methods are evaluated on the same prompts, so differences between them are paired by prompt; runs of two
+    methods have nothing in common through their seeds, so these are drawn independently. A resample draws seeds
+    with replacement, then prompts, and averages over both (the seeds of a policy share the prompts).
+
+    Args:
+        prompts: P.
+        resamples: B.
+        seed: of the resampling; the same arguments give the same intervals.
+    """
+
+    def __init__(self, prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self.resamples = resamples
+        #: ``[B + 1, P]``, rows that add up to 1.
+        self.prompts = self.weights(prompts)
+
+    def weights(self, count: int) -> Tensor:
+        """``[B + 1, count]``: how often each of ``count`` is drawn, divided by ``count``; equal in row 0."""
+        drawn = torch.randint(count, (self.resamples, count), generator=self._generator)
+        ones = torch.full(drawn.shape, 1 / count, dtype=torch.float64)
+        resampled = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, ones)
+        return torch.cat([torch.full((1, count), 1 / count, dtype=torch.float64), resampled])
+
+    def mean(self, values: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Draws of the mean.
+
+        Args:
+            values: ``[S, P]``, one row a seed; with ``seeds=None`` ``[P, C]``, C columns that are averaged over
+                prompts alone.
+            seeds: ``[B + 1, S]`` from :meth:`weights`.
+
+        Returns:
+            ``[B + 1]``, or ``[B + 1, C]``.
+        """
+        if seeds is None:
+            return self.prompts @ values
+        return ((self.prompts @ values.T) * seeds).sum(dim=-1)
+
+
+def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """Linear interpolation in each row; constant beyond the last knot.
+
+    Args:
+        x: ``[B, G]``.
+        knots, values: ``[B, K]``, K >= 2; knots do not decrease.
+
+    Returns:
+        ``[B, G]``.
+    """
+    right = torch.searchsorted(knots.contiguous(), x.contiguous(), right=True).clamp(1, knots.shape[-1] - 1)
+    start, end = knots.gather(-1, right - 1), knots.gather(-1, right)
+    share = torch.where(end > start, (x - start) / (end - start), 1.0).clamp(0, 1)
+    return torch.lerp(values.gather(-1, right - 1), values.gather(-1, right), share)
+
+
+def envelope(x: Tensor, kl: Tensor, value: Tensor) -> Tensor:
+    """The smallest concave function that does not fall and is nowhere below the points, in each row.
+
+    It is what a random choice between two of the policies attains: the mixed value, at no more than the mixed KL
+    (as in :func:`bond_plugin.bestofn.limits.area_under_front`).
+
+    Args:
+        x: ``[B, G]``, nats.
+        kl, value: ``[B, n]``; one of the points should be the reference's, (0, base).
+
+    Returns:
+        ``[B, G]``; minus infinity to the left of all points.
+    """
+    x, kl, value = x.unsqueeze(-1), kl.unsqueeze(-2), value.unsqueeze(-2)
+    best = torch.where(kl <= x, value, -math.inf).amax(dim=-1)  # with a KL of at most x
+    for i in range(kl.shape[-1]):
+        start, base = kl[..., i, None], value[..., i, None]
+        chord = base + (value - base) * (x - start) / (kl - start)
+        between = (start <= x) & (x < kl)
+        best = torch.maximum(best, torch.where(between, chord, -math.inf).amax(dim=-1))
+    return best
+
+
+def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[Tensor, Tensor]:
+    """KL and value of each prompt's reference tilted by its reward, for one grid of beta for all prompts.
+
+    The mean over prompts is :func:`bond_plugin.bestofn.limits.reward_front` (or, ranked, ``win_rate_front``),
+    and the mean over resampled prompts is the front of those; the root of the KL is what to interpolate in.
+
+    Args:
+        rewards: ``[P, M]``.
+        ranked: tilt by the quantile among the prompt's samples, whose mean is the win rate.
+        points: how many values of beta.
+
+    Returns:
+        (kl, value), each ``[P, points + 2]`` float64, from the reference itself to its best samples.
+    """
+    rewards = rewards.double()
+    if ranked:
+        rewards = torch.stack(quantiles(rewards, rewards)).mean(dim=0)
+    best = rewards.amax(dim=-1)
+    below = rewards - best.unsqueeze(-1)
+    log_samples = math.log(rewards.shape[-1])
+    kls, values = [torch.zeros_like(best)], [rewards.mean(dim=-1)]
+    # Relative to the range of the rewards; the ends of the grid are the reference and the best samples.
+    for exponent in torch.linspace(-3, 6, points, dtype=torch.float64).tolist():
+        tilt = below * (10**exponent / max(-below.min().item(), 1e-300))
+        log_total = tilt.logsumexp(dim=-1, keepdim=True)
+        mass = (tilt - log_total).exp()
+        kls.append((mass * tilt).sum(dim=-1) - log_total.squeeze(-1) + log_samples)
+        values.append(best + (mass * below).sum(dim=-1))
+    kls.append(log_samples - (below == 0).sum(dim=-1).double().log())
+    return torch.stack(kls, dim=-1).clamp(min=0), torch.stack([*values, best], dim=-1)

@@ -1,0 +1,308 @@
+"""The sections of the report, as blocks of a document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bond_plugin.bench import figures
+from bond_plugin.bench.document import Block, Entry, Heading, Paragraph, Picture, Table, Texts
+from bond_plugin.bench.resampling import Estimate
+from bond_plugin.bench.summary import MEASURES, Point, Summary
+
+_NONE = "–"
+_BEYOND = "†"
+_EXAMPLES = 4  # prompts whose samples are shown
+_Get = Callable[[dict[str, Estimate]], Entry]
+
+# Numbers and their words.
+
+
+def with_interval(estimate: Estimate) -> str:
+    entry = _entry(estimate)
+    return entry if isinstance(entry, str) else " ".join(entry)
+
+
+def _entry(estimate: Estimate | None, digits: int = 3, scale: float = 1.0) -> Entry:
+    if estimate is None or not math.isfinite(estimate.value):
+        return _NONE
+    if estimate.high - estimate.low <= 1e-9 * (1 + abs(estimate.value)):  # exact, or nothing to resample
+        return f"{scale * estimate.value:.{digits}f}"
+    value, low, high = (f"{scale * part:.{digits}f}" for part in (estimate.value, estimate.low, estimate.high))
+    return value, f"[{low}, {high}]"
+
+
+def _number(value: float, digits: int = 0) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else _NONE
+
+
+def _share(summary: Summary, estimates: dict[str, Estimate], measure: str, kind: str) -> Entry:
+    """A share of the limit in percent, marked where the limit is not supported."""
+    entry = _entry(estimates.get(f"{measure}_{kind}"), 1, 100)
+    if isinstance(entry, str) or summary.limits[measure].supported_at(estimates["kl"].value):
+        return entry
+    return f"{entry[0]} {_BEYOND}", entry[1]
+
+
+def _table(
+    name: str,
+    rows: Sequence[tuple[str, dict[str, Estimate]]],
+    columns: dict[str, _Get],
+) -> Table:
+    return Table(name, ["policy", *columns], [[row, *(get(e) for get in columns.values())] for row, e in rows])
+
+
+def _column(key: str, digits: int = 3) -> _Get:
+    return lambda estimates: _entry(estimates.get(key), digits)
+
+
+def n_range(summary: Summary, point: Point) -> str:
+    """The interval of the N that a point matches, in words."""
+    low, high, last = round(point.matches.low), round(point.matches.high), summary.curve.ns[-1]
+    return f"{low if low == high else f'{low} to {high}'}{' or more' if high == last else ''}"
+
+
+# Sections.
+
+
+def policies(summary: Summary) -> list[Block]:
+    """A row for each method and strength, in tables narrow enough to read."""
+    trained = [(point.name, point.estimates) for point in summary.points]
+    best_of = [(f"Best-of-{n} of the reference", estimates) for n, estimates in summary.best_of.items()]
+    reference = [("reference", summary.reference.estimates)]
+    kl = {"KL(π‖π_ref), nats": _column("kl")}
+    shares: dict[str, _Get] = {}
+    for measure, name in (("reward", "reward"), ("win_rate", "win rate")):
+        shares[f"{name}: % of the limit"] = lambda e, m=measure: _share(summary, e, m, "share")
+        shares["Best-of-N there, " + name] = lambda e, m=measure: _share(summary, e, m, "bon_share")
+        shares[f"{name} above Best-of-N"] = _column(f"{measure}_above_bon")
+    levels = summary.results.reference.bon_levels
+    distances = {f"KL(π‖Best-of-{n}), nats": _column(f"backward_kl_{n}") for n in levels}
+    distances |= {f"KL(Best-of-{n}‖π), nats": _column(f"forward_kl_{n}") for n in levels}
+    texts = {
+        "entropy, nats": _column("entropy", 2),
+        "distinct-1": _column("distinct_1"),
+        "distinct-2": _column("distinct_2"),
+        "length, tokens": _column("length", 1),
+    }
+    passes = sorted({n for cell in summary.results.done if cell.evaluation for n in cell.evaluation.pass_at})
+    right = {f"pass@{n}": _column(f"pass_at_{n}") for n in passes}
+    return [
+        Heading("The trained policies, and Best-of-N"),
+        _table(
+            "Reward and win rate against the reference",
+            trained + best_of,
+            {
+                "mean reward": _column("reward"),
+                "gain over the reference": _column("reward_gain"),
+                "win rate": _column("win_rate"),
+            }
+            | kl,
+        ),
+        Paragraph(
+            "Best-of-N is computed from the samples of the reference, its KL from their ties (log N − (N−1)/N "
+            "without ties). The gain is prompt by prompt: how difficult the prompts are is not in its interval."
+        ),
+        _table("Against the limit at the policy's own KL", trained + best_of, kl | shares),
+        Paragraph(
+            "The limit is the highest value that any policy can have at this KL, that of the reference tilted by the "
+            "reward, estimated from the reference's samples and corrected for its bias. Shares are of the possible "
+            "gain over the reference; beside each, what Best-of-N has at the same KL, and how far the policy is "
+            f"above it. {_BEYOND}: more KL than these samples can support the limit for (a bias above 2 % before "
+            f"correction). {_NONE}: not defined, or beyond Best-of-{summary.curve.ns[-1]}."
+        ),
+        _table("Distance to Best-of-N", reference + trained, distances),
+        _table(
+            "Quantiles among the reference's samples",
+            reference + trained,
+            {"expected quantile": _column("quantile"), "expected log quantile": _column("log_quantile")},
+        ),
+        _table("Responses", reference + trained, texts),
+        *([_table("Problems solved within k samples", reference + trained, right)] if right else []),
+    ]
+
+
+def fronts(summary: Summary) -> list[Block]:
+    """Both fronts, who is on them, and how the methods compare at equal KL."""
+    names = {"reward": "Mean reward", "win_rate": "Win rate"}
+    whiskers = (
+        "Points are the seeds of a strength pooled, joined in order of KL. Whiskers: 95 % intervals, upwards of the "
+        "gain over the reference. Numbers along the limit: N of Best-of-N."
+    )
+    pictures = []
+    for measure, name in names.items():
+        alt = f"{name} against KL. " + "; ".join(
+            f"{point.name}: {point.estimates[measure].value:.3f} at {point.kl:.2f} nats" for point in summary.points
+        )
+        pictures.append(
+            _picture(
+                f"front_{measure}",
+                alt,
+                f"{name} against the KL to the reference. {whiskers}",
+                figures.front,
+                summary,
+                measure,
+            )
+        )
+    rows = [
+        [
+            method.label,
+            *(_entry(method.area[m], 1, 100) for m in MEASURES),
+            *(f"{100 * method.front_share[m]:.0f}" for m in MEASURES),
+        ]
+        for method in summary.methods
+    ]
+    on_front = [[p.name, *(f"{100 * p.on_front[measure]:.0f}" for measure in MEASURES)] for p in summary.points]
+    comparisons = []
+    for first, second in zip(*(summary.comparisons[measure] for measure in MEASURES), strict=True):
+        span = f"{first.low:.2f} to {first.high:.2f}" if first.low < first.high else f"{first.high:.2f}"
+        comparisons.append([f"{first.first} above {first.second}", span, _entry(first.gap), _entry(second.gap)])
+    area = summary.area_up_to
+    return [
+        Heading("Fronts: what is gained at which KL"),
+        *pictures,
+        Table(
+            "Methods",
+            [
+                "method",
+                "area, reward, %",
+                "area, win rate, %",
+                "share of the front, reward, %",
+                "share of the front, win rate, %",
+            ],
+            rows,
+        ),
+        Paragraph(
+            "Area: the part of all possible gains that a method's front has, for KL from 0 to "
+            f"{area['reward']:.2f} nats (reward) and {area['win_rate']:.2f} nats (win rate). A method's front is the "
+            "least concave curve above its points and the reference, which a random choice between two policies "
+            "attains; it stays level beyond its last point. Share of the front: how many of the points on the Pareto "
+            "front of all methods are this method's, on average over the resamples."
+        ),
+        Table(
+            "How often a policy is on the Pareto front",
+            ["policy", "reward, % of resamples", "win rate, % of resamples"],
+            on_front,
+        ),
+        Table("At equal KL", ["comparison", "KL, nats", "reward", "win rate"], comparisons, text_columns=2),
+        Paragraph(
+            "How far one front lies above the other, on average over the KLs that both cover (or at one KL, if their "
+            "points have no range in common), resampled with the same prompts for both. An interval that contains 0 "
+            "tells no difference."
+        ),
+    ]
+
+
+def worth(summary: Summary) -> list[Block]:
+    """The N of Best-of-N that one sample of each method's best point stands for."""
+    rows = []
+    for method in summary.methods:
+        best, last = method.best, summary.curve.ns[-1]
+        n = round(best.matches.value)
+        saved = f"{n}{' or more' if n == last else ''} → 1" if n > 1 else "nothing"
+        found: Entry = (str(n) if n else "none", f"[{n_range(summary, best)}]")
+        rows.append([best.name, _entry(best.estimates["reward"]), f"{best.kl:.2f}", found, saved])
+    return [
+        Heading("What one sample is worth"),
+        Table(
+            "The point of each method with the highest reward",
+            ["policy", "mean reward", "KL, nats", "N", "samples a request"],
+            rows,
+        ),
+        Paragraph(
+            "N: the largest for which Best-of-N of the reference has no more mean reward than one sample of the "
+            "policy. Its interval ends at the largest N that is not above the policy beyond the 95 % interval. "
+            "Best-of-N would draw and score N samples for each request; the policy draws one and scores none."
+        ),
+    ]
+
+
+def training(summary: Summary) -> list[Block]:
+    """The curves of all runs."""
+    names = {"reward": "Reward", "kl": "KL to the reference", "log_quantile": "Expected log quantile"}
+    note = "Thin: single seeds as logged. Thick: mean of the seeds, smoothed over a tenth of the run."
+    pictures = [
+        _picture(
+            f"training_{key}",
+            f"{name} over the training, one panel for each method",
+            f"{name} in training. {note}",
+            figures.training,
+            summary,
+            key,
+        )
+        for key, name in names.items()
+    ]
+    return [Heading("Training"), *pictures]
+
+
+def cost(summary: Summary) -> list[Block]:
+    """What the runs cost, and what they reached for it."""
+    header = ["policy", "seeds", "steps", "generated tokens", "wall time, s", "peak memory, GiB"]
+    rows = [
+        [
+            point.name,
+            str(len(point.cells)),
+            *(_number(point.training(key)) for key in ("steps", "generated_tokens", "seconds")),
+            _number(point.training("peak_memory_gib"), 2),
+        ]
+        for point in summary.points
+    ]
+    caption = "Held-out reward of each trained policy against what its training cost; seeds pooled."
+    return [
+        Heading("Cost"),
+        Table("Cost of a run, mean over its seeds", header, rows),
+        _picture("cost", caption, caption, figures.cost, summary),
+    ]
+
+
+def _picture(name: str, alt: str, caption: str, draw: Callable[..., Figure], *arguments: Any) -> Picture:
+    figure = draw(*arguments)
+    return Picture(name, alt, caption, figures.svg(figure), figures.png(figure))
+
+
+def samples(summary: Summary) -> list[Block]:
+    """Responses of the reference and of each method, at KLs as equal as the points allow."""
+    nearest = [min(m.points, key=lambda point: abs(point.kl - summary.common_kl)) for m in summary.methods]
+    shown = [("reference", summary.reference)] + [(f"{p.name}, {p.kl:.2f} nats", p) for p in nearest]
+    blocks: list[Block] = [
+        Heading("Samples"),
+        Paragraph(
+            "One sample for each prompt, of the reference and of each method's point nearest to "
+            f"{summary.common_kl:.2f} nats, the largest KL that all methods reach. Not chosen by hand."
+        ),
+    ]
+    for example in summary.reference.examples[:_EXAMPLES]:
+        items = []
+        for name, point in shown:
+            for other in point.examples:
+                if other.prompt == example.prompt:
+                    items.append((f"{name}: reward {other.reward:.3f}", other.response or "(empty)"))
+                    break
+        blocks.append(Texts(example.prompt, items))
+    return blocks
+
+
+def settings(summary: Summary) -> list[Block]:
+    """What all runs have in common, what each has of its own, and its numbers alone."""
+    reference = summary.results.reference
+    names = {"seconds": "sampling the reference, seconds", "generated_tokens": "sampling the reference, tokens"}
+    rows = [
+        ["command", reference.command],
+        *([names.get(key, key), str(value)] for key, value in reference.settings.items()),
+    ]
+    rows.append(["bon_levels", ", ".join(map(str, reference.bon_levels))])
+    runs = []
+    for cell in summary.results.cells:
+        flags = ", ".join(f"{key} {value}" for key, value in cell.flags.items()) or _NONE
+        measured = [_NONE] * 3
+        if cell.evaluation is not None:
+            measured = [_number(cell.evaluation.values[key].mean().item(), 3) for key in ("reward", "win_rate", "kl")]
+        runs.append([cell.name, flags, *measured])
+    return [
+        Heading("Settings"),
+        Table("Common to all runs", ["setting", "value"], rows, text_columns=2),
+        Table("Every run", ["run", "flags", "mean reward", "win rate", "KL, nats"], runs, text_columns=2),
+    ]

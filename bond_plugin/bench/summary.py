@@ -1,0 +1,338 @@
+"""The numbers of the report: what each trained policy reaches, how the methods compare, and how sure that is.
+
+A *point* is a method at one strength with its seeds pooled; a *method* is its points, ordered by KL. Everything
+is computed twice, for the mean reward and for the win rate against the reference (:data:`MEASURES`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bond_plugin.bench.resampling import RESAMPLES, Estimate, Resampling, envelope, interpolate, limit_by_prompt
+from bond_plugin.bench.results import PER_PROMPT, Cell, Evaluation, Example, Results
+from bond_plugin.bestofn.limits import BestOfNCurve, Front, best_of_n_curve, reward_front, win_rate_front
+from bond_plugin.bestofn.limits import pareto_front as not_dominated
+
+#: What is traded against the KL.
+MEASURES = ("reward", "win_rate")
+#: The N of the Best-of-N rows, as far as there are samples for them; the curve has every N up to the last.
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+
+_GRID = 33  # KLs at which two fronts are compared, and areas added up
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one strength, its seeds pooled.
+
+    Attributes:
+        estimates: of the names in :data:`~bond_plugin.bench.results.PER_PROMPT`, ``distinct_1``, ``distinct_2``,
+            ``backward_kl_N``, ``forward_kl_N``, ``pass_at_N``, and for each of :data:`MEASURES` the ``..._gain``
+            over the reference and, at the point's own KL: ``..._share`` of the limit, ``..._bon_share`` of the
+            limit that Best-of-N has there, and ``..._above_bon``, the vertical distance to the Best-of-N curve.
+        on_front: of each measure, the share of resamples in which no other point has both a KL as low and a
+            value as high.
+        matches: the largest N up to the last of :data:`BEST_OF` for which Best-of-N has no more mean reward than
+            the point; 0 if one sample of the reference has more. Its interval ends at the largest N whose reward
+            is not significantly above the point's.
+        draws: ``[B + 1]`` of reward, win rate and KL.
+    """
+
+    method: str
+    label: str
+    strength: dict[str, Any]
+    cells: tuple[Cell, ...]
+    examples: tuple[Example, ...]
+    estimates: dict[str, Estimate]
+    on_front: dict[str, float]
+    matches: Estimate
+    draws: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.label, strength_text(self.strength)]).strip()
+
+    @property
+    def kl(self) -> float:
+        return self.estimates["kl"].value
+
+    def training(self, key: str) -> float:
+        """Mean over seeds of a number of :class:`~bond_plugin.bench.results.Training`; NaN if there is none."""
+        found = [float(getattr(cell.training, key)) for cell in self.cells]
+        return sum(found) / len(found) if found else math.nan
+
+
+@dataclass(frozen=True)
+class Method:
+    """The points of one method, by KL.
+
+    Attributes:
+        area: of each measure, the part of all possible gains for KL from 0 to ``Summary.area_up_to`` that its
+            front has.
+        front_share: of each measure, the share of the points on the Pareto front of all methods that are this
+            method's, averaged over resamples (as in arXiv 2407.06057).
+    """
+
+    key: str
+    label: str
+    points: tuple[Point, ...]
+    area: dict[str, Estimate]
+    front_share: dict[str, float]
+
+    @property
+    def best(self) -> Point:
+        """The point with the highest mean reward."""
+        return max(self.points, key=lambda point: point.estimates["reward"].value)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the front of ``first`` lies above that of ``second`` (labels), on average over KLs from ``low`` to
+    ``high`` nats; at a single KL where the points of the two have no common range."""
+
+    first: str
+    second: str
+    gap: Estimate
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that the report says.
+
+    Attributes:
+        reference: the reference policy as a point without cells.
+        best_of: N to estimates of ``kl``, and of each measure with its ``..._gain`` and ``..._share`` of the limit.
+        curve: Best-of-N for each N from 1 to the last of ``best_of``.
+        limits: of each measure, the highest value at a KL, corrected for its estimated bias.
+        area_up_to: of each measure, in nats: the largest KL of any point, or where the limit ends to be supported.
+        comparisons: of each measure, all pairs of methods, and each method with ``BEST_OF_N``.
+        common_kl: in nats, the smallest over methods of their largest KL.
+    """
+
+    results: Results
+    resamples: int
+    reference: Point
+    points: tuple[Point, ...]
+    methods: tuple[Method, ...]
+    best_of: dict[int, dict[str, Estimate]]
+    curve: BestOfNCurve
+    limits: dict[str, Front]
+    area_up_to: dict[str, float]
+    comparisons: dict[str, tuple[Comparison, ...]]
+    common_kl: float
+
+
+BEST_OF_N = "Best-of-N"
+
+
+def strength_text(strength: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in strength.items()
+    )
+
+
+def summarise(results: Results, resamples: int = RESAMPLES) -> Summary:
+    """Compute the report's numbers. The same results give the same numbers.
+
+    Args:
+        results: as read.
+        resamples: of the bootstrap.
+    """
+    return _Summariser(results, resamples).run()
+
+
+class _Summariser:
+    """The draws that several numbers share."""
+
+    def __init__(self, results: Results, resamples: int) -> None:
+        rewards = results.reference.rewards
+        self.results = results
+        self.resampling = Resampling(len(results.reference.prompts), resamples)
+        self.uncorrected = {"reward": reward_front(rewards), "win_rate": win_rate_front(rewards)}
+        self.limits = {measure: limit.corrected() for measure, limit in self.uncorrected.items()}
+        last = min(BEST_OF[-1], rewards.shape[1] - 1)
+        self.curve = best_of_n_curve(rewards, range(1, last + 1))
+        average = self.resampling.mean
+        self.bon = {key: average(getattr(self.curve, key)) for key in ("kl", *MEASURES)}  # [B + 1, N]
+        self.front = {  # [B + 1, points of the front] each
+            key: tuple(average(part) for part in limit_by_prompt(rewards, key == "win_rate")) for key in MEASURES
+        }
+
+    def run(self) -> Summary:
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        for cell in self.results.done:
+            groups.setdefault((cell.method, repr(sorted(cell.strength.items()))), []).append(cell)
+        points = [self.point(cells) for cells in groups.values()]
+        shares = {key: self.pareto(points, key) for key in MEASURES}
+        largest = max((point.kl for point in points), default=0.0)
+        up_to = {key: min(largest, limit.kl[limit.supported].max().item()) for key, limit in self.limits.items()}
+
+        methods = []
+        for key in dict.fromkeys(point.method for point in points):
+            own = sorted((point for point in points if point.method == key), key=lambda point: point.kl)
+            area = {measure: Estimate.of(self.area(own, measure, up_to[measure])) for measure in MEASURES}
+            share = {measure: shares[measure].get(key, 0.0) for measure in MEASURES}
+            methods.append(Method(key, own[0].label, tuple(own), area, share))
+        return Summary(
+            results=self.results,
+            resamples=self.resampling.resamples,
+            reference=self.reference(),
+            points=tuple(points),
+            methods=tuple(methods),
+            best_of={n: self.best_of(n) for n in BEST_OF if n <= self.curve.ns[-1]},
+            curve=self.curve,
+            limits=self.limits,
+            area_up_to=up_to,
+            comparisons={measure: tuple(self.comparisons(methods, measure)) for measure in MEASURES},
+            common_kl=min((method.points[-1].kl for method in methods), default=0.0),
+        )
+
+    # Points.
+
+    def point(self, cells: list[Cell]) -> Point:
+        evaluations = [cell.evaluation for cell in cells if cell.evaluation is not None]
+        draws = self.measured(evaluations, self.resampling.weights(len(cells)))
+        for measure in MEASURES:
+            draws |= self.against_the_limit(measure, draws["kl"], draws[measure])
+        # Rewards of Best-of-N rise with N, up to errors of estimation.
+        matches = (self.bon["reward"].cummax(dim=-1).values <= draws["reward"].unsqueeze(-1)).sum(dim=-1)
+        first = cells[0]
+        return Point(
+            method=first.method,
+            label=first.label,
+            strength=first.strength,
+            cells=tuple(cells),
+            examples=first.examples,
+            estimates={key: Estimate.of(values) for key, values in draws.items()},
+            on_front={},
+            matches=Estimate.of(matches.double()),
+            draws={key: draws[key] for key in ("kl", *MEASURES)},
+        )
+
+    def reference(self) -> Point:
+        reference = self.results.reference
+        draws = self.measured([reference.evaluation], self.resampling.weights(1))
+        estimates = {key: Estimate.of(values) for key, values in draws.items()}
+        nothing = Estimate(math.nan, math.nan, math.nan)
+        return Point("", "reference", {}, (), reference.examples, estimates, {}, nothing, {})
+
+    def measured(self, evaluations: list[Evaluation], seeds: Tensor) -> dict[str, Tensor]:
+        """Draws of what the evaluations hold, over seeds and prompts."""
+
+        def pooled(values: list[Tensor]) -> Tensor:
+            return self.resampling.mean(torch.stack(values), seeds)
+
+        draws = {key: pooled([one.values[key] for one in evaluations]) for key in PER_PROMPT}
+        for name in ("backward_kl", "forward_kl", "pass_at"):
+            tables = [getattr(one, name) for one in evaluations]
+            for n in sorted(set.intersection(*(set(table) for table in tables))):
+                draws[f"{name}_{n}"] = pooled([table[n] for table in tables])
+        for key in ("distinct_1", "distinct_2"):
+            draws[key] = seeds @ torch.tensor([getattr(one, key) for one in evaluations], dtype=torch.float64)
+        return draws
+
+    # Against Best-of-N and the limit.
+
+    def best_of_n_at(self, measure: str, kl: Tensor) -> Tensor:
+        """Best-of-N's value at ``[B + 1, G]`` KLs, linear in the root of the KL between two N (as Best-of-n
+        would be for n in between); NaN beyond the last N."""
+        found = interpolate(kl.clamp(min=0).sqrt(), self.bon["kl"].sqrt(), self.bon[measure])
+        return torch.where(kl <= self.bon["kl"][:, -1:], found, math.nan)
+
+    def limit_at(self, measure: str, kl: Tensor) -> Tensor:
+        """The limit at ``[B + 1, G]`` KLs, its bias taken off; NaN where :meth:`Front.at` does not know it either."""
+        found_kl, value = self.front[measure]
+        root, limit = kl.clamp(min=0).sqrt(), self.uncorrected[measure]
+        bias = interpolate(root, *(part.expand(len(kl), -1) for part in (limit.kl.sqrt(), limit.bias)))
+        found = interpolate(root, found_kl.sqrt(), value) - bias
+        known = (kl <= found_kl[:, -1:]) | limit.supported[-1]
+        return torch.where(known, found, math.nan)
+
+    def against_the_limit(self, measure: str, kl: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """Draws ``[B + 1]`` of the shares of the limit and the distance to the Best-of-N curve."""
+        base = self.bon[measure][:, 0]
+        bon = self.best_of_n_at(measure, kl.unsqueeze(-1)).squeeze(-1)
+        room = self.limit_at(measure, kl.unsqueeze(-1)).squeeze(-1) - base
+        room = torch.where(room > 1e-12, room, math.nan)  # nothing to gain at a KL of 0
+        return {
+            f"{measure}_gain": value - base,
+            f"{measure}_share": (value - base) / room,
+            f"{measure}_bon_share": (bon - base) / room,
+            f"{measure}_above_bon": value - bon,
+        }
+
+    def best_of(self, n: int) -> dict[str, Estimate]:
+        """Best-of-N itself, as estimates."""
+        column = {key: self.bon[key][:, n - 1] for key in ("kl", *MEASURES)}
+        for measure in MEASURES:
+            column |= self.against_the_limit(measure, column["kl"], column[measure])
+        own = [key for key in column if not key.endswith(("_bon_share", "_above_bon"))]  # compared with itself
+        return {key: Estimate.of(column[key]) for key in own}
+
+    # Fronts.
+
+    def pareto(self, points: list[Point], measure: str) -> dict[str, float]:
+        """Method to its mean share of the Pareto front; fills in ``on_front`` of the points."""
+        if not points:
+            return {}
+        kl = torch.stack([point.draws["kl"] for point in points], dim=-1)
+        value = torch.stack([point.draws[measure] for point in points], dim=-1)
+        on = torch.stack([not_dominated(*row) for row in zip(kl[1:], value[1:], strict=True)]).double()  # [B, points]
+        shares: dict[str, float] = {}
+        for point, often, share in zip(
+            points, on.mean(dim=0), (on / on.sum(dim=-1, keepdim=True)).mean(dim=0), strict=True
+        ):
+            point.on_front[measure] = often.item()
+            shares[point.method] = shares.get(point.method, 0.0) + share.item()
+        return shares
+
+    def method_front(self, points: list[Point], measure: str, kl: Tensor) -> Tensor:
+        """The front of a method at ``[B + 1, G]`` KLs: the envelope of its points and the reference."""
+        base = self.bon[measure][:, :1]
+        kls = torch.stack([point.draws["kl"].clamp(min=0) for point in points], dim=-1)
+        values = torch.stack([point.draws[measure] for point in points], dim=-1)
+        zero = torch.zeros_like(base)
+        return envelope(kl, torch.cat([zero, kls], dim=-1), torch.cat([base, values], dim=-1))
+
+    def area(self, points: list[Point], measure: str, up_to: float) -> Tensor:
+        """Draws of the area between base and front, as a share of that between base and limit."""
+        base = self.bon[measure][:, :1]
+        grid = (up_to * torch.linspace(0, 1, _GRID, dtype=torch.float64) ** 2).expand(len(base), -1)
+        reached = torch.trapezoid(self.method_front(points, measure, grid) - base, grid)
+        possible = torch.trapezoid(self.limit_at(measure, grid) - base, grid)
+        return torch.where(possible > 1e-12, reached / possible, math.nan)
+
+    def comparisons(self, methods: list[Method], measure: str) -> list[Comparison]:
+        found = [self.compare(first, second, measure) for first, second in itertools.combinations(methods, 2)]
+        return found + [self.compare(method, None, measure) for method in methods]
+
+    def compare(self, first: Method, second: Method | None, measure: str) -> Comparison:
+        """``second=None`` stands for Best-of-N. In each resample on the range of KLs that it has there."""
+
+        def ends(method: Method | None) -> tuple[Tensor, Tensor]:
+            if method is None:
+                return self.bon["kl"][:, 0], self.bon["kl"][:, -1]
+            kls = torch.stack([point.draws["kl"].clamp(min=0) for point in method.points])
+            return kls.amin(dim=0), kls.amax(dim=0)
+
+        (start, end), (other_start, other_end) = ends(first), ends(second)
+        high = torch.minimum(end, other_end)
+        low = torch.minimum(torch.maximum(start, other_start), high)
+        grid = torch.lerp(low.unsqueeze(-1), high.unsqueeze(-1), torch.linspace(0, 1, _GRID, dtype=torch.float64))
+        above = self.method_front(list(first.points), measure, grid)
+        if second is None:
+            below = self.best_of_n_at(measure, grid)
+        else:
+            below = self.method_front(list(second.points), measure, grid)
+        gap = Estimate.of((above - below).mean(dim=-1))
+        return Comparison(
+            first.label, BEST_OF_N if second is None else second.label, gap, low[0].item(), high[0].item()
+        )
