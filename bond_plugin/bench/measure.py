@@ -28,10 +28,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from bond_plugin.host.engine import Samples
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from bond_plugin.host.engine import Samples
 
 DIGITS = 5
 """Significant digits in the files: what is more is noise."""
@@ -83,10 +83,15 @@ def run(job: Job) -> None:
     started = time.monotonic()
     settings = job.evaluation
     count = settings["reference_samples" if job.is_reference else "samples"]
+    score, tokenizer = scorer(job)
+    if job.is_reference:  # what the reward misses shows before minutes of sampling
+        ids = tokenizer(job.prompts[0], add_special_tokens=False)["input_ids"]
+        nothing = Samples([ids], [[[]]], [[job.prompts[0]]])
+        scores(score, job.prompts[:1], None if job.labels is None else job.labels[:1], nothing)
     drawn = engine.sample(
         job.model, job.prompts, count, job.max_new_tokens, job.temperature, settings["seed"] + job.is_reference
     )
-    rewards = scores(job, drawn)
+    rewards = scores(score, job.prompts, job.labels, drawn)
     if job.is_reference:
         _write(Path(job.reference_samples), {**vars(drawn), "rewards": rewards.tolist()})
     kept = json.loads(Path(job.reference_samples).read_text())
@@ -96,18 +101,29 @@ def run(job: Job) -> None:
     _write(Path(job.output), found)
 
 
-def scores(job: Job, drawn: Samples) -> Tensor:
-    """The rewards, ``[prompts, samples]`` float64, by the reward path of training."""
-    import torch
-
-    from bond_plugin.host import caching, engine
-    from bond_plugin.host.rewards import RewardError
+def scorer(job: Job) -> tuple[Any, Any]:
+    """The reward of the training runs, and the policy's tokenizer."""
+    from bond_plugin.host import caching
 
     args = _namespace({**job.configuration, "actor": {**job.configuration["actor"], "model_name_or_path": job.model}})
-    score = caching.scorer(args, caching.tokenizer_of(args))
-    labels = job.labels if job.labels is not None else [""] * len(job.prompts)
+    tokenizer = caching.tokenizer_of(args)
+    return caching.scorer(args, tokenizer), tokenizer
+
+
+def scores(score: Any, prompts: Sequence[str], labels: Sequence[Any] | None, drawn: Samples) -> Tensor:
+    """The rewards of samples, ``[prompts, samples]`` float64.
+
+    Raises:
+        RewardError: the reward failed, or one is not finite.
+    """
+    import torch
+
+    from bond_plugin.host import engine
+    from bond_plugin.host.rewards import RewardError
+
+    labels = labels if labels is not None else [""] * len(prompts)
     rows = []
-    for i, (prompt, label) in enumerate(zip(job.prompts, labels, strict=True)):
+    for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
         one = engine.PromptSamples(drawn.prompt_ids[i], drawn.response_ids[i], drawn.queries[i], [])
         values = score(prompt, label, one)
         if not all(value == value and abs(value) != float("inf") for value in values):
