@@ -167,10 +167,17 @@ def locked(folder: Path) -> Iterator[None]:
 class Runner:
     """See :func:`run`."""
 
-    def __init__(self, matrix: Matrix, settings: Settings, processes: Processes, say: Say) -> None:
+    def __init__(
+        self,
+        matrix: Matrix,
+        settings: Settings,
+        prompts: tuple[list[str], list[Any] | None],
+        processes: Processes,
+        say: Say,
+    ) -> None:
         self.matrix, self.settings, self.processes, self.say = matrix, settings, processes, say
         self.output = settings.output
-        self.prompts, self.labels = _prompts(matrix)
+        self.prompts, self.labels = prompts
         self.configurations: dict[str, dict[str, Any]] = {}  # by cell
         self._devices: list[str] | None = None
         self._device_lock = threading.Lock()
@@ -429,8 +436,8 @@ class Runner:
 
 def check(matrix: Matrix, settings: Settings, say: Say) -> None:
     """Check every cell's flags. Raises as :func:`run` does."""
-    with locked(settings.output), _processes(settings) as processes:
-        Runner(matrix, settings, processes, say).check()
+    with _runner(matrix, settings, say) as runner:
+        runner.check()
 
 
 def run(
@@ -449,8 +456,7 @@ def run(
     Raises:
         BenchError: the matrix cannot run, or was stopped.
     """
-    with locked(settings.output), _processes(settings) as processes:
-        runner = Runner(matrix, settings, processes, say)
+    with _runner(matrix, settings, say) as runner:
         runner.check()
         reference = runner.reference()
         results = {cell.name: runner.finished(cell, reference) for cell in matrix.cells}
@@ -476,11 +482,19 @@ def run(
                         left = (time.monotonic() - started) / count * (len(waiting) - count)
                         finished(done + count, len(matrix.cells), result, left)
             except BaseException:
-                processes.stop()
+                runner.processes.stop()
                 for future in futures:
                     future.cancel()
                 raise
         return sum(result is not None and result["status"] == "failed" for result in results.values())
+
+
+@contextlib.contextmanager
+def _runner(matrix: Matrix, settings: Settings, say: Say) -> Iterator[Runner]:
+    """What is cheap to check comes before the processes."""
+    prompts = _prompts(matrix)
+    with locked(settings.output), _processes(settings) as processes:
+        yield Runner(matrix, settings, prompts, processes, say)
 
 
 @contextlib.contextmanager

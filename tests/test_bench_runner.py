@@ -1,0 +1,139 @@
+"""What the runner makes of logs and metrics, and that two of them do not write one folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bond_plugin.bench import runner
+from bond_plugin.cli.main import main
+
+LOG = """\
+\x1b[36m(PPOTrainer pid=12)\x1b[0m Episode [1/1]:   0%|          | 0/48
+Traceback (most recent call last):
+  File "train.py", line 3, in <module>
+ray.exceptions.RayTaskError(EngineGapError): ray::PPOTrainer.fit() (pid=12, ip=1)
+    raise EngineGapError(
+bond_plugin.host.experience.EngineGapError: the gap is 3
+\x1b[36m(RolloutRayActor pid=13)\x1b[0m INFO shutdown
+"""
+
+
+def test_the_error_of_a_log_is_its_exception_and_not_its_last_line() -> None:
+    assert runner._error(LOG) == "bond_plugin.host.experience.EngineGapError: the gap is 3"
+
+
+def test_our_own_message_wins_and_comes_with_what_it_lists() -> None:
+    log = "note\nbond: error: this run cannot start:\n  - first\n  - second\n"
+    assert runner._error(log) == "bond: error: this run cannot start:\n  - first\n  - second"
+    assert runner._error("usage: x\nbond train: error: unknown flag --x\n") == "bond train: error: unknown flag --x"
+
+
+def test_without_an_exception_the_last_lines_are_kept() -> None:
+    log = "\n".join(f"line {i}" for i in range(100))
+    assert runner._error(log).splitlines()[-1] == "line 99"
+    assert len(runner._error(log).splitlines()) == 12
+
+
+def write(path: Path, *lines: dict) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_curves_count_tokens_and_take_kl_of_whole_responses(tmp_path: Path) -> None:
+    ours = write(
+        tmp_path / "ours.jsonl",
+        {"step": 1, "rollout/generated_tokens": 10, "reward/policy": 1.0, "bond/kl_ref": 0.5, "kl": 9.0},
+        {"step": 2, "rollout/generated_tokens": 20, "reward/policy": 2.0, "bond/kl_ref": 0.75},
+    )
+    found = runner._training(ours)
+    assert (found["steps"], found["generated_tokens"]) == (2, 30)
+    assert found["curve"] == {
+        "generated_tokens": [10, 30], "reward": [1.0, 2.0], "kl": [0.5, 0.75], "log_quantile": [None, None],
+    }  # fmt: skip
+    host = write(tmp_path / "host.jsonl", {"step": 1, "reward": 3.0, "kl": 0.1, "response_length": 8.0})
+    assert runner._training(host)["curve"]["kl"] == [0.8]  # the host's is a mean over tokens
+    with pytest.raises(runner.BenchError, match="logged no step"):
+        runner._training(write(tmp_path / "none.jsonl"))
+
+
+def test_two_runners_do_not_write_one_folder(tmp_path: Path) -> None:
+    with runner.locked(tmp_path), pytest.raises(runner.BenchError, match="another bond bench writes to"):
+        runner.locked(tmp_path).__enter__()
+    with runner.locked(tmp_path):
+        pass
+
+
+def test_processes_report_status_log_and_memory(tmp_path: Path) -> None:
+    processes = runner.Processes(sys.executable)
+    code = (
+        "import os, time; x = bytearray(200 * 2**20); print(os.environ['MINE']); time.sleep(3); raise SystemExit(5)"
+    )
+    status, peak = processes.run(["-c", code], tmp_path / "log", {"MINE": "here"}, memory=True)
+    assert status == 5
+    assert (tmp_path / "log").read_text() == "here\n"
+    assert peak == pytest.approx(0.2, abs=0.03)
+
+
+def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
+    import threading
+
+    processes = runner.Processes(sys.executable)
+    threading.Timer(1.0, processes.stop).start()
+    started = time.monotonic()
+    status, _ = processes.run(["-c", "import time; time.sleep(60)"], tmp_path / "log", {})
+    assert status != 0
+    assert time.monotonic() - started < 20
+    with pytest.raises(runner.BenchError, match="stopped"):
+        processes.run(["-c", "pass"], tmp_path / "log", {})
+
+
+def test_help_teaches_the_file_and_answers_at_once() -> None:
+    code = (
+        "import sys; from bond_plugin.cli.main import main\ntry: main(['bench', '--help'])\nexcept SystemExit: pass\n"
+    )
+    probe = code + "assert not {'torch', 'ray', 'vllm', 'openrlhf'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("strength:", "--check", "RAY_ADDRESS", "report.html"):
+        assert word in done.stdout
+
+
+SMALL = "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        ("methods: {}", [], "'common' is missing"),
+        (
+            "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}",
+            ["--only", "b"],
+            "--only b: the file has a",
+        ),
+        (
+            "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}",
+            ["--no-prefork"],
+            "none.jsonl: no such file",
+        ),
+    ],
+)
+def test_an_unusable_matrix_is_an_error_before_anything_starts(
+    text: str, flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "matrix.yaml"
+    path.write_text(text)
+    assert main(["bench", str(path), "--output-dir", str(tmp_path / "out"), *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "matrix.yaml"
+    path.write_text(SMALL)
+    assert main(["bench", str(path), "--output-dir", str(tmp_path / "out"), "--report"]) == 2
+    assert "reference.json" in capsys.readouterr().err
