@@ -559,9 +559,9 @@ def _training(path: Path) -> dict[str, Any]:
         "generated_tokens": tokens[-1],
         "curve": {
             "generated_tokens": tokens,
-            "reward": column("reward/policy", "vbon/reward", "reward"),
+            "reward": column("reward/policy", "reward"),
             "kl": kl,
-            "log_quantile": column("bond/log_quantile", "vbon/log_quantile"),
+            "log_quantile": column("bond/log_quantile"),
         },
     }
 
