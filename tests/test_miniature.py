@@ -176,7 +176,7 @@ def test_sums_are_rewarded_by_the_exact_checker(prepare: ModuleType) -> None:
 
 @pytest.fixture
 def quick(prepare: ModuleType, reviews: list[Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Small settings; the package's reviews and the host's training are replaced, the latter by a copy of its input."""
+    """Small settings, a few made-up reviews, and the models untrained: which steps are done is asked, not how."""
     import shutil
 
     calls: list[str] = []
