@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -135,16 +136,15 @@ def _precision() -> dict[str, str]:
 
 def _to_bf16(weights: Path, config: Path) -> None:
     """Round to what training and vLLM load anyway, so that the initial policy is the same everywhere."""
-    import json
-
     import torch
     from safetensors.torch import load_file, save_file
 
-    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
-    save_file(rounded, weights, metadata={"format": "pt"})
     said = json.loads(config.read_text())
-    said["dtype"] = "bfloat16"
-    config.write_text(json.dumps(said, indent=2) + "\n")
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
+    if said["tie_word_embeddings"]:
+        rounded.pop("lm_head.weight", None)  # the host writes the embedding twice
+    save_file(rounded, weights, metadata={"format": "pt"})
+    config.write_text(json.dumps({**said, "dtype": "bfloat16"}, indent=2) + "\n")
 
 
 def _batches(directory: Path, texts: Sequence[str], side: str) -> Iterable[Any]:

@@ -31,6 +31,7 @@ from stages import Summary, package_file, positive, versions, write_lines, write
 
 SAMPLES = 16  # a held-out prompt, to measure the reward's spread and Best-of-16
 NEW_TOKENS = 24
+LENGTH = 32  # tokens of a prompt and its response, and so of all that is learnt from
 SHOWN = 8  # samples kept to be read
 MEASURED = 2000  # texts or pairs for a perplexity or an accuracy
 
@@ -55,7 +56,7 @@ class Reviews:
     vocabulary: int = 3000
     lessons: int = 0
     pairs: int = 6000
-    policy: Policy = Policy(hidden=192, layers=4, learning_rate=3e-3, batch_size=32, epochs=1)
+    policy: Policy = Policy(hidden=192, layers=4, learning_rate=3e-3, batch_size=32, epochs=2)
     reward_learning_rate: float = 5e-4
     seed: int = 0
 
@@ -117,7 +118,7 @@ def reviews_steps(directory: Path, settings: Reviews) -> Iterator[str]:
         yield f"reward: accuracy on {facts['test_reviews']:,} unseen reviews {facts['accuracy']:.3f}"
 
     base, model = work / "base", directory / "model"
-    made = drawn | asdict(settings.policy) | versions("tokenizers", "transformers", "openrlhf")
+    made = drawn | {"length": LENGTH} | asdict(settings.policy) | versions("tokenizers", "transformers", "openrlhf")
     if summary.has("model", made, [model / "model.safetensors"]):
         yield f"model: {model} is complete, reused"
     else:
@@ -147,7 +148,7 @@ def reviews_steps(directory: Path, settings: Reviews) -> Iterator[str]:
             model__model_name_or_path=model,
             data__dataset=pairs,
             eval__dataset=unseen_pairs,
-            data__max_len=models.CONTEXT_LENGTH,
+            data__max_len=LENGTH,
             train__batch_size=32,
             train__seed=settings.seed,
             adam__lr=settings.reward_learning_rate,
@@ -197,7 +198,7 @@ def sums_steps(directory: Path, settings: Sums) -> Iterator[str]:
         yield f"sums: {settings.train} for training, {settings.heldout} held out, {settings.lessons} to learn from"
 
     base, model = work / "base", directory / "model"
-    made = drawn | asdict(settings.policy) | versions("tokenizers", "transformers", "openrlhf")
+    made = drawn | {"length": LENGTH} | asdict(settings.policy) | versions("tokenizers", "transformers", "openrlhf")
     if summary.has("model", made, [model / "model.safetensors"]):
         yield f"model: {model} is complete, reused"
     else:
@@ -239,7 +240,7 @@ def _train_policy(
         data__dataset=lessons,
         data__input_key=key,
         data__input_template="{}",
-        data__max_len=64,
+        data__max_len=LENGTH,
         train__batch_size=policy.batch_size,
         train__micro_batch_size=policy.batch_size,
         train__max_epochs=policy.epochs,
