@@ -2,11 +2,11 @@
 
 ``hooks.py`` lists everything that is attached to the host, one line each, and checks the host against it.
 The other files hold what is attached, one file for each thing: ``flags`` (parser), ``launch`` (Ray),
-``checks`` (refused combinations), ``sampling`` (rollouts), ``experience`` (rewards, log-probabilities,
-advantages), ``transform`` (other rewards for the host's estimators), ``caching`` (the reference's rewards),
-``engine`` (sampling without Ray), ``loss`` (policy loss), ``weights`` (anchor and reference), ``classifier``
-(learned quantile), ``metrics`` (what a run shows), ``rewards`` (errors in reward functions), ``cpu``
-(machines without GPU).
+``run`` (the host's other commands), ``checks`` (refused combinations), ``sampling`` (rollouts),
+``experience`` (rewards, log-probabilities, advantages), ``transform`` (other rewards for the host's
+estimators), ``caching`` (the reference's rewards), ``engine`` (sampling without Ray), ``loss`` (policy
+loss), ``weights`` (anchor and reference), ``classifier`` (learned quantile), ``metrics`` (what a run
+shows), ``rewards`` (errors in reward functions), ``cpu`` (machines without GPU).
 
 Importing this module is cheap, and :func:`load` imports nothing heavy either: it arms hooks which act when
 a module of the host is imported. It may be called any number of times, in any process.

@@ -120,6 +120,20 @@ def torch_adam(original: Any, self: Any, optim_dict: Any = None, *, max_norm: An
     return config
 
 
+def offer_fp32(parser: Any) -> None:
+    """Without bf16 instructions fp32 is faster: the host's commands that train without vLLM may have it."""
+    action = parser._option_string_actions.get("--ds.param_dtype")
+    if action is not None and action.choices and "fp32" not in action.choices:
+        action.choices = [*action.choices, "fp32"]
+
+
+def torch_dtype(original: Any, param_dtype: str) -> Any:
+    """``--ds.param_dtype fp32``; DeepSpeed does without 16-bit weights then, as the host sets neither flag."""
+    import torch
+
+    return torch.float32 if param_dtype == "fp32" else original(param_dtype)
+
+
 def moving_average(original: Any, self: Any, model: Any, model_ema: Any, beta: float = 0.992, device: Any = None):
     """The host's own average (``--train.enable_ema``) names the device "cuda"."""
     return original(self, model, model_ema, beta, "cpu")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
+from bond_plugin.host import cpu, on_cpu
 
 if TYPE_CHECKING:
     from bond_plugin.algorithms.base import Algorithm, RewardTransform
@@ -113,6 +114,8 @@ def extend_parsers() -> None:
     @functools.wraps(original)
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
         if ESTIMATOR not in self._option_string_actions:
+            if on_cpu():
+                cpu.offer_fp32(self)
             return original(self, args, namespace)
         return _parse_host(original, self, list(sys.argv[1:] if args is None else args), namespace)
 

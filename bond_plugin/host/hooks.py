@@ -149,6 +149,7 @@ HOOKS: tuple[Hook, ...] = (
     _hook(f"{_EXECUTOR}._fetch_rewards_via_http", "self queries_list prompts_list labels_list", "rewards:fetch"),
     # Machines without GPU.
     _hook(f"{_STRATEGY}.get_ds_train_config", "self optim_dict max_norm", "cpu:torch_adam", cpu=True),
+    _hook("openrlhf.utils.utils:convert_to_torch_dtype", "param_dtype", "cpu:torch_dtype", cpu=True),
     _hook(f"{_STRATEGY}.moving_average", "self model model_ema beta device", "cpu:moving_average", cpu=True),
     _hook(
         "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__init__",

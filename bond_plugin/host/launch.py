@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import runpy
+import socket
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,30 @@ def run_host(argv: list[str], command: str = "bond train") -> None:
     load_plugins()
     sys.argv = [command, *argv]
     runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=False)
+
+
+def run_module(module: str, argv: list[str]) -> None:
+    """Run another of the host's commands, such as ``openrlhf.cli.train_sft``, in this process with our hooks."""
+    settle_device([])
+    load_plugins()
+    if "RANK" not in os.environ:
+        os.environ.update(_one_process())
+    sys.argv = [module, *argv]
+    runpy.run_module(module, run_name="__main__", alter_sys=False)
+
+
+def _one_process() -> dict[str, str]:
+    """What a launcher would tell the only process of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def started() -> bool:

@@ -20,6 +20,7 @@ import torch
 
 DIRECTORY_VARIABLE = "BOND_REVIEWS_DIR"
 DEFAULT_DIRECTORY = "demo"
+PREPARE = "recipes/reviews/prepare.py"
 SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>|<(?:repo_name|reponame|file_sep|filename|gh_stars)>")
 
 _loading = threading.Lock()
@@ -40,7 +41,7 @@ def load_classifier() -> Any:
             if not path.is_file():
                 raise FileNotFoundError(
                     f"no sentiment classifier at {path.absolute()}. Make it with "
-                    f"`python recipes/reviews/prepare.py {directory}`, or point {DIRECTORY_VARIABLE} "
+                    f"`python {PREPARE} {directory}`, or point {DIRECTORY_VARIABLE} "
                     "at the folder that has reward.joblib"
                 )
             import joblib

@@ -1,0 +1,291 @@
+"""recipes/miniature: what its tasks are made of, and the host's own train_sft without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = REPOSITORY / "recipes"
+
+TEXTS = [
+    "A dull film, but the acting is good. I liked the ending a lot.",
+    "It's the funniest film of the year!",
+    "the plot is thin , the jokes are old and the music is worse .",
+    "One of the best films I have seen this year; the cast is wonderful.",
+] * 20
+
+
+def load(path: Path) -> ModuleType:
+    """A file of recipes/ as a module."""
+    name = "_".join(path.relative_to(RECIPES).with_suffix("").parts)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def prepare() -> Iterator[ModuleType]:
+    """prepare.py, which puts recipes/ on sys.path when it is run."""
+    path = list(sys.path)
+    yield load(RECIPES / "miniature" / "prepare.py")
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def reviews(prepare: ModuleType) -> list[Any]:
+    """400 reviews of two collections, labelled by their one word of judgement."""
+    from reviews.corpus import Review
+
+    made = []
+    for i in range(400):
+        word = ("dreadful", "lovely")[i % 2]
+        story = " ".join(f"{name}{(i * step) % 97}" for name, step in (("actor", 3), ("scene", 5), ("song", 7)))
+        text = (
+            f"Number{i} of the series {story} is a {word} film, and I say that as someone who has seen all of them."
+        )
+        made.append(Review(text, i % 2, ("imdb", "rotten_tomatoes")[i // 2 % 2]))
+    return made
+
+
+# Texts.
+
+
+def test_plain_style() -> None:
+    load(RECIPES / "miniature" / "prepare.py")
+    from miniature.texts import plain
+
+    assert plain("... Isn't “Amélie” (2001) GREAT?!  Well -- yes , of course .") == (
+        "isn't amelie 2001 great? well - yes, of course."
+    )
+
+
+def test_openings_end_with_a_sentence_or_are_cut(prepare: ModuleType) -> None:
+    from miniature.models import EOS
+    from miniature.texts import LEAST_WORDS, MOST_WORDS, lesson
+
+    assert lesson("Short one. " + "word " * LEAST_WORDS + "end. More.", EOS).endswith(f"word end.{EOS}")
+    cut = lesson("word " * 100, EOS)
+    assert len(cut.split()) == MOST_WORDS and EOS not in cut
+
+
+def test_prompts_are_of_reviews_that_nothing_else_has_seen(prepare: ModuleType, reviews: list[Any]) -> None:
+    from miniature.texts import PROMPT_WORDS, opening, prompt_of
+    from reviews.corpus import draw_openings
+
+    drawn, rest = draw_openings(reviews, 50, prompt_of, seed=0)
+    assert len(drawn) == 50 and len(rest) == len(reviews) - 50
+    assert not {review.text for review in drawn.values()} & {review.text for review in rest}
+    for prompt, review in drawn.items():
+        assert opening(review.text)[0].startswith(prompt)
+        assert PROMPT_WORDS[0] <= len(prompt.split()) <= PROMPT_WORDS[1]
+    assert len({len(prompt.split()) for prompt in drawn}) > 1
+    assert draw_openings(reviews, 50, prompt_of, seed=0) == (drawn, rest)
+    with pytest.raises(ValueError, match="only 400 distinct openings exist, 401 were asked for"):
+        draw_openings(reviews, 401, prompt_of, seed=0)
+
+
+def test_pairs_are_ranked_by_label_within_a_collection(prepare: ModuleType, reviews: list[Any]) -> None:
+    from miniature.texts import opening, pairs
+
+    source = {opening(review.text)[0]: review.source for review in reviews}
+    made = pairs(reviews, seed=0)
+    assert len(made) == 200
+    assert all("lovely" in pair["chosen"] and "dreadful" in pair["rejected"] for pair in made)
+    assert all(source[pair["chosen"]] == source[pair["rejected"]] for pair in made)
+    assert made == pairs(reviews, seed=0) and made != pairs(reviews, seed=1)
+
+
+# Tokenizers.
+
+
+def test_text_tokenizer_round_trips_and_is_deterministic(prepare: ModuleType, tmp_path: Path) -> None:
+    from miniature.models import EOS, text_tokenizer
+    from transformers import AutoTokenizer
+
+    for name in ("one", "two"):
+        text_tokenizer(tmp_path / name, TEXTS, 400)
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    for text in [*TEXTS[:4], " never seen: 42 çé "]:
+        ids = tokenizer(text + EOS)["input_ids"]
+        assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == text
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.padding_side) == (0, 1, "left")
+    # A prompt's tokens are the first of the whole text's: what the policy learnt is what it is asked.
+    whole = tokenizer(TEXTS[0])["input_ids"]
+    start = tokenizer(TEXTS[0][: TEXTS[0].index(" acting")])["input_ids"]
+    assert whole[: len(start)] == start
+
+
+def test_character_tokenizer_drops_the_space_before_eos(prepare: ModuleType, tmp_path: Path) -> None:
+    from miniature.models import EOS, character_tokenizer
+    from miniature.sums import CHARACTERS
+    from transformers import AutoTokenizer
+
+    character_tokenizer(tmp_path, CHARACTERS)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(f"12-7=5 {EOS}")["input_ids"]
+    assert len(ids) == 7 and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids) == f"12-7=5{EOS}"
+
+
+# Sums.
+
+
+def test_sums_are_right_different_and_not_known(prepare: ModuleType) -> None:
+    from miniature.sums import exercises
+
+    held = exercises(100, seed=1)
+    known = {row["input"] for row in held}
+    rows = exercises(300, seed=2, known=known)
+    assert len({row["input"] for row in rows}) == 300 and not known & {row["input"] for row in rows}
+    for row in rows:
+        assert eval(row["input"].rstrip("=")) == int(row["output"])
+    assert rows == exercises(300, seed=2, known=known)
+
+
+def test_sums_are_rewarded_by_the_exact_checker(prepare: ModuleType) -> None:
+    pytest.importorskip("reasoning_gym")
+    from miniature.models import EOS
+    from miniature.sums import exercises
+
+    reward_func = load(RECIPES / "maths" / "reward.py").reward_func
+    rows = exercises(20, seed=0)
+    answers = [row["output"] for row in rows]
+    answers[5:10] = [str(int(answer) + 1) for answer in answers[5:10]]
+    answers[10:15] = [answer + "0" if answer != "0" else "1" for answer in answers[10:15]]
+    answers[15:] = ["", "-", "+", "=", "1-1"]
+    prompts = [row["input"] for row in rows]
+    queries = [prompt + answer + EOS for prompt, answer in zip(prompts, answers, strict=True)]
+    found = reward_func(queries, prompts, [row["label"] for row in rows])
+    assert found["rewards"].tolist() == [1.0] * 5 + [0.0] * 15
+
+
+# The steps.
+
+
+@pytest.fixture
+def quick(prepare: ModuleType, reviews: list[Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Small settings, a few made-up reviews, and the models untrained: which steps are done is asked, not how."""
+    import shutil
+
+    calls: list[str] = []
+
+    def train(module: str, output: Path, log: Path, **flags: Any) -> None:
+        calls.append(module)
+        source = Path(flags["model__model_name_or_path"])
+        if module.endswith("train_rm"):
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+            AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(output)
+            AutoTokenizer.from_pretrained(source).save_pretrained(output)
+        else:
+            shutil.copytree(source, output, dirs_exist_ok=True)
+
+    monkeypatch.setattr(prepare, "package_file", lambda *names: Path())
+    monkeypatch.setattr(prepare, "read_reviews", lambda: reviews)
+    monkeypatch.setattr(prepare.models, "train", train)
+    monkeypatch.setattr(prepare, "SAMPLES", 2)
+    policy = prepare.Policy(hidden=32, layers=1, learning_rate=1e-3, batch_size=8, epochs=1)
+    settings = prepare.Reviews(train=20, heldout=12, vocabulary=300, pairs=20, policy=policy)
+    return settings, calls
+
+
+def test_a_second_run_reuses_everything(prepare: ModuleType, quick: Any, tmp_path: Path) -> None:
+    settings, calls = quick
+    first = list(prepare.reviews_steps(tmp_path, settings))
+    assert calls == ["openrlhf.cli.train_sft", "openrlhf.cli.train_rm"]
+    assert not any("reused" in message for message in first)
+    record = (tmp_path / "prepared.json").read_bytes()
+    again = list(prepare.reviews_steps(tmp_path, settings))
+    assert len(calls) == 2 and sum("reused" in message for message in again) == 3
+    assert (tmp_path / "prepared.json").read_bytes() == record
+    for name, count in (("train", 20), ("heldout", 12)):
+        assert len(prepare.read_rows(tmp_path / f"{name}.jsonl")) == count
+
+
+def test_a_lost_output_or_another_setting_remakes_what_depends_on_it(
+    prepare: ModuleType, quick: Any, tmp_path: Path
+) -> None:
+    settings, calls = quick
+    list(prepare.reviews_steps(tmp_path, settings))
+    (tmp_path / "reward_model" / "model.safetensors").unlink()
+    list(prepare.reviews_steps(tmp_path, settings))
+    assert calls[2:] == ["openrlhf.cli.train_rm"]
+    list(prepare.reviews_steps(tmp_path, replace(settings, policy=replace(settings.policy, learning_rate=1e-4))))
+    assert calls[3:] == ["openrlhf.cli.train_sft", "openrlhf.cli.train_rm"]
+
+
+def test_a_run_that_failed_goes_on_where_it_was(
+    prepare: ModuleType, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, calls = quick
+    working = prepare.models.train
+
+    def fails(module: str, *args: Any, **flags: Any) -> None:
+        if module.endswith("train_rm"):
+            raise prepare.models.TrainingError("stopped")
+        working(module, *args, **flags)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare.models, "train", fails)
+        with pytest.raises(prepare.models.TrainingError):
+            list(prepare.reviews_steps(tmp_path, settings))
+    assert not (tmp_path / "prepared.json").exists()
+    list(prepare.reviews_steps(tmp_path, settings))
+    assert calls == ["openrlhf.cli.train_sft", "openrlhf.cli.train_rm"]
+    assert set(json.loads((tmp_path / "prepared.json").read_text())) == {
+        "prompts",
+        "reward",
+        "model",
+        "reward_model",
+        "samples",
+    }
+
+
+# The host.
+
+
+@pytest.mark.e2e
+def test_the_hosts_train_sft_teaches_a_random_model(prepare: ModuleType, tmp_path: Path) -> None:
+    import torch
+    from miniature import models
+    from transformers import AutoModelForCausalLM
+
+    base, model = tmp_path / "base", tmp_path / "model"
+    models.text_tokenizer(base, TEXTS, 300)
+    models.random_model(base, hidden=64, layers=1, seed=0)
+    prepare.write_rows(tmp_path / "lessons.jsonl", ({"text": text + models.EOS} for text in TEXTS))
+    models.train(
+        "openrlhf.cli.train_sft",
+        model,
+        tmp_path / "sft.log",
+        model__model_name_or_path=base,
+        model__pretrain_mode_enable=True,
+        data__dataset=tmp_path / "lessons.jsonl",
+        data__input_key="text",
+        data__max_len=64,
+        train__batch_size=16,
+        train__micro_batch_size=16,
+        adam__lr=1e-2,
+    )
+    before, after = models.perplexity(base, TEXTS[:4]), models.perplexity(model, TEXTS[:4])
+    assert 200 < before < 450 and after < 0.6 * before
+    assert AutoModelForCausalLM.from_pretrained(model).dtype == torch.bfloat16
+
+
+@pytest.mark.e2e
+def test_a_failing_command_shows_the_end_of_its_log(prepare: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(prepare.models.TrainingError, match="no_such_flag"):
+        prepare.models.train("openrlhf.cli.train_sft", tmp_path / "model", tmp_path / "sft.log", no_such_flag=1)
+    assert not (tmp_path / "model").exists()
