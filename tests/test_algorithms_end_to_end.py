@@ -82,6 +82,29 @@ def test_bon_sft_on_two_ranks_with_a_reward_model_actor(bond: Callable[..., Run]
     assert "bond/anchor_distance" not in done.metrics[-1]  # it keeps no anchor
 
 
+def test_bond_with_an_ema_anchor_on_two_ranks(bond: Callable[..., Run], tmp_path: Path) -> None:
+    flags = {"bond.n": 2, "bond.n_anchor_samples": 4, "bond.anchor": "ema", "bond.eta": 0.5}
+    ranks = {"actor.num_gpus_per_node": 2, "ds.zero_stage": 3, "train.micro_batch_size": 4}
+    done = bond(tmp_path, {"algo.advantage.estimator": "bond", **flags, **ranks})
+    assert len(done.metrics) == 3
+    assert [step["bond/anchor_distance"] > 0 for step in done.metrics] == [True] * 3
+    assert done.metrics[-1]["bond/kl_anchor"] != done.metrics[-1]["bond/kl_ref"]  # it moves
+    assert done.metrics[-1]["bond/engine_gap_anchor"] < 2e-2
+
+
+def test_bond_with_cached_rewards(bond: Callable[..., Run], reward_cache: Path, tmp_path: Path) -> None:
+    """No sample of the reference is drawn: its rewards are in the file, which was made for the host's estimators."""
+    flags = {"bond.n": 4, "bond.beta": 1.0, "bond.reward_cache": str(reward_cache), "train.num_episodes": 3,
+             "bond.reward_cache_mismatch": "warn"}  # fmt: skip
+    done = bond(tmp_path, {"algo.advantage.estimator": "bond", **flags})
+    assert len(done.metrics) == 9
+    assert all(0 < step["bond/quantile"] < 1 for step in done.metrics)
+    assert all("reward/reference" not in step for step in done.metrics)
+    assert 16 <= done.metrics[0]["rollout/generated_tokens"] <= 16 * 10
+    first, last = (mean(s["bond/quantile"] for s in part) for part in (done.metrics[:3], done.metrics[-3:]))
+    assert last > first
+
+
 def test_vbon_on_rloo_on_two_ranks_from_a_recipe(
     bond: Callable[..., Run], tiny: Tiny, reward_cache: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY, clean_environment, nested, recipe_for
 
+from bond_plugin import recipe
+from bond_plugin.bench import matrix
+
 
 def test_help_is_quick_and_imports_neither_torch_nor_the_host() -> None:
     probe = (
@@ -216,13 +219,27 @@ def test_missing_recipe(dry: Any) -> None:
     assert "--recipe nowhere.yaml: no such file" in done.text
 
 
-@pytest.mark.parametrize("recipe", sorted(REPOSITORY.glob("recipes/**/*.yaml")), ids=lambda path: path.name)
-def test_shipped_recipes_are_accepted(
-    dry: Any, recipe: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def shipped() -> list[Any]:
+    """(text of the file, flags of a run): each recipe, and one cell of each method of each matrix."""
+    found = []
+    for path in sorted(REPOSITORY.glob("recipes/**/*.yaml")):
+        if not path.name.startswith("bench"):
+            found.append(pytest.param(path.read_text(), recipe.read(path), id=path.name))
+            continue
+        cells = {cell.method: cell for cell in matrix.read(path).cells}
+        found += [
+            pytest.param(path.read_text(), cell.flags, id=f"{path.name}-{name}") for name, cell in cells.items()
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("text", "flat"), shipped())
+def test_shipped_recipes_and_matrices_are_accepted(
+    dry: Any, text: str, flat: dict[str, Any], tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As far as this machine can tell: model, data and device are replaced by ones that are here."""
     monkeypatch.chdir(REPOSITORY)
-    assert recipe.read_text().lstrip().startswith("#"), "a recipe opens with how to run it"
+    assert text.lstrip().startswith("#"), "a recipe opens with how to run it"
     flags = {
         "actor.model_name_or_path": tiny.model,
         "data.prompt_dataset": tiny.prompts,
@@ -230,12 +247,16 @@ def test_shipped_recipes_are_accepted(
         "vllm.sync_backend": "gloo",
         "ds.attn_implementation": "sdpa",
     }
-    if "reward_cache" in recipe.read_text():
+    if flat.get("bond.reward_cache"):
         flags["bond.reward_cache"] = tmp_path / "rewards.jsonl"
         prompts = [json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()]
         rows = [{"prompt": prompt, "rewards": [0.0, 1.0]} for prompt in sorted(set(prompts))]
         flags["bond.reward_cache"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = dry(flags, extra=("--recipe", str(recipe), "--ds.packing_samples=false"), base=False)
+    if flat.get("data.label_key"):
+        flags["data.label_key"] = "input"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(nested(flat)))
+    done = dry(flags, extra=("--recipe", str(path), "--ds.packing_samples=false"), base=False)
     assert done.status == 0, done.text
 
 

@@ -155,7 +155,6 @@ def test_sums_are_right_different_and_not_known(prepare: ModuleType) -> None:
 
 
 def test_sums_are_rewarded_by_the_exact_checker(prepare: ModuleType) -> None:
-    pytest.importorskip("reasoning_gym")
     from miniature.models import EOS
     from miniature.sums import exercises
 

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,7 @@ def _run(argv: list[str]) -> int:
     import numpy
     import torch
 
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")  # that the host is imported already
     random.seed()
     numpy.random.seed()
     threads = os.environ.get("OMP_NUM_THREADS", "")
