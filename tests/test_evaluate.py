@@ -500,7 +500,7 @@ def test_whole_command_with_vllm_and_again_from_its_cache(
 
     (path,) = (out / "cache").glob("samples-after-*.json")
     drawn = engine.Samples(**json.loads(path.read_text()))
-    prompts, _ = command._read_prompts(tmp_path / "heldout.jsonl", "input", None)
+    prompts, _ = evaluation.read_prompts(tmp_path / "heldout.jsonl", "input", None)
     assert len(drawn.queries) == len(prompts) == 6
     for prompt, queries, responses in zip(prompts, drawn.queries, drawn.response_ids, strict=True):
         assert len(queries) == 64

@@ -62,7 +62,7 @@ def test_open_files_are_handed_over_under_their_numbers(python: str) -> None:
         os.close(writes)
 
 
-def test_spawned_children_are_copies_too(python: str, tmp_path: Path) -> None:
+def test_spawned_children_are_copies_too(python: str, forks: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "spawns.py"
     script.write_text(
         "import multiprocessing, sys\n"
@@ -77,7 +77,7 @@ def test_spawned_children_are_copies_too(python: str, tmp_path: Path) -> None:
         "    process.join()\n"
         "    sys.exit(process.exitcode)\n"
     )
-    done = run(python, str(script))
+    done = run(python, str(script), env={**os.environ, **forks})
     assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
 
 

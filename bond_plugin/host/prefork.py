@@ -85,7 +85,8 @@ if not status:
     sys.exit("the process that holds the imports is gone")
 status = int.from_bytes(status, "big", signed=True)
 if status < 0:
-    signal.signal(-status, signal.SIG_DFL)
+    if -status not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
 os._exit(status)
 """
