@@ -124,7 +124,7 @@ def reviews_steps(directory: Path, settings: Reviews) -> Iterator[str]:
     else:
         summary.forget("model")
         models.text_tokenizer(base, (row["text"] for row in read_rows(lessons)), settings.vocabulary)
-        yield "model: openrlhf.cli.train_sft from random weights (about 4 minutes; work/sft.log shows progress)"
+        yield "model: openrlhf.cli.train_sft from random weights (5 to 15 minutes; work/sft.log shows progress)"
         facts = _train_policy(settings.policy, base, model, lessons, work / "sft.log", settings.seed, "text")
         facts["perplexity"] = round(models.perplexity(model, [row["text"] for row in read_rows(unseen)]), 2)
         summary.enter("model", made, facts)
@@ -204,7 +204,7 @@ def sums_steps(directory: Path, settings: Sums) -> Iterator[str]:
     else:
         summary.forget("model")
         models.character_tokenizer(base, sums.CHARACTERS)
-        yield "model: openrlhf.cli.train_sft from random weights (about 2 minutes; work/sft.log shows progress)"
+        yield "model: openrlhf.cli.train_sft from random weights (2 to 9 minutes; work/sft.log shows progress)"
         facts = _train_policy(
             settings.policy, base, model, outputs[2], work / "sft.log", settings.seed, "input", "output"
         )
