@@ -29,7 +29,8 @@ from bond_plugin import __version__, fingerprints
 from bond_plugin.bench.matrix import Cell, Matrix
 
 _ERROR_LINES = 12
-_MEMORY_EVERY = 2.0  # seconds
+_LOOK_EVERY = 0.5  # seconds, whether a process has ended
+_MEMORY_EVERY = 10.0  # seconds: reading it costs a tenth of a second a process
 _NOISE = re.compile(
     r"\x1b\[[0-9;]*m|^(\x1b\[[0-9;]*m)?\(.*? pid=.*?\)\S* ", re.MULTILINE
 )  # Ray's prefixes and colours
@@ -86,14 +87,14 @@ class Processes:
                     env={**os.environ, **variables}, start_new_session=True,
                 )  # fmt: skip
                 self._running.add(process)
-            peak = None
+            peak, looked = None, time.monotonic() - _MEMORY_EVERY + 2 * _LOOK_EVERY
             try:
                 while True:
-                    if memory:
-                        used = _memory(process.pid)
+                    if memory and time.monotonic() - looked >= _MEMORY_EVERY:
+                        used, looked = _memory(process.pid), time.monotonic()
                         peak = used if peak is None else max(peak, used)
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        return process.wait(timeout=_MEMORY_EVERY), peak
+                        return process.wait(timeout=_LOOK_EVERY), peak
                     if self._stopped:
                         process.terminate()
             finally:
