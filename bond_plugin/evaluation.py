@@ -6,7 +6,6 @@ itself an average over samples. torch, transformers, vLLM and matplotlib are imp
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -17,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bond_plugin import fingerprints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -327,11 +328,7 @@ def fingerprint(model: str | Path) -> str:
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder")
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return _hash([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return fingerprints.of_value([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 def _read(path: Path | None) -> Any:
@@ -349,7 +346,7 @@ def _write(path: Path | None, value: Any) -> None:
 def _cached_samples(name: str, model: str | Path, settings: dict[str, Any], cache: Path | None, say: Say) -> Samples:
     from bond_plugin.host import engine
 
-    path = None if cache is None else cache / f"samples-{name}-{_hash(settings)}.json"
+    path = None if cache is None else cache / f"samples-{name}-{fingerprints.of_value(settings)}.json"
     kept = _read(path)
     if kept is not None:
         say(f"{name}: samples reused from {path}")
@@ -393,7 +390,7 @@ def _cached_rewards(
     queries = [query for per_prompt in drawn.queries for query in per_prompt]
     of_query = [prompt for prompt in prompts for _ in range(count)]
     label_of_query = [label for label in labels for _ in range(count)]
-    key = _hash([settings, list(labels), Path(reward).read_text(encoding="utf-8")])
+    key = fingerprints.of_value([settings, list(labels), Path(reward).read_text(encoding="utf-8")])
     path = None if cache is None else cache / f"rewards-{name}-{key}.json"
     kept = _read(path)
     if kept is not None:

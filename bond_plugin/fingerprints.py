@@ -24,6 +24,11 @@ def of_text(text: str) -> str:
     return _short(hashlib.sha256(text.encode("utf-8")))
 
 
+def of_value(value: Any) -> str:
+    """A hash of anything that JSON can say, whatever the order of its keys."""
+    return of_text(json.dumps(value, sort_keys=True, default=str))
+
+
 def of_file(path: str | Path) -> str:
     """A hash of a file's whole content.
 

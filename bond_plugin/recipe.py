@@ -75,6 +75,18 @@ def flatten(node: dict, flat: dict[str, Any], prefix: str = "") -> None:
             flat[name] = value
 
 
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names as a recipe has them: what :func:`flatten` takes apart."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
 def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """The command line that a recipe stands for.
 

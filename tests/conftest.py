@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from bond_plugin.recipe import nest as nested  # noqa: F401, tests import it from here
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -134,16 +137,19 @@ def recipe_for(tiny: Tiny) -> dict[str, Any]:
     }
 
 
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted names as a recipe has them."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree
+def moved_model(source: Path, folder: Path, seed: int, scale: float) -> Path:
+    """A model with the tokenizer of ``source``, its weights some way off."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(source, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(scale * torch.randn(weight.shape, generator=generator).to(weight.dtype))
+    model.save_pretrained(folder)
+    return folder
 
 
 def to_argv(flags: dict[str, Any]) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny
+from conftest import Tiny, moved_model
 
 from bond_plugin.bench import measure
 from bond_plugin.bestofn import bon_log_probs, level_probabilities
@@ -26,17 +25,7 @@ Q = 2000  # of them for quantiles
 @pytest.fixture(scope="module")
 def moved(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy some way off from the reference."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("moved") / "model"
-    shutil.copytree(tiny.model, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.08 * torch.randn(weight.shape, generator=generator).to(weight.dtype))
-    model.save_pretrained(folder)
-    return folder
+    return moved_model(tiny.model, tmp_path_factory.mktemp("moved") / "model", 3, 0.08)
 
 
 def log_probs(path: Path) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, clean_environment
+from conftest import Tiny, clean_environment, moved_model
 
 from bond_plugin import evaluation
 from bond_plugin.bestofn.estimates import expected_max
@@ -30,17 +30,7 @@ EOS = 1
 @pytest.fixture(scope="module")
 def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second model with the tokenizer of the first, some way off from it."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("trained") / "model"
-    shutil.copytree(tiny.model, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=generator).to(weight.dtype))
-    model.save_pretrained(folder)
-    return folder
+    return moved_model(tiny.model, tmp_path_factory.mktemp("trained") / "model", 7, 0.05)
 
 
 @pytest.fixture

@@ -93,12 +93,12 @@ def run(job: Job) -> None:
     )
     rewards = scores(score, job.prompts, job.labels, drawn)
     if job.is_reference:
-        _write(Path(job.reference_samples), {**vars(drawn), "rewards": rewards.tolist()})
+        write_json(Path(job.reference_samples), {**vars(drawn), "rewards": rewards.tolist()})
     kept = json.loads(Path(job.reference_samples).read_text())
     found = evaluate(job, drawn, rewards, kept)
     found["seconds"] = round(time.monotonic() - started, 1)
     found["generated_tokens"] = sum(len(ids) for one in drawn.response_ids for ids in one)
-    _write(Path(job.output), found)
+    write_json(Path(job.output), found)
 
 
 def scorer(job: Job) -> tuple[Any, Any]:
@@ -240,9 +240,10 @@ def _plain(value: Any) -> Any:
     return [float(f"{one:.{DIGITS}g}") for one in value.tolist()]
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value), encoding="utf-8")
+    part.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     os.replace(part, path)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from bond_plugin import __version__, fingerprints
+from bond_plugin import recipe as recipes
 from bond_plugin.bench.matrix import Cell, Matrix
+from bond_plugin.bench.measure import write_json
 
 _ERROR_LINES = 12
 _LOOK_EVERY = 0.5  # seconds, whether a process has ended
@@ -197,10 +198,9 @@ class Runner:
         folder = self.output / "checks"
         folder.mkdir(exist_ok=True)
         kept = {cell.name: folder / f"{cell.folder}.json" for cell in self.matrix.cells}
-        problems = []
 
         def one(cell: Cell) -> str | None:
-            path, key = kept[cell.name], _hash([cell.flags, cell.seed, sys.executable, __version__])
+            path, key = kept[cell.name], fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
             if path.is_file():
                 found = json.loads(path.read_text())
                 if found["key"] == key:
@@ -214,7 +214,7 @@ class Runner:
                 return f"{cell.name}: {_error(text)}"
             found = yaml.safe_load(text[text.index("configuration:") :])
             configuration = {**found["configuration"], "gpu_slots": found["gpu_slots"]}
-            _write(path, {"key": key, "configuration": configuration})
+            write_json(path, {"key": key, "configuration": configuration})
             self.configurations[cell.name] = configuration
             return None
 
@@ -238,7 +238,7 @@ class Runner:
         """Measure the reference unless that is done. Returns what identifies it."""
         configuration = self.configurations[self.matrix.cells[0].name]
         model = configuration["actor"]["model_name_or_path"]
-        key = _hash(
+        key = fingerprints.of_value(
             [
                 fingerprints.of_model(model),
                 asdict(self.matrix.evaluation),
@@ -257,7 +257,7 @@ class Runner:
         found = json.loads(measured.read_text())
         samples = json.loads((self.output / "reference-samples.json").read_text())
         evaluation = self.matrix.evaluation
-        _write(
+        write_json(
             path,
             {
                 "key": key,
@@ -307,9 +307,9 @@ class Runner:
         trained = folder / "trained.json"
         try:
             known = json.loads(trained.read_text()) if trained.is_file() else {}
-            if known.get("key") != _hash([cell.flags, cell.seed]) or not (folder / "policy").is_dir():
+            if known.get("key") != fingerprints.of_value([cell.flags, cell.seed]) or not (folder / "policy").is_dir():
                 known = self._train_cell(cell, folder)
-                _write(trained, known)
+                write_json(trained, known)
             measured = folder / "measured.json"
             self._measure(
                 str(folder / "policy"), measured, False, folder / "measure.log", self.configurations[cell.name]
@@ -328,7 +328,7 @@ class Runner:
             if self.processes._stopped:
                 raise
             result |= {"status": "failed", "error": str(error)}
-        _write(folder / "result.json", {"key": key, **result})
+        write_json(folder / "result.json", {"key": key, **result})
         return {"key": key, **result}
 
     def _train_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
@@ -354,7 +354,7 @@ class Runner:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         training = _training(folder / "metrics.jsonl")
         training |= {"seconds": round(seconds, 1), "peak_memory_gib": None if peak is None else round(peak, 2)}
-        return {"key": _hash([cell.flags, cell.seed]), "training": training}
+        return {"key": fingerprints.of_value([cell.flags, cell.seed]), "training": training}
 
     def _measure(
         self, model: str, output: Path, is_reference: bool, log: Path, configuration: dict[str, Any]
@@ -371,7 +371,7 @@ class Runner:
             "is_reference": is_reference,
         }
         path = output.with_suffix(".job.json")
-        _write(path, job)
+        write_json(path, job)
         log.unlink(missing_ok=True)
         status, _ = self.processes.run(["-m", "bond_plugin.bench.measure", str(path)], log, {})
         path.unlink()
@@ -384,25 +384,18 @@ class Runner:
         folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         recipe = folder / "recipe.yaml"
-        nested: dict[str, Any] = {}
-        for name, value in cell.flags.items():
-            *path, last = name.split(".")
-            node = nested
-            for part in path:
-                node = node.setdefault(part, {})
-            node[last] = value
+        nested = recipes.nest(cell.flags)
         recipe.write_text(f"# {cell.name}, made by bond bench\n" + yaml.safe_dump(nested, sort_keys=False))
-        flags = [
+        return [
             "-m", "bond_plugin", "train", "--recipe", str(recipe), "--train.seed", str(cell.seed),
             "--ckpt.output_dir", str(folder / "run"), "--ckpt.path", str(folder / "checkpoints"),
         ]  # fmt: skip
-        return flags
 
     def _folder(self, cell: Cell) -> Path:
         return self.output / "cells" / cell.folder
 
     def _key(self, cell: Cell, reference: str) -> str:
-        return _hash([cell.flags, cell.seed, reference])
+        return fingerprints.of_value([cell.flags, cell.seed, reference])
 
     # Several at once.
 
@@ -610,13 +603,3 @@ def _get(configuration: dict[str, Any], name: str) -> Any:
     for part in name.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _write(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    os.replace(part, path)
