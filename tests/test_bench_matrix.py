@@ -30,25 +30,25 @@ GOOD: dict[str, Any] = {
 }
 
 
-def test_cells_are_every_combination_in_order() -> None:
+def test_cells_are_every_combination_each_with_its_first_seed_first() -> None:
     found = parse(GOOD)
     assert [cell.name for cell in found.cells] == [
         "jbond gamma=0 eta=0.1 seed=1",
-        "jbond gamma=0 eta=0.1 seed=2",
         "jbond gamma=0.5 eta=0.1 seed=1",
-        "jbond gamma=0.5 eta=0.1 seed=2",
         "rloo kl_coef=0.1 lr=0.0001 seed=7",
         "rloo kl_coef=1 seed=7",
+        "jbond gamma=0 eta=0.1 seed=2",
+        "jbond gamma=0.5 eta=0.1 seed=2",
     ]
-    assert [cell.label for cell in found.cells[::4]] == ["J-BOND", "rloo"]
-    assert found.cells[3].flags == {
+    assert [cell.label for cell in found.cells[1:3]] == ["J-BOND", "rloo"]
+    assert found.cells[1].flags == {
         "actor.model_name_or_path": "model",
         "rollout.max_new_tokens": 8,
         "algo.advantage.estimator": "jbond",
         "bond.gamma": 0.5,
         "bond.eta": 0.1,
     }
-    assert found.cells[4].own == {
+    assert found.cells[2].own == {
         "algo.advantage.estimator": "rloo", "algo.kl.init_coef": 0.1, "actor.adam.lr": 1e-4
     }  # fmt: skip
     assert len({cell.folder for cell in found.cells}) == 6

@@ -265,8 +265,8 @@ class RewardServer(BaseHTTPRequestHandler):
         pass
 
 
-def test_reward_server_several_samples_several_epochs_and_wandb(bond: Callable[..., Run], tmp_path: Path) -> None:
-    """HTTP reward with many ties; 2 policy and 3 anchor samples; 2 optimiser steps and 2 epochs a rollout."""
+def test_reward_server_several_samples_engines_epochs_and_wandb(bond: Callable[..., Run], tmp_path: Path) -> None:
+    """HTTP reward with many ties; 2 policy and 3 anchor samples from 2 engines; 2 optimiser steps and 2 epochs."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), RewardServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -276,6 +276,7 @@ def test_reward_server_several_samples_several_epochs_and_wandb(bond: Callable[.
                 "reward.remote_url": f"http://127.0.0.1:{server.server_port}",
                 "rollout.n_samples_per_prompt": 2,
                 "bond.n_anchor_samples": 3,
+                "vllm.num_engines": 2,
                 "bond.eta": 1.0,
                 "train.max_epochs": 2,
                 "data.max_samples": 32,

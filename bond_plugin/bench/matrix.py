@@ -98,7 +98,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A whole comparison."""
+    """A whole comparison; ``cells`` in the order in which they are run, the first seeds of all methods first."""
 
     title: str
     common: dict[str, Any]
@@ -138,25 +138,28 @@ def parse(content: Any) -> Matrix:
     methods = _mapping(top["methods"], "methods", None)
     if not methods:
         raise MatrixError("methods: name at least one")
-    cells: list[Cell] = []
+    rounds: list[tuple[int, Cell]] = []
     for key, given in methods.items():
         if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", key):
             raise MatrixError(f"methods: '{key}' must be a short name of letters, digits, '-', '_', '.' and '+'")
         method = _mapping(given or {}, f"methods.{key}", _METHOD)
         own = _flags(method.get("flags") or {}, f"methods.{key}.flags")
         own_seeds = _seeds(method["seeds"], f"methods.{key}.seeds") if "seeds" in method else seeds
-        for point, seed in itertools.product(_points(method.get("strength"), f"methods.{key}.strength"), own_seeds):
+        for point, (place, seed) in itertools.product(
+            _points(method.get("strength"), f"methods.{key}.strength"), enumerate(own_seeds)
+        ):
             merged = {**own, **point}
-            cells.append(
-                Cell(
-                    method=key,
-                    label=str(method.get("label", key)),
-                    strength=_short_names(point),
-                    seed=seed,
-                    flags={**common, **merged},
-                    own=merged,
-                )
+            cell = Cell(
+                method=key,
+                label=str(method.get("label", key)),
+                strength=_short_names(point),
+                seed=seed,
+                flags={**common, **merged},
+                own=merged,
             )
+            rounds.append((place, cell))
+    # Every method with its first seed comes first: a comparison that is not finished yet compares all.
+    cells = [cell for _, cell in sorted(rounds, key=lambda entry: entry[0])]
     seen: set[str] = set()
     for cell in cells:
         if cell.folder in seen:

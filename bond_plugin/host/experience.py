@@ -31,6 +31,8 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     policy, companions = list(rollout_samples), rollout_samples.companions
     prompts = self.args.rollout.batch_size
     n = len(policy) // prompts
+    _grouped(policy, prompts)
+    _grouped(companions, prompts)
 
     _score(self, [*policy, *companions])
     for row in (*policy, *companions):
@@ -109,6 +111,15 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         targets[:, :n] = found.classifier_targets
     rollouts.policy_samples = policy
     return _for_training(self, experiences, advantages.flatten(), companion_rows.flatten(), targets.flatten())
+
+
+def _grouped(rows: list[Any], prompts: int) -> None:
+    """Raises unless equally many consecutive rows answer each prompt: all that follows compares these."""
+    size = len(rows) // prompts
+    for start in range(0, len(rows), max(size, 1)):
+        asked = {row.prompts[0] for row in rows[start : start + size]}
+        if len(asked) != 1 or len(rows) % prompts:
+            raise RuntimeError(f"samples of different prompts are mixed up: {sorted(asked)}")
 
 
 def _others(algorithm: Any) -> list[str]:

@@ -143,7 +143,7 @@ HOOKS: tuple[Hook, ...] = (
     _hook(
         f"{_EXECUTOR}.execute",
         "self prompt label sampling_params max_length hf_tokenizer llm_engine images",
-        "rewards:execute",
+        "requests:execute",
     ),
     _hook(f"{_EXECUTOR}._fetch_rewards_via_func", "self queries_list prompts_list labels_list", "rewards:fetch"),
     _hook(f"{_EXECUTOR}._fetch_rewards_via_http", "self queries_list prompts_list labels_list", "rewards:fetch"),

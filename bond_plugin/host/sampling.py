@@ -18,9 +18,12 @@ import torch
 
 from bond_plugin.host import classifier, flags, hooks, metrics, weights
 from bond_plugin.host.engine import seed
+from bond_plugin.host.requests import Requests
 
 #: Response tokens of a step, of companions too: what two algorithms cost beside each other.
 TOKENS = "rollout/generated_tokens"
+
+_REQUESTS = 32  # samples in one call to an engine; all calls are made at once
 
 
 class Rollout(list):
@@ -221,35 +224,42 @@ def _draw(
 
     rollouts: Rollouts = sampler.bond
     started = time.time()
-    refs = []
-    for i, (prompt, label) in enumerate(zip(prompts, labels, strict=True)):
+    params = SamplingParams(
+        temperature=options.get("temperature", 1.0),
+        top_p=options.get("top_p", 1.0),
+        top_k=-1,
+        max_tokens=options.get("max_new_tokens"),
+        min_tokens=0,  # the policy may end at once: a sample is a sample of the policy
+        skip_special_tokens=False,
+        logprobs=0,  # of the sampled token alone
+    )
+    calls = []
+    for e, engine in enumerate(sampler.vllm_engines):
         # All samples of a prompt go to one engine, where they can share its prefix.
-        engine = sampler.vllm_engines[i % len(sampler.vllm_engines)]
-        for j in range(count):
-            params = SamplingParams(
-                temperature=options.get("temperature", 1.0),
-                top_p=options.get("top_p", 1.0),
-                top_k=-1,
-                max_tokens=options.get("max_new_tokens"),
-                min_tokens=0,  # the policy may end at once: a sample is a sample of the policy
-                skip_special_tokens=False,
-                logprobs=0,  # of the sampled token alone
-                seed=seed(sampler.args.train.seed, rollouts.step, source, i, j),
+        places = [(i, j) for i in range(e, len(prompts), len(sampler.vllm_engines)) for j in range(count)]
+        for start in range(0, len(places), _REQUESTS):
+            part = places[start : start + _REQUESTS]
+            ref = engine.generate_responses.remote(
+                prompt=Requests(
+                    prompts=[prompts[i] for i, _ in part],
+                    labels=[labels[i] for i, _ in part],
+                    seeds=[seed(sampler.args.train.seed, rollouts.step, source, i, j) for i, j in part],
+                ),
+                label=None,
+                sampling_params=params,
+                max_length=options.get("max_len", 2048),
+                hf_tokenizer=rollouts.tokenizer,
+                num_samples=1,
             )
-            refs.append(
-                engine.generate_responses.remote(
-                    prompt=prompt,
-                    label=label,
-                    sampling_params=params,
-                    max_length=options.get("max_len", 2048),
-                    hf_tokenizer=rollouts.tokenizer,
-                    num_samples=1,
-                )
-            )
-    samples = []
-    for ref in tqdm(refs, desc=f"Generate {source} samples"):
-        for response in ray.get(ref):
-            samples.append(sampler._process_response_into_experience(response, **options))
+            calls.append((ref, part))
+    drawn = {}
+    with tqdm(total=len(prompts) * count, desc=f"Generate {source} samples") as progress:
+        for ref, part in calls:
+            (responses,) = ray.get(ref)
+            for place, response in zip(part, responses, strict=True):
+                drawn[place] = sampler._process_response_into_experience(response, **options)
+            progress.update(len(part))
+    samples = [drawn[i, j] for i in range(len(prompts)) for j in range(count)]
     rollouts.metrics[f"timing/generate_{source}"] = time.time() - started
     rollouts.metrics[TOKENS] += _tokens(samples)
     return samples
