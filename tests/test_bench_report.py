@@ -389,7 +389,7 @@ def test_failed_runs_are_listed(toy: Path) -> None:
 
 def test_what_the_intervals_cover_is_said(toy: Path, small: Path) -> None:
     markdown = (toy / "report.md").read_text()
-    assert "48 held-out prompts" in markdown and "128 samples of the reference" in markdown
+    assert "48 evaluation prompts" in markdown and "128 samples of the reference" in markdown
     assert "2 to 3 seeds for each policy" in markdown and "seeds and of prompts together" in markdown
     alone = summarise(read_results(small), 20)
     assert "There is one seed for each policy: the intervals cover the choice of prompts only" in conditions(alone)

@@ -133,7 +133,7 @@ def conditions(summary: Summary) -> str:
     reference = summary.results.reference
     seeds = sorted({len(point.cells) for point in summary.points})
     text = (
-        f"{len(reference.prompts)} held-out prompts, the same for all; {reference.rewards.shape[1]} samples of the "
+        f"{len(reference.prompts)} evaluation prompts, the same for all; {reference.rewards.shape[1]} samples of the "
         f"reference for each. In brackets: 95 % intervals, from {summary.resamples:,} bootstrap resamples"
     )
     if not seeds:

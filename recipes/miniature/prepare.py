@@ -207,7 +207,7 @@ def sums_steps(directory: Path, settings: Sums) -> Iterator[str]:
     else:
         summary.forget("model")
         models.character_tokenizer(base, sums.CHARACTERS)
-        yield "model: openrlhf.cli.train_sft from random weights (2 to 9 minutes; work/sft.log shows progress)"
+        yield "model: openrlhf.cli.train_sft from random weights (5 to 15 minutes; work/sft.log shows progress)"
         facts = _train_policy(
             settings.policy, base, model, outputs[2], work / "sft.log", settings.seed, "input", "output"
         )
