@@ -312,7 +312,7 @@ def smoothed(values: Tensor) -> Tensor:
 
 
 def cost(summary: Summary) -> Figure:
-    """Held-out reward against what the training generated, and against its wall time; seeds pooled."""
+    """Mean reward against what the training generated, and against its wall time; seeds pooled."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(6.6)
         for axes, key, scale, name in zip(

@@ -250,7 +250,7 @@ def cost(summary: Summary) -> list[Block]:
         ]
         for point in summary.points
     ]
-    caption = "Held-out reward of each trained policy against what its training cost; seeds pooled."
+    caption = "Mean reward of each trained policy against what its training cost; seeds pooled."
     return [
         Heading("Cost"),
         Table("Cost of a run, mean over its seeds", header, rows),
