@@ -154,6 +154,14 @@ def test_sums_are_right_different_and_not_known(prepare: ModuleType) -> None:
     assert rows == exercises(300, seed=2, known=known)
 
 
+def test_more_sums_than_there_are_is_an_error_and_not_an_endless_search(prepare: ModuleType) -> None:
+    from miniature.sums import exercises
+
+    with pytest.raises(ValueError, match="19,901 different sums are asked for, but there are only 19,900"):
+        exercises(19_900, seed=0, known={"1+1="})
+    assert len(exercises(19_900, seed=0)) == 19_900
+
+
 def test_sums_are_rewarded_by_the_exact_checker(prepare: ModuleType) -> None:
     from miniature.models import EOS
     from miniature.sums import exercises

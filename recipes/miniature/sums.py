@@ -15,8 +15,16 @@ ANSWER_TOKENS = 5  # a sign, three digits, EOS
 def exercises(count: int, seed: int, known: set[str] = frozenset()) -> list[dict[str, Any]]:
     """``count`` different sums that are not ``known``: ``input``, ``output`` and ``label``.
 
-    The label is an entry of reasoning-gym's chain_sum, whose checker recipes/maths/reward.py calls.
+    The label is an entry of reasoning-gym's chain_sum, whose checker recipes/maths/reward.py calls. Raises ValueError
+    if there are not so many sums.
     """
+    sign_and_size = 2 * LARGEST + 1
+    there_are = sum((LARGEST + 1) * sign_and_size ** (terms - 1) for terms in TERMS)
+    if count + len(known) > there_are:
+        raise ValueError(
+            f"{count + len(known):,} different sums are asked for, but there are only {there_are:,}: give a smaller "
+            "--train or --heldout"
+        )
     rng = random.Random(seed)
     made: dict[str, dict[str, Any]] = {}
     while len(made) < count:
