@@ -7,6 +7,7 @@ itself an average over samples. torch, transformers, vLLM and matplotlib are imp
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bond_plugin import fingerprints
+from bond_plugin.files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -338,9 +340,7 @@ def _read(path: Path | None) -> Any:
 def _write(path: Path | None, value: Any) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(value), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(value))
 
 
 def _cached_samples(name: str, model: str | Path, settings: dict[str, Any], cache: Path | None, say: Say) -> Samples:
@@ -570,9 +570,9 @@ def plot_curves(metrics_path: str | Path, output_png: str | Path, evaluation: Ev
         else:
             axes.text(0.5, 0.5, "not logged in this run", transform=axes.transAxes, ha="center", color=_GREY)
     figure.suptitle(f"{len(metrics)} steps: thin lines are single steps, thick lines their moving average")
-    partial = Path(output_png).with_name(Path(output_png).name + ".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, output_png)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_whole(Path(output_png), buffer.getvalue())
 
 
 def _curve(axes: Any, metrics: list[dict[str, Any]], key: str, label: str, colour: str) -> None:

@@ -19,7 +19,6 @@ The estimates, for a prompt x, samples y_1..y_K of the policy π and q reference
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from bond_plugin.files import write_whole
 from bond_plugin.host.engine import Samples
 
 if TYPE_CHECKING:
@@ -242,9 +242,7 @@ def _plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(value, ensure_ascii=False))
 
 
 def main(argv: list[str]) -> int:

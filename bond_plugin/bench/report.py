@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from bond_plugin.bench.summary import (
     strength_text,
     summarise,
 )
+from bond_plugin.files import write_whole
 
 PICTURES = "figures"
 
@@ -46,11 +46,8 @@ def write_report(out_dir: Path, resamples: int = RESAMPLES) -> list[Path]:
     (out_dir / PICTURES).mkdir(exist_ok=True)
     written = []
     for name, content in files.items():
-        path = out_dir / name
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        os.replace(partial, path)
-        written.append(path)
+        write_whole(out_dir / name, content)
+        written.append(out_dir / name)
     return list(reversed(written))
 
 

@@ -28,6 +28,7 @@ from bond_plugin import __version__, fingerprints
 from bond_plugin import recipe as recipes
 from bond_plugin.bench.matrix import Cell, Matrix
 from bond_plugin.bench.measure import write_json
+from bond_plugin.files import write_whole
 
 _ERROR_LINES = 12
 _LOOK_EVERY = 0.5  # seconds, whether a process has ended
@@ -521,9 +522,7 @@ def _results(output: Path, matrix: Matrix, results: dict[str, dict[str, Any] | N
         result = results[cell.name]
         if result is not None:
             lines.append(json.dumps({k: v for k, v in result.items() if k != "key"}, ensure_ascii=False) + "\n")
-    part = output / "results.jsonl.part"
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, output / "results.jsonl")
+    write_whole(output / "results.jsonl", "".join(lines))
 
 
 def _training(path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bond_plugin.files import write_whole
+
 _DESCRIPTION = """\
 Sample two models on the same held-out prompts, score the samples with a reward file, and report
 
@@ -74,9 +76,7 @@ def main(argv: list[str]) -> int:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 1
     written = [args.output_dir / "evaluation.json"]
-    partial = args.output_dir / "evaluation.json.partial"
-    partial.write_text(result.to_json() + "\n", encoding="utf-8")
-    os.replace(partial, written[0])
+    write_whole(written[0], result.to_json() + "\n")
     if args.metrics is not None:
         written.append(args.output_dir / "curves.png")
         evaluation.plot_curves(args.metrics, written[1], result)

@@ -14,6 +14,8 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bond_plugin.files import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> int:
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     written = [args.output_dir / "lab.json", args.output_dir / "lab.png"]
-    _replace(written[0], (to_json(report) + "\n").encode())
+    write_whole(written[0], to_json(report) + "\n")
     plot(report, written[1])
     print(f"\n{format_report(report)}\n")
     say(f"written: {', '.join(map(str, written))}")
@@ -447,13 +449,7 @@ def plot(report: Report, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
-    _replace(path, buffer.getvalue())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_whole(path, buffer.getvalue())
 
 
 def _line(axes: Axes, points: list[Point], of: Callable[[Point], tuple[float, float]], **style: Any) -> None:
