@@ -162,6 +162,27 @@ def test_more_sums_than_there_are_is_an_error_and_not_an_endless_search(prepare:
     assert len(exercises(19_900, seed=0)) == 19_900
 
 
+def test_reward_of_reviews_is_the_classifiers_logit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text at a time, without scikit-learn's checks, and to the last digits the same."""
+    import joblib
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    classifier = make_pipeline(vectorizer, LogisticRegression(C=10.0)).fit(TEXTS[:4], [0, 1, 0, 1])
+    joblib.dump(classifier, tmp_path / "reward.joblib")
+    monkeypatch.setenv("BOND_REVIEWS_DIR", str(tmp_path))
+    texts = [*TEXTS[:4], "The best, the best, THE BEST film of the year", "", "unheard words", "dull"]
+    found = load(RECIPES / "miniature" / "reward.py").reward_func([f"{text}<|end|>" for text in texts], texts, texts)
+    assert found["rewards"].tolist() == pytest.approx(classifier.decision_function(texts).tolist(), abs=1e-6)
+    assert len(set(found["rewards"].tolist())) == 7  # the two without a known word are alike
+
+    other = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(TEXTS[:4], [0, 1, 0, 1])
+    with pytest.raises(ValueError, match="make it again"):
+        load(RECIPES / "reviews" / "reward.py").Logit(other)
+
+
 def test_sums_are_rewarded_by_the_exact_checker(prepare: ModuleType) -> None:
     from miniature.models import EOS
     from miniature.sums import exercises

@@ -221,6 +221,7 @@ def _draw(
     """``count`` samples for each prompt from what the engines hold, in the order of the prompts."""
     from tqdm import tqdm
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     rollouts: Rollouts = sampler.bond
     started = time.time()
@@ -232,6 +233,7 @@ def _draw(
         min_tokens=0,  # the policy may end at once: a sample is a sample of the policy
         skip_special_tokens=False,
         logprobs=0,  # of the sampled token alone
+        output_kind=RequestOutputKind.FINAL_ONLY,  # nobody reads along: no message for every token
     )
     calls = []
     for e, engine in enumerate(sampler.vllm_engines):

@@ -10,9 +10,11 @@ not set (relative to the directory training was started in).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>|<(?:repo_name|reponame|file_sep|filen
 
 _loading = threading.Lock()
 _classifier: Any = None
+_logit: Logit | None = None
 
 
 def load_classifier() -> Any:
@@ -55,6 +58,40 @@ def strip_special_tokens(text: str) -> str:
     return SPECIAL_TOKEN.sub("", text).strip()
 
 
+class Logit:
+    """The classifier's logit of one text, as `decision_function` gives it, sixty times as fast.
+
+    Rewards are asked for one response at a time, and scikit-learn's way is made for thousands: checking and
+    converting a single row takes 1.5 ms, which is longer than a small model takes to write it.
+
+    Args:
+        classifier: a pipeline of a TfidfVectorizer (`sublinear_tf`, `norm="l2"`) and a LogisticRegression.
+
+    Raises:
+        ValueError: it is another pipeline.
+    """
+
+    def __init__(self, classifier: Any) -> None:
+        vectorizer, regression = (step for _, step in classifier.steps)
+        if not (vectorizer.sublinear_tf and vectorizer.norm == "l2" and vectorizer.use_idf and not vectorizer.binary):
+            raise ValueError("the classifier is not prepare.py's: make it again")
+        self._words = vectorizer.build_analyzer()
+        self._number = vectorizer.vocabulary_
+        self._idf = vectorizer.idf_.tolist()
+        self._weight = regression.coef_[0].tolist()
+        self._bias = float(regression.intercept_[0])
+
+    def __call__(self, text: str) -> float:
+        total = square = 0.0
+        for word, times in Counter(self._words(text)).items():
+            number = self._number.get(word)
+            if number is not None:
+                tf_idf = (1.0 + math.log(times)) * self._idf[number]
+                total += tf_idf * self._weight[number]
+                square += tf_idf * tf_idf
+        return self._bias + (total / math.sqrt(square) if square else 0.0)
+
+
 def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> dict[str, Any]:
     """Score each query (prompt and response, decoded with special tokens); prompts and labels are not used.
 
@@ -65,6 +102,8 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> di
     Raises:
         FileNotFoundError: see `load_classifier`.
     """
-    logits = load_classifier().decision_function([strip_special_tokens(query) for query in queries])
-    rewards = torch.tensor(logits, dtype=torch.float32)
+    global _logit
+    if _logit is None:
+        _logit = Logit(load_classifier())
+    rewards = torch.tensor([_logit(strip_special_tokens(query)) for query in queries], dtype=torch.float32)
     return {"rewards": rewards, "scores": torch.sigmoid(rewards), "extra_logs": {}}
