@@ -137,3 +137,12 @@ def test_a_report_of_nothing_says_what_is_missing(tmp_path: Path, capsys: pytest
     path.write_text(SMALL)
     assert main(["bench", str(path), "--output-dir", str(tmp_path / "out"), "--report"]) == 2
     assert "reference.json" in capsys.readouterr().err
+
+
+def test_time_left_is_not_fooled_by_cells_that_were_resumed_or_failed() -> None:
+    done = {"status": "done", "training": {"seconds": 160.0}}
+    failed = {"status": "failed", "training": None}
+    assert runner._pace(400.0, 2, 1, [done, done, None]) == 200.0
+    assert runner._pace(20.0, 2, 1, [done, failed, None]) == 160.0  # one had only to be measured, one failed at once
+    assert runner._pace(20.0, 2, 2, [done, failed, None]) == 80.0
+    assert runner._pace(20.0, 2, 1, [failed, failed]) == 10.0

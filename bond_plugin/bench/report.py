@@ -78,10 +78,9 @@ def outcome(summary: Summary) -> str:
     leader = max(summary.methods, key=lambda method: _defined(method.area["reward"].value))
     best = leader.best
     gain = best.estimates["reward_gain"]
-    worth = (
-        f"one sample of its best policy ({strength_text(best.strength) or 'only strength'}) {_worth(summary, best)}, "
-        f"at a KL of {best.kl:.2f} nats"
-    )
+    strength = strength_text(best.strength)
+    policy = f"its best policy ({strength})" if strength else "its policy"
+    worth = f"one sample of {policy} {_worth(summary, best)}, at a KL of {best.kl:.2f} nats"
     if gain.low <= 0:
         worth = f"its reward cannot be told from the reference's (gain {sections.with_interval(gain)})"
     others = [method.label for method in summary.methods if method is not leader]
