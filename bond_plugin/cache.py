@@ -177,6 +177,13 @@ class Cache:
             self.labels[prompt] = label
 
 
+def cached_responses(path: str | Path) -> list[str]:
+    """The texts of all samples in a file that :func:`read_cache` takes; the files of others may have none."""
+    with open(path, encoding="utf-8") as file:
+        items = [json.loads(line) for line in file if line.strip()]
+    return [text for item in items for text in item.get("responses", [item["text"]] if "text" in item else [])]
+
+
 def read_cache(path: str | Path) -> Cache:
     """Read a file of ``bond cache`` or of the vBoN authors, whole.
 

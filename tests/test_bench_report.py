@@ -240,6 +240,24 @@ def test_rows_are_means_over_seeds_and_prompts(toy: Path) -> None:
         assert costs[name]["seeds"] == str(len(cells))
 
 
+def test_tokens_of_a_reward_cache_are_part_of_the_cost(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "toy", failed="")
+    write_report(folder, 20)
+    assert "reward cache" not in (folder / "report.md").read_text()
+    cells = cells_of(folder)
+    wanted = cells[0]["method"]
+    for cell in cells:
+        cell["training"]["cached_tokens"] = 262_144 if cell["method"] == wanted else 0
+    write_cells(folder, cells)
+    write_report(folder, 20)
+    rows = table((folder / "report.md").read_text(), "Cost of a run, mean over its seeds")
+    found = {row["tokens of its reward cache"] for name, row in rows.items() if name.startswith(cells[0]["label"])}
+    assert found == {"262,144"}
+    assert {row["tokens of its reward cache"] for row in rows.values()} == {"262,144", "0"}
+    point = next(one for one in summarise(read_results(folder), 20).points if one.method == wanted)
+    assert point.training("tokens") == point.training("generated_tokens") + 262_144
+
+
 def test_best_of_n_rows_are_exact(toy: Path, summary: Summary) -> None:
     rewards = torch.tensor(json.loads((toy / "reference.json").read_text())["rewards"], dtype=torch.float64)
     assert list(summary.best_of) == [1, 2, 4, 8, 16, 32, 64]

@@ -62,6 +62,7 @@ def test_both_layouts_of_the_authors_give_the_same_rewards(tmp_path: Path) -> No
         assert rewards.dtype == torch.float64
         # Not 0.1: the host's rewards are float32, and a tie there must be a tie here.
         assert rewards.tolist() == [[3, 3], [torch.tensor(0.1).double().item(), -2.5], [3, 3]]
+        assert sorted(cache.cached_responses(path)) == ["x", "x", "x", "y"]
 
 
 def test_the_first_samples_are_taken_as_many_as_asked_or_as_every_prompt_has(tmp_path: Path) -> None:

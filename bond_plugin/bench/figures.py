@@ -312,14 +312,14 @@ def smoothed(values: Tensor) -> Tensor:
 
 
 def cost(summary: Summary) -> Figure:
-    """Mean reward against what the training generated, and against its wall time; seeds pooled."""
+    """Mean reward against what was generated for the training, a reward cache too, and against its wall time; seeds pooled."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(6.6)
         for axes, key, scale, name in zip(
             figure.subplots(2, 1, sharey=True),
-            ("generated_tokens", "seconds"),
+            ("tokens", "seconds"),
             (1e3, 60),
-            ("generated tokens of a run, thousands", "wall time of a run, minutes"),
+            ("tokens generated for a run, thousands", "wall time of a run, minutes"),
             strict=True,
         ):
             for method, look in zip(summary.methods, looks(summary).values(), strict=True):

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from bond_plugin.cache import cached_responses
 from bond_plugin.files import write_whole
 from bond_plugin.host.engine import Samples
 
@@ -98,6 +99,9 @@ def run(job: Job) -> None:
     found = evaluate(job, drawn, rewards, kept)
     found["seconds"] = round(time.monotonic() - started, 1)
     found["generated_tokens"] = sum(len(ids) for one in drawn.response_ids for ids in one)
+    if cache := job.configuration.get("bond", {}).get("reward_cache"):
+        texts = tokenizer(cached_responses(cache), add_special_tokens=False)["input_ids"]
+        found["cached_tokens"] = sum(len(ids) for ids in texts)
     write_json(Path(job.output), found)
 
 

@@ -59,13 +59,20 @@ class Evaluation:
 @dataclass(frozen=True)
 class Training:
     """What a run cost. ``curve`` has equally long lists under ``generated_tokens`` and :data:`CURVES`; a value
-    that was not logged is NaN. ``peak_memory_gib`` is NaN where it was not measured."""
+    that was not logged is NaN. ``peak_memory_gib`` is NaN where it was not measured. ``cached_tokens`` are those of
+    the reward cache that the run used, made before it and perhaps for other runs too; 0 without one."""
 
     steps: int
     generated_tokens: int
+    cached_tokens: int
     seconds: float
     peak_memory_gib: float
     curve: dict[str, list[float]]
+
+    @property
+    def tokens(self) -> int:
+        """All that were generated for it."""
+        return self.generated_tokens + self.cached_tokens
 
 
 @dataclass(frozen=True)
@@ -278,6 +285,7 @@ def _training(reader: _Reader) -> Training:
     return Training(
         steps=reader.get("steps", int),
         generated_tokens=reader.get("generated_tokens", int),
+        cached_tokens=reader.get("cached_tokens", int) if "cached_tokens" in reader.content else 0,
         seconds=reader.number("seconds"),
         peak_memory_gib=math.nan if memory is None else reader.number("peak_memory_gib"),
         curve=lists,

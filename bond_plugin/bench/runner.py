@@ -319,7 +319,7 @@ class Runner:
             measured.unlink()
             result |= {
                 "status": "done",
-                "training": known["training"],
+                "training": known["training"] | {"cached_tokens": found.pop("cached_tokens", 0)},
                 "examples": found.pop("examples"),
                 "evaluation": {k: v for k, v in found.items() if k not in ("seconds", "generated_tokens")},
             }

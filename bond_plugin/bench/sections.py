@@ -238,19 +238,34 @@ def training(summary: Summary) -> list[Block]:
     return [Heading("Training"), *pictures]
 
 
+#: Columns of the table of costs.
+_COUNTS = {
+    "steps": "steps",
+    "generated_tokens": "generated tokens",
+    "cached_tokens": "tokens of its reward cache",
+    "seconds": "wall time, s",
+}
+
+
 def cost(summary: Summary) -> list[Block]:
     """What the runs cost, and what they reached for it."""
-    header = ["policy", "seeds", "steps", "generated tokens", "wall time, s", "peak memory, GiB"]
+    cached = any(point.training("cached_tokens") for point in summary.points)
+    counts = ["steps", "generated_tokens", *(["cached_tokens"] if cached else []), "seconds"]
+    header = ["policy", "seeds", *(_COUNTS[key] for key in counts), "peak memory, GiB"]
     rows = [
         [
             point.name,
             str(len(point.cells)),
-            *(_number(point.training(key)) for key in ("steps", "generated_tokens", "seconds")),
+            *(_number(point.training(key)) for key in counts),
             _number(point.training("peak_memory_gib"), 2),
         ]
         for point in summary.points
     ]
     caption = "Mean reward of each trained policy against what its training cost; seeds pooled."
+    if cached:
+        caption += (
+            " The tokens of a reward cache are counted for every run that read it, though one cache serves them all."
+        )
     return [
         Heading("Cost"),
         Table("Cost of a run, mean over its seeds", header, rows),
