@@ -312,7 +312,7 @@ def smoothed(values: Tensor) -> Tensor:
 
 
 def cost(summary: Summary) -> Figure:
-    """Mean reward against what was generated for the training, a reward cache too, and against its wall time; seeds pooled."""
+    """Mean reward against the tokens generated for the training and its reward cache, and against its wall time."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(6.6)
         for axes, key, scale, name in zip(
