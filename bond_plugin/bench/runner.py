@@ -250,7 +250,9 @@ class Runner:
             ]
         )
         path = self.output / "reference.json"
-        if path.is_file() and json.loads(path.read_text()).get("key") == key:
+        if path.is_file() and (known := json.loads(path.read_text())).get("key") == key:
+            # Another title needs no other samples.
+            write_json(path, known | {"title": self.matrix.title, "command": self.settings.command})
             return key
         self.say(f"reference: {len(self.prompts)} prompts x {self.matrix.evaluation.reference_samples} samples")
         measured = self.output / "reference-measured.json"
