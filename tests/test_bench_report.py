@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bond_plugin.bench import figures
 from bond_plugin.bench.figures import mean_curve, smoothed
 from bond_plugin.bench.report import conditions, outcome, write_report
 from bond_plugin.bench.resampling import Resampling, envelope
@@ -354,6 +355,21 @@ def test_comparison_with_best_of_n_is_the_vertical_distance(small: Path) -> None
     bon = torch.lerp(rewards[after - 1], rewards[after], share).item()
     assert comparison.gap.value == pytest.approx(point.estimates["reward"].value - bon, abs=1e-9)
     assert comparison.low == comparison.high == pytest.approx(point.kl)
+
+
+@pytest.mark.parametrize("label", ["RLOO", "vBoN on REINFORCE++ (cached rewards)", "a label of many words " * 6])
+def test_legends_fit_into_the_picture(tmp_path: Path, label: str) -> None:
+    folder = write_toy(tmp_path / "toy", failed="")
+    cells = cells_of(folder)
+    for cell in cells:
+        cell["label"] = label + " " + cell["method"]
+    found = summarise(read_results(write_cells(folder, cells)), 20)
+    for figure in (figures.front(found, "reward"), figures.cost(found)):
+        figures.png(figure)  # lays it out
+        legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+        assert legend.x0 >= whole.x0
+        assert legend.x1 <= whole.x1
+        assert legend.y0 >= whole.y0
 
 
 def test_envelope_is_the_concave_hull() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -201,8 +202,13 @@ def _legend_below(figure: Figure, others: Sequence[Any], summary: Summary) -> No
         look.handle(method.label) for method, look in zip(summary.methods, looks(summary).values(), strict=True)
     ]
     handles += list(others)
-    columns = 2 if any(len(handle.get_label()) > 18 for handle in handles) else 3
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    for handle in handles:
+        handle.set_label(textwrap.fill(handle.get_label(), 64))
+    for columns in (3, 2, 1):  # as many as there is room for
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 # Training curves.
