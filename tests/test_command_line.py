@@ -250,7 +250,7 @@ def test_shipped_recipes_and_matrices_are_accepted(
     if flat.get("bond.reward_cache"):
         flags["bond.reward_cache"] = tmp_path / "rewards.jsonl"
         prompts = [json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()]
-        rows = [{"prompt": prompt, "rewards": [0.0, 1.0]} for prompt in sorted(set(prompts))]
+        rows = [{"prompt": prompt, "rewards": list(range(32))} for prompt in sorted(set(prompts))]
         flags["bond.reward_cache"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     if flat.get("data.label_key"):
         flags["data.label_key"] = "input"
