@@ -223,12 +223,13 @@ def worth(summary: Summary) -> list[Block]:
 def training(summary: Summary) -> list[Block]:
     """The curves of all runs."""
     names = {"reward": "Reward", "kl": "KL to the reference", "log_quantile": "Expected log quantile"}
+    moving = ", among the samples that the run compares with: those of an anchor that moves, if it has one"
     note = "Thin: single seeds as logged. Thick: mean of the seeds, smoothed over a tenth of the run."
     pictures = [
         _picture(
             f"training_{key}",
             f"{name} over the training, one panel for each method",
-            f"{name} in training. {note}",
+            f"{name} in training{moving if key == 'log_quantile' else ''}. {note}",
             figures.training,
             summary,
             key,
