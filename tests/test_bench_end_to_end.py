@@ -98,9 +98,12 @@ def test_the_same_command_runs_only_what_failed(
     first: Run, bench: Callable[..., Run], matrix: dict[str, Any]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in (first.folder / "out" / "cells").glob("*/result.json")}
-    again = bench({**matrix, "title": "another title"})
+    methods = matrix["methods"] | {"rloo": matrix["methods"]["rloo"] | {"label": "another label"}}
+    again = bench({**matrix, "title": "another title", "methods": methods})
     assert "2 of 3 cells are finished already" in again.output
-    assert (first.folder / "out" / "report.md").read_text().startswith("# another title\n")
+    report = (first.folder / "out" / "report.md").read_text()
+    assert report.startswith("# another title\n")
+    assert "another label" in report
     after = {path: path.stat().st_mtime_ns for path in before}
     assert [path.parent.name for path in before if before[path] != after[path]] == ["broken-seed1"]
 
