@@ -281,6 +281,104 @@ def test_a_run_that_failed_goes_on_where_it_was(
     }
 
 
+# The noise scale.
+
+
+@pytest.fixture
+def noise_scale(prepare: ModuleType) -> ModuleType:
+    return load(RECIPES / "miniature" / "noise_scale.py")
+
+
+def test_noise_scale_of_gradients_that_are_known(noise_scale: ModuleType) -> None:
+    """Signal 4 and noise 50 in every batch; the other method has half the signal, 1, and the same noise."""
+    import torch
+
+    torch.manual_seed(0)
+    batches, size, mean = 100, 200, torch.zeros(200, dtype=torch.float64)
+    mean[:4] = 1.0
+    noise = 0.5 * torch.randn(batches, size, dtype=torch.float64)
+    clear, faint = mean + noise, mean / 2 + noise
+    found = noise_scale.noise_scale(clear @ clear.T)
+    assert found.signal == pytest.approx(4, rel=0.1) and found.noise == pytest.approx(50, rel=0.05)
+    assert found.ratio == pytest.approx(4 / 50, rel=0.1)
+    beside, low, high = noise_scale.compare(faint @ faint.T, clear @ clear.T)
+    assert low < 0.25 < high and 0.15 < beside < 0.4 and high - low < 0.3
+    assert noise_scale.compare(clear @ clear.T, clear @ clear.T) == pytest.approx([1, 1, 1])
+    assert noise_scale.compare(noise[:4] @ noise[:4].T, clear[:4] @ clear[:4].T) is None
+    with pytest.raises(ValueError, match="two batches"):
+        noise_scale.noise_scale(torch.ones(1, 1))
+
+
+def test_every_method_has_as_many_responses(noise_scale: ModuleType) -> None:
+    import torch
+
+    rewards = torch.tensor([[3.0, 1, 2, 5, 4, 6, 0.5, 2.5]], dtype=torch.float64)
+    cached = torch.arange(8, dtype=torch.float64)[None]
+    log_probs = torch.full_like(rewards, -20.0)
+    made = {
+        name: weights(rewards, cached, log_probs)[0] for name, weights in noise_scale.methods("rewards.jsonl").items()
+    }
+    # REINFORCE by hand: reward minus the mean of the other seven, an eighth of it.
+    assert made["REINFORCE"].tolist() == pytest.approx([(r - (24 - r) / 7) / 8 for r in rewards[0].tolist()])
+    # The best of the last two, the anchor's, and of the last four; and nothing of the policy's without a backward KL.
+    assert made["J-BOND, beta 0"].tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
+    assert made["J-BOND, beta 1"][6:].tolist() == [0, 0]
+    assert made["BOND, n = 4, 4 + 4, beta 0.5"][4:].tolist() == [0, 0.5, 0, 0]
+    half = (made["J-BOND, beta 0"] + made["J-BOND, beta 1"]) / 2
+    assert made["J-BOND, beta 0.5"].tolist() == pytest.approx(half.tolist())
+    # A higher reward never has a smaller weight.
+    for name in ("vBoN, N = 4", "vBoN, N = 16"):
+        assert (made[name][rewards[0].argsort()].diff() >= 0).all() and made[name].sum().abs() < 1e-9
+
+
+def test_noise_scale_from_the_command_line(
+    prepare: ModuleType,
+    noise_scale: ModuleType,
+    quick: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("BOND_REVIEWS_DIR", "elsewhere")
+    list(prepare.reviews_steps(tmp_path, quick[0]))
+    prompts = [row["input"] for row in prepare.read_rows(tmp_path / "train.jsonl")]
+    with pytest.raises(SystemExit):
+        noise_scale.main([str(tmp_path)])
+    assert "made by `bond cache`" in capsys.readouterr().err
+    prepare.write_rows(
+        tmp_path / "rewards-8.jsonl",
+        ({"prompt": prompt, "rewards": [i / 9 - 1 for i in range(9)]} for prompt in prompts),
+    )
+    with pytest.raises(SystemExit, match="16 batches of 64 prompts are more than the 20"):
+        noise_scale.main([str(tmp_path)])
+    flags = [str(tmp_path), "--batches", "4", "--prompts", "5", "--output", str(tmp_path / "found")]
+    noise_scale.main(flags)
+    first = prepare.read_rows(tmp_path / "found" / "noise_scale.jsonl")
+    assert [row["method"] for row in first] == list(noise_scale.methods("x"))
+    noise_scale.main(flags)
+    assert prepare.read_rows(tmp_path / "found" / "noise_scale.jsonl") == first
+
+    # The gradient of one response, alone and without padding, is what it is in a batch.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    drawn = noise_scale.Drawn(model, tokenizer, prompts[:3])
+    row = 13  # of the second prompt
+    weights = torch.zeros(24, dtype=torch.float64)
+    weights[row] = 2.0
+    batched = drawn.gradient(model, weights)
+    prompt = tokenizer(prompts[1], return_tensors="pt")["input_ids"]
+    response = drawn.ids[row, -noise_scale.NEW_TOKENS :][drawn.trained[row].bool()][None]
+    model.zero_grad()
+    logits = model(torch.cat([prompt, response], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
+    (2 * logits.log_softmax(dim=-1).gather(-1, response.T).sum()).backward()
+    alone = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    assert torch.allclose(batched, alone, atol=1e-5) and alone.norm() > 0.1
+    assert drawn.texts[row] == tokenizer.decode(torch.cat([prompt, response], dim=1)[0])
+
+
 # The host.
 
 

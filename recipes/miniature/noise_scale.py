@@ -1,0 +1,280 @@
+"""How many responses until a gradient is more signal than noise: the noise scale of each method's first step.
+
+    .venv/bin/python recipes/miniature/noise_scale.py mini --output runs/noise-scale
+
+Responses of the initial policy, which is the reference and the anchor as well, are drawn once and given to all
+methods, 8 for each prompt: each method has as many, companions included, and divides them as in bench.yaml. What
+makes weights of them is what `bond train` runs: the algorithms' `select` and `advantages`, the transforms' rewards.
+From the gradients g of independent batches,
+
+    B = tr Cov(g) / |E g|^2,   in responses: that of a batch times its responses
+
+is the "simple noise scale" of arXiv 1812.06162: with B responses a step is half signal, half noise. Needs mini/ (see
+prepare.py) and, for vBoN, mini/rewards-8.jsonl (see bench.yaml); 16 batches take 15 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from miniature import reward as classifier
+from stages import positive, write_rows
+from torch import Tensor
+
+from bond_plugin.algorithms.base import AdvantageInputs, Algorithm, TransformInputs
+from bond_plugin.algorithms.bond import BOND, BONDConfig
+from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
+from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
+from bond_plugin.bestofn.divergences import centre
+from bond_plugin.cache import read_cache
+
+RESPONSES = 8  # a prompt
+NEW_TOKENS = 8
+ROWS = 128  # at a time
+FIRST = "REINFORCE"  # what the others are compared with
+
+#: Of rewards ``[P, 8]``, cached rewards ``[P, M]`` and log pi(y) ``[P, 8]``, all of the initial policy: ``[P, 8]``,
+#: what the gradients of log pi(y) are multiplied by, mean over a prompt's rows of each kind.
+Weights = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def of_algorithm(algorithm: Algorithm) -> Weights:
+    """The weights of an algorithm that takes its companions from the end of a prompt's responses."""
+
+    def weights(rewards: Tensor, cached: Tensor, log_probs: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        wanted = algorithm.samples()
+        own = rewards.shape[1] - wanted.companions
+        policy, companions = rewards[:, :own], rewards[:, own:]
+        chosen = torch.zeros(len(rewards), 0, dtype=torch.long)
+        if wanted.trained_companions:
+            chosen = algorithm.select(companions, generator) + own
+        made = algorithm.advantages(
+            AdvantageInputs(
+                rewards=policy,
+                log_probs=log_probs[:, :own],
+                companion_rewards=companions,
+                companion_log_probs=log_probs.gather(1, chosen),
+                source_log_probs=log_probs[:, :own],  # the anchor is the policy still
+                generator=generator,
+            )
+        )
+        result = torch.zeros_like(rewards)
+        result[:, :own] = made.advantages / own
+        return result.scatter_(1, chosen, made.companion_advantages / max(1, chosen.shape[1]))
+
+    return weights
+
+
+def of_reward(change: Callable[[TransformInputs], Tensor]) -> Weights:
+    """REINFORCE with a baseline of the prompt's other responses, on a reward that is made of the reward."""
+    return lambda *given: centre(change(TransformInputs(*given)), "leave_one_out") / RESPONSES
+
+
+def methods(cache: str) -> dict[str, Weights]:
+    """By name; ``cache`` is the file of vBoN's rewards."""
+    one = {"baseline": "leave_one_out"}
+    made: dict[str, Weights] = {FIRST: of_reward(lambda given: given.rewards)}
+    for n in (4, 16):
+        vbon = VBoN(VBoNConfig(n=n, reward_cache=cache))
+        made[f"vBoN, N = {n}"] = of_reward(lambda given, vbon=vbon: vbon.transform(given).rewards)
+    made |= {
+        f"J-BOND, beta {beta:g}": of_algorithm(JBOND(JBONDConfig(beta=beta, **one))) for beta in (0, 0.5, 0.9, 1)
+    }
+    settings = {"n_anchor_samples": 4, "anchor": "ema", **one}
+    made |= {
+        f"BOND, n = {n}, 4 + 4, beta {beta:g}": of_algorithm(BOND(BONDConfig(n=n, beta=beta, **settings)))
+        for n in (2, 4)
+        for beta in (0.5, 1)
+    }
+    return made
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """Of one method, from B batches.
+
+    Attributes:
+        signal: |E g|^2, without bias.
+        noise: tr Cov(g) of a batch, without bias.
+    """
+
+    signal: float
+    noise: float
+
+    @property
+    def ratio(self) -> float:
+        """Signal to noise of a batch."""
+        return self.signal / self.noise
+
+
+def noise_scale(products: Tensor) -> NoiseScale:
+    """From ``[B, B]``, the products of the gradients of B >= 2 independent batches with one another."""
+    batches = len(products)
+    if batches < 2:
+        raise ValueError(f"a noise scale needs two batches or more, got {batches}")
+    square = products.diagonal().mean()
+    signal = (products.sum() - products.diagonal().sum()) / (batches * (batches - 1))
+    return NoiseScale(signal.item(), (square - signal).item())
+
+
+def compare(products: Tensor, first: Tensor) -> list[float] | None:
+    """Signal to noise of a batch beside the first method's, and the ends of a 95 % interval.
+
+    The interval is a jackknife's over batches, of the logarithm; both methods had the same batches. ``None`` where
+    the batches are too few to tell a signal.
+    """
+
+    def ratio(kept: list[int]) -> float:
+        one, other = (noise_scale(each[kept][:, kept]) for each in (products, first))
+        return one.ratio / other.ratio if min(one.signal, other.signal) > 0 else math.nan
+
+    batches = range(len(products))
+    left_out = torch.tensor([ratio([b for b in batches if b != out]) for out in batches], dtype=torch.float64).log()
+    error = ((len(batches) - 1) * left_out.var(correction=0)).sqrt().item()
+    middle = ratio(list(batches))
+    if math.isnan(error) or math.isnan(middle):
+        return None
+    return [middle * math.exp(step * 1.96 * error) for step in (0, -1, 1)]
+
+
+class Drawn:
+    """Responses of a model to prompts, a fixed number each, prompts padded left and responses right.
+
+    Attributes:
+        ids, mask: ``[rows, tokens]``.
+        trained: ``[rows, NEW_TOKENS]``, 1 on tokens of the response, EOS included.
+        texts: [rows], prompt and response.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, prompts: list[str]) -> None:
+        tokenizer.padding_side = "left"
+        given = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        with torch.inference_mode():
+            self.ids = model.generate(
+                **given,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=1,
+                max_new_tokens=NEW_TOKENS,
+                num_return_sequences=RESPONSES,
+            ).clone()
+        prompt_mask = given["attention_mask"].repeat_interleave(RESPONSES, dim=0)
+        new = self.ids[:, prompt_mask.shape[1] :]
+        before = (new == tokenizer.eos_token_id).long().cumsum(dim=1) - (new == tokenizer.eos_token_id).long()
+        self.trained = (before == 0).long()
+        self.mask = torch.cat([prompt_mask, self.trained], dim=1)
+        rows = zip(self.ids, self.mask.bool(), strict=True)
+        self.texts = [tokenizer.decode(row[kept]) for row, kept in rows]
+
+    def log_probs(self, model: Any, rows: Tensor) -> Tensor:
+        """log pi(y) of whole responses, for the numbers ``[n]`` of some rows: ``[n]``."""
+        mask, steps = self.mask[rows], self.trained.shape[1]
+        logits = model(
+            input_ids=self.ids[rows],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0),
+            logits_to_keep=steps + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        chosen = logits.log_softmax(dim=-1).gather(-1, self.ids[rows][:, -steps:, None])[..., 0]
+        return (chosen * self.trained[rows]).sum(dim=-1)
+
+    def gradient(self, model: Any, weights: Tensor) -> Tensor:
+        """Of sum_i weights[i] log pi(y_i), ``[rows]``; flat."""
+        model.zero_grad()
+        for rows in weights.nonzero()[:, 0].split(ROWS):
+            (self.log_probs(model, rows) * weights[rows]).sum().backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="folder that prepare.py made")
+    parser.add_argument("--cache", type=Path, help="file of vBoN's rewards (default: DIRECTORY/rewards-8.jsonl)")
+    parser.add_argument("--batches", type=positive, default=16, help="independent ones, 3 or more (default: 16)")
+    parser.add_argument("--prompts", type=positive, default=64, help="a batch, 8 responses each (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and samples (default: 0)")
+    parser.add_argument("--output", type=Path, default=Path("runs/noise-scale"), help="folder (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    given.cache = given.cache or given.directory / "rewards-8.jsonl"
+    if given.batches < 3:
+        parser.error("--batches must be at least 3: a noise scale compares batches, and leaves out each in turn")
+    for path, made_by in ((given.directory / "model", "prepare.py"), (given.cache, "`bond cache`, see bench.yaml")):
+        if not path.exists():
+            parser.error(f"{path} is not there: it is made by {made_by}")
+    return given
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table, write it."""
+    import transformers
+
+    given = parse(arguments)
+    torch.manual_seed(given.seed)
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.directory / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(given.directory / "model", dtype=torch.float32).eval()
+    cache = read_cache(given.cache)
+    prompts = cache.prompts
+    if given.batches * given.prompts > len(prompts):
+        raise SystemExit(
+            f"{given.batches} batches of {given.prompts} prompts are more than the {len(prompts)} in {given.cache}: "
+            "give a smaller --batches or --prompts"
+        )
+    random.Random(given.seed).shuffle(prompts)
+    os.environ["BOND_REVIEWS_DIR"] = str(given.directory)  # where the classifier is, see reward.py
+
+    named = methods(str(given.cache))
+    gradients: dict[str, list[Tensor]] = {name: [] for name in named}
+    started = time.monotonic()
+    for batch in range(given.batches):
+        chosen = prompts[batch * given.prompts : (batch + 1) * given.prompts]
+        drawn = Drawn(model, tokenizer, chosen)
+        scores = classifier.reward_func(drawn.texts, drawn.texts, [""] * len(drawn.texts))["rewards"]
+        with torch.inference_mode():
+            log_probs = [drawn.log_probs(model, rows) for rows in torch.arange(len(drawn.ids)).split(ROWS)]
+        shape = len(chosen), RESPONSES
+        known = scores.double().reshape(shape), cache.rewards(chosen), torch.cat(log_probs).double().reshape(shape)
+        for name, weights in named.items():
+            gradients[name].append(drawn.gradient(model, (weights(*known) / len(chosen)).reshape(-1)))
+        left = (time.monotonic() - started) / (batch + 1) * (given.batches - batch - 1)
+        print(
+            f"batch {batch + 1} of {given.batches}, about {left:.0f} s left",
+            file=sys.stderr,
+        )
+
+    products = {name: ((every := torch.stack(found)) @ every.T).double() for name, found in gradients.items()}
+    rows = []
+    print(f"{'method':28} {'noise scale':>13}  signal to noise beside {FIRST}'s")
+    for name, each in products.items():
+        found, beside = noise_scale(each), compare(each, products[FIRST])
+        scale = given.prompts * RESPONSES / found.ratio if beside else None
+        rows.append({"method": name, "noise_scale": scale, "beside": beside})
+        told = (
+            "{:13,.0f}  {:.2f} [{:.2f}, {:.2f}]".format(scale, *beside)
+            if beside
+            else "no signal told: more --batches"
+        )
+        print(f"{name:28} {told}")
+    given.output.mkdir(parents=True, exist_ok=True)
+    write_rows(given.output / "noise_scale.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()
