@@ -282,6 +282,26 @@ def test_shares_are_the_methods_efficiency(tmp_path: Path) -> None:
     assert summary.best_of[16]["reward_share"].value == pytest.approx(0.92, abs=0.02)
 
 
+def test_the_optimum_of_rl_is_short_of_the_limit_in_win_rate(toy: Path, summary: Summary) -> None:
+    """Gaussian rewards tilted by themselves are moved by the root of 2 KL."""
+    rows = table((toy / "report.md").read_text(), "Where the objectives lead")
+    assert list(rows) == [f"Best-of-{n}" for n in (2, 4, 8, 16, 32, 64)]
+    for n in (2, 4, 8):
+        estimates = summary.best_of[n]
+        kl = estimates["kl"].value
+        won = torch.special.ndtr(torch.tensor(kl, dtype=torch.float64).sqrt()).item()
+        share = (won - 0.5) / (summary.limits["win_rate"].at(kl).item() - 0.5)
+        found = estimates["win_rate_tilted_share"]
+        assert found.value == pytest.approx(share, abs=0.012) and found.low < found.value < found.high
+        # Below the limit, and first above Best-of-N, then below.
+        assert 0.9 < share < 1 and (share < estimates["win_rate_share"].value) == (n > 2)
+        shown = rows[f"Best-of-{n}"]["RL with a KL penalty, at this KL: win rate, % of the limit"]
+        assert shown.startswith(f"{100 * found.value:.1f}")
+    label = figures.OPTIMUM
+    assert label in {line.get_label() for line in figures.front(summary, "win_rate").axes[0].lines}
+    assert label not in {line.get_label() for line in figures.front(summary, "reward").axes[0].lines}
+
+
 def test_limit_and_area_agree_with_their_direct_computation(summary: Summary) -> None:
     for measure in MEASURES:
         limit = summary.limits[measure]

@@ -39,6 +39,7 @@ NAMES = {
     "kl": r"KL($\pi\,\Vert\,\pi_\mathrm{ref}$), nats a response",
     "log_quantile": "log quantile, nats",
 }
+OPTIMUM = "optimum of RL with a KL penalty"
 _WIDTH = 6.0  # inches
 _STYLE = {
     "font.size": 10,
@@ -105,6 +106,9 @@ def front(summary: Summary, measure: str) -> Figure:
         right = _right_end(summary)
         top = _limit(axes, summary, measure, right)
         _best_of_n(axes, summary, measure, right)
+        if measure == "win_rate":  # in reward it is the limit
+            kl, value = (part[summary.tilted[0] <= right] for part in summary.tilted)
+            axes.plot(kl, value, color=_GREY, linewidth=1.3, linestyle=(0, (6, 2, 1.5, 2)), label=OPTIMUM, zorder=2)
         for method, look in zip(summary.methods, looks(summary).values(), strict=True):
             _points(axes, method.points, look, measure)
         ends = [_interval(point, measure) for point in summary.points]

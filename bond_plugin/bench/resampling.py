@@ -119,7 +119,7 @@ def envelope(x: Tensor, kl: Tensor, value: Tensor) -> Tensor:
     return best
 
 
-def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[Tensor, Tensor]:
+def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     """KL and value of each prompt's reference tilted by its reward, for one grid of beta for all prompts.
 
     The mean over prompts is :func:`bond_plugin.bestofn.limits.reward_front` (or, ranked, ``win_rate_front``),
@@ -131,15 +131,17 @@ def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[T
         points: how many values of beta.
 
     Returns:
-        (kl, value), each ``[P, points + 2]`` float64, from the reference itself to its best samples.
+        (kl, value, win rate), each ``[P, points + 2]`` float64, from the reference itself to its best samples. The
+        win rate is that of the same tilted reference; ranked, it is the value.
     """
     rewards = rewards.double()
+    beats = torch.stack(quantiles(rewards, rewards)).mean(dim=0)
     if ranked:
-        rewards = torch.stack(quantiles(rewards, rewards)).mean(dim=0)
+        rewards = beats
     best = rewards.amax(dim=-1)
     below = rewards - best.unsqueeze(-1)
     log_samples = math.log(rewards.shape[-1])
-    kls, values = [torch.zeros_like(best)], [rewards.mean(dim=-1)]
+    kls, values, win_rates = [torch.zeros_like(best)], [rewards.mean(dim=-1)], [beats.mean(dim=-1)]
     # Relative to the range of the rewards; the ends of the grid are the reference and the best samples.
     for exponent in torch.linspace(-3, 6, points, dtype=torch.float64).tolist():
         tilt = below * (10**exponent / max(-below.min().item(), 1e-300))
@@ -147,5 +149,10 @@ def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[T
         mass = (tilt - log_total).exp()
         kls.append((mass * tilt).sum(dim=-1) - log_total.squeeze(-1) + log_samples)
         values.append(best + (mass * below).sum(dim=-1))
+        win_rates.append((mass * beats).sum(dim=-1))
     kls.append(log_samples - (below == 0).sum(dim=-1).double().log())
-    return torch.stack(kls, dim=-1).clamp(min=0), torch.stack([*values, best], dim=-1)
+    return (
+        torch.stack(kls, dim=-1).clamp(min=0),
+        torch.stack([*values, best], dim=-1),
+        torch.stack([*win_rates, beats.amax(dim=-1)], dim=-1),
+    )

@@ -164,6 +164,24 @@ def fronts(summary: Summary) -> list[Block]:
     return [
         Heading("Fronts: what is gained at which KL"),
         *pictures,
+        _table(
+            "Where the objectives lead",
+            [(f"Best-of-{n}", estimates) for n, estimates in summary.best_of.items() if n > 1],
+            {
+                "KL, nats": _column("kl"),
+                "reward: % of the limit": lambda e: _share(summary, e, "reward", "share"),
+                "win rate: % of the limit": lambda e: _share(summary, e, "win_rate", "share"),
+                "RL with a KL penalty, at this KL: win rate, % of the limit": lambda e: _share(
+                    summary, e, "win_rate", "tilted_share"
+                ),
+            },
+        ),
+        Paragraph(
+            "Best-of-N is the optimum of BOND and vBoN. The optimum of RL with a KL penalty (REINFORCE, RLOO, PPO) "
+            "is the reference tilted by the reward, which in mean reward is the limit itself: with samples enough, "
+            "nothing lies above it there, and which of the two has the higher win rate depends on how rewards are "
+            "distributed. What a run has less than its own optimum is a matter of samples and of optimisation."
+        ),
         Table(
             "Methods",
             [

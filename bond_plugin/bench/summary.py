@@ -109,9 +109,12 @@ class Summary:
 
     Attributes:
         reference: the reference policy as a point without cells.
-        best_of: N to estimates of ``kl``, and of each measure with its ``..._gain`` and ``..._share`` of the limit.
+        best_of: N to estimates of ``kl``, of each measure with its ``..._gain`` and ``..._share`` of the limit, and
+            of ``win_rate_tilted_share``: what of the limit of the win rate the policy has that is on the limit of the
+            reward at the same KL, the reference tilted by its reward.
         curve: Best-of-N for each N from 1 to the last of ``best_of``.
         limits: of each measure, the highest value at a KL, corrected for its estimated bias.
+        tilted: KL and win rate, ``[points]`` each, of the reference tilted by its reward.
         area_up_to: of each measure, in nats: the largest KL of any point, or where the limit ends to be supported.
         comparisons: of each measure, all pairs of methods, and each method with ``BEST_OF_N``.
         common_kl: in nats, the smallest over methods of their largest KL.
@@ -125,6 +128,7 @@ class Summary:
     best_of: dict[int, dict[str, Estimate]]
     curve: BestOfNCurve
     limits: dict[str, Front]
+    tilted: tuple[Tensor, Tensor]
     area_up_to: dict[str, float]
     comparisons: dict[str, tuple[Comparison, ...]]
     common_kl: float
@@ -190,6 +194,7 @@ class _Summariser:
             best_of={n: self.best_of(n) for n in BEST_OF if n <= self.curve.ns[-1]},
             curve=self.curve,
             limits=self.limits,
+            tilted=(self.front["reward"][0][0], self.front["reward"][2][0]),
             area_up_to=up_to,
             comparisons={measure: tuple(self.comparisons(methods, measure)) for measure in MEASURES},
             common_kl=min((method.points[-1].kl for method in methods), default=0.0),
@@ -249,7 +254,7 @@ class _Summariser:
 
     def limit_at(self, measure: str, kl: Tensor) -> Tensor:
         """The limit at ``[B + 1, G]`` KLs, its bias taken off; NaN where :meth:`Front.at` does not know it either."""
-        found_kl, value = self.front[measure]
+        found_kl, value, _ = self.front[measure]
         root, limit = kl.clamp(min=0).sqrt(), self.uncorrected[measure]
         bias = interpolate(root, *(part.expand(len(kl), -1) for part in (limit.kl.sqrt(), limit.bias)))
         found = interpolate(root, found_kl.sqrt(), value) - bias
@@ -269,11 +274,20 @@ class _Summariser:
             f"{measure}_above_bon": value - bon,
         }
 
+    def tilted_share(self, kl: Tensor) -> Tensor:
+        """Draws ``[B + 1]`` of what the reference tilted by its reward has of the limit of the win rate."""
+        found_kl, _, win_rate = self.front["reward"]
+        at = kl.unsqueeze(-1)
+        found = interpolate(at.clamp(min=0).sqrt(), found_kl.sqrt(), win_rate).squeeze(-1)
+        known = torch.where(kl <= found_kl[:, -1], found, math.nan)
+        return self.against_the_limit("win_rate", kl, known)["win_rate_share"]
+
     def best_of(self, n: int) -> dict[str, Estimate]:
         """Best-of-N itself, as estimates."""
         column = {key: self.bon[key][:, n - 1] for key in ("kl", *MEASURES)}
         for measure in MEASURES:
             column |= self.against_the_limit(measure, column["kl"], column[measure])
+        column["win_rate_tilted_share"] = self.tilted_share(column["kl"])
         own = [key for key in column if not key.endswith(("_bon_share", "_above_bon"))]  # compared with itself
         return {key: Estimate.of(column[key]) for key in own}
 
