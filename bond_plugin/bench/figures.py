@@ -1,8 +1,8 @@
 """The report's pictures: fronts, training curves, cost. Nothing is computed here beyond what is drawn.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart, and a dark violet; each method also has its own
-marker and line style. Pictures are narrow, so that their text can be read on a telephone. matplotlib is imported here,
-without a display.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and a dark violet; each method also has its
+own marker and line style. Pictures are narrow, so that their text can be read on a telephone. matplotlib is imported
+here, without a display.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from bond_plugin.bench.summary import Point, Summary, strength_text
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B2E83")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (1, 1, 4, 1)), (0, (3, 3)))
+_LINES: tuple[Any, ...] = (
+    "-",
+    (0, (6, 2)),
+    (0, (2, 1.2)),
+    (0, (6, 2, 1.5, 2)),
+    (0, (10, 3)),
+    (0, (1, 1, 4, 1)),
+    (0, (3, 3)),
+)
 _STRENGTH_LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 1.5)))
 _BLACK, _GREY, _SHADE = "#1a1a1a", "#595959", "#ececec"
 
