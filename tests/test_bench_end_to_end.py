@@ -108,6 +108,17 @@ def test_the_same_command_runs_only_what_failed(
     assert [path.parent.name for path in before if before[path] != after[path]] == ["broken-seed1"]
 
 
+def test_what_is_finished_stays_in_the_report_when_other_methods_are_run(
+    first: Run, bench: Callable[..., Run], matrix: dict[str, Any]
+) -> None:
+    """And a method that could not run does not stop those that are asked for."""
+    methods = {**matrix["methods"], "wrong": {"flags": nested({"bond.gama": 1, "algo.advantage.estimator": "jbond"})}}
+    one = bench({**matrix, "methods": methods}, "--only", "rloo")
+    assert one.status == 0 and "1 of 1 cells are finished already" in one.output
+    assert set(results(first)) == {"jbond", "rloo"}
+    assert "J-BOND" in (first.folder / "out" / "report.md").read_text()
+
+
 def test_flags_that_cannot_run_are_found_before_anything_starts(
     first: Run, bench: Callable[..., Run], matrix: dict[str, Any]
 ) -> None:

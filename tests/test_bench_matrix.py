@@ -105,6 +105,18 @@ def test_what_is_wrong_is_named(path: str, value: Any, said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_only_some_methods_are_run_and_the_others_kept_apart(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.yaml"
+    path.write_text("common: {}\nevaluation: {prompts: p}\nseeds: [1, 2]\nmethods: {a: {}, b: {}, c: {}}")
+    whole = read(path)
+    assert whole.only([]) == whole and whole.others == ()
+    some = whole.only(["c", "a"])
+    assert [cell.name for cell in some.cells] == ["a seed=1", "c seed=1", "a seed=2", "c seed=2"]
+    assert [cell.name for cell in some.others] == ["b seed=1", "b seed=2"]
+    with pytest.raises(MatrixError, match="--only d: the file has a, b, c"):
+        whole.only(["d"])
+
+
 def test_errors_of_a_file_name_it(tmp_path: Path) -> None:
     with pytest.raises(MatrixError, match=r"gone\.yaml: no such file"):
         read(tmp_path / "gone.yaml")

@@ -27,7 +27,8 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,33 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A whole comparison; ``cells`` in the order in which they are run, the first seeds of all methods first."""
+    """A whole comparison.
+
+    Attributes:
+        cells: what is run, in this order, the first seeds of all methods first.
+        others: cells that are not asked for now. Those that are finished are in the report.
+    """
 
     title: str
     common: dict[str, Any]
     evaluation: Evaluation
     cells: tuple[Cell, ...]
+    others: tuple[Cell, ...] = ()
+
+    def only(self, methods: Sequence[str]) -> Matrix:
+        """Of these methods alone; of all if there are none.
+
+        Raises:
+            MatrixError: the matrix has no such method.
+        """
+        known = {cell.method for cell in self.cells}
+        for method in methods:
+            if method not in known:
+                raise MatrixError(f"--only {method}: the file has {', '.join(sorted(known))}")
+        if not methods:
+            return self
+        chosen = tuple(cell for cell in self.cells if cell.method in methods)
+        return replace(self, cells=chosen, others=tuple(cell for cell in self.cells if cell.method not in methods))
 
 
 def read(path: Path) -> Matrix:

@@ -456,7 +456,7 @@ def run(
     with _runner(matrix, settings, say) as runner:
         runner.check()
         reference = runner.reference()
-        results = {cell.name: runner.finished(cell, reference) for cell in matrix.cells}
+        results = {cell.name: runner.finished(cell, reference) for cell in (*matrix.cells, *matrix.others)}
         waiting = [cell for cell in matrix.cells if results[cell.name] is None]
         done = len(matrix.cells) - len(waiting)
         if done:
@@ -528,7 +528,7 @@ def _processes(settings: Settings) -> Iterator[Processes]:
 
 def _results(output: Path, matrix: Matrix, results: dict[str, dict[str, Any] | None]) -> None:
     lines = []
-    for cell in matrix.cells:
+    for cell in (*matrix.cells, *matrix.others):
         result = results[cell.name]
         if result is not None:
             lines.append(json.dumps({k: v for k, v in result.items() if k != "key"}, ensure_ascii=False) + "\n")

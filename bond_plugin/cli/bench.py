@@ -47,8 +47,7 @@ def main(argv: list[str]) -> int:
     from bond_plugin.bench import matrix, runner
 
     try:
-        wanted = matrix.read(args.matrix)
-        wanted = _only(wanted, args.only)
+        wanted = matrix.read(args.matrix).only(args.only)
     except matrix.MatrixError as error:
         return _failed(error, 2)
     if args.report:
@@ -110,7 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="cells at a time (default: as many as the GPUs of the machine or of the cluster at RAY_ADDRESS take; "
         "without GPU one for four cores)",
     )
-    parser.add_argument("--only", nargs="+", metavar="METHOD", default=[], help="run only these methods of the file")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="METHOD",
+        default=[],
+        help="run only these methods of the file; the report has those of the others that are finished, too",
+    )
     parser.add_argument("--check", action="store_true", help="check every cell's flags, list the cells, and stop")
     parser.add_argument("--report", action="store_true", help="write the report of what is there, and stop")
     parser.add_argument("--keep-policies", action="store_true", help="keep the weights of every trained policy")
@@ -128,19 +133,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def _only(wanted: Any, methods: list[str]) -> Any:
-    import dataclasses
-
-    from bond_plugin.bench.matrix import MatrixError
-
-    known = {cell.method for cell in wanted.cells}
-    for method in methods:
-        if method not in known:
-            raise MatrixError(f"--only {method}: the file has {', '.join(sorted(known))}")
-    cells = tuple(cell for cell in wanted.cells if not methods or cell.method in methods)
-    return dataclasses.replace(wanted, cells=cells)
 
 
 def _report(output: Path) -> int:
