@@ -170,6 +170,15 @@ def configuration(done: Any) -> dict[str, Any]:
     return yaml.safe_load(done.out[done.out.index("configuration:") :])["configuration"]
 
 
+def test_an_empty_reward_url_takes_back_that_of_a_recipe(dry: Any, tiny: Any) -> None:
+    """The host would call a server without a name; a reward model is what is left."""
+    done = dry({
+        "reward.remote_url": "", "reward.model_name_or_path": str(tiny.model), "reward.num_nodes": 1,
+        "reward.num_gpus_per_node": 1,
+    })  # fmt: skip
+    assert configuration(done)["reward"]["remote_url"] is None
+
+
 def test_recipe_is_the_flags_and_the_command_line_wins(dry: Any, tiny: Any, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     content = recipe_for(tiny) | {

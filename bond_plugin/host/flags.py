@@ -163,6 +163,8 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     parsed, unknown = parser.parse_known_args(argv, namespace)
     if unknown:
         parser.error(_explain_unknown(unknown, parser, estimator))
+    if vars(parsed).get("reward.remote_url") == "":  # a recipe's is taken back; the host would call a nameless server
+        vars(parsed)["reward.remote_url"] = None
     if caching:
         _settle_output(parsed, parser)
     try:
