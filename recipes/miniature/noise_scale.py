@@ -3,7 +3,7 @@
     .venv/bin/python recipes/miniature/noise_scale.py mini --output runs/noise-scale
 
 Responses of the initial policy, which is the reference and the anchor as well, are drawn once and given to all
-methods, 8 for each prompt: each method has as many, companions included, and divides them as in bench.yaml. What
+methods, 8 for each prompt: each method has as many, companions included (J-BOND 6 + 2, as in bench.yaml). What
 makes weights of them is what `bond train` runs: the algorithms' `select` and `advantages`, the transforms' rewards.
 From the gradients g of independent batches,
 
@@ -151,7 +151,7 @@ def compare(products: Tensor, first: Tensor) -> list[float] | None:
 
 
 class Drawn:
-    """Responses of a model to prompts, a fixed number each, prompts padded left and responses right.
+    """Responses of a model to prompts, a fixed number each, prompts padded left by the tokenizer, responses right.
 
     Attributes:
         ids, mask: ``[rows, tokens]``.
@@ -160,7 +160,6 @@ class Drawn:
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompts: list[str]) -> None:
-        tokenizer.padding_side = "left"
         given = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.inference_mode():
             self.ids = model.generate(
@@ -254,10 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, weights in named.items():
             gradients[name].append(drawn.gradient(model, (weights(*known) / len(chosen)).reshape(-1)))
         left = (time.monotonic() - started) / (batch + 1) * (given.batches - batch - 1)
-        print(
-            f"batch {batch + 1} of {given.batches}, about {left:.0f} s left",
-            file=sys.stderr,
-        )
+        print(f"batch {batch + 1} of {given.batches}, about {left:.0f} s left", file=sys.stderr)
 
     products = {name: ((every := torch.stack(found)) @ every.T).double() for name, found in gradients.items()}
     rows = []
