@@ -198,6 +198,20 @@ def no_shm_op(original: Any) -> None:
     return None
 
 
+def gather_one_by_one(
+    original: Any, self: Any, param_list: list[Any], hierarchy: int = 0, quantize: bool = False
+) -> None:
+    """ZeRO-3's all-gather of several parameters, each waited for.
+
+    DeepSpeed waits for the last one alone, by when NCCL has done the others. Gloo may not have: the next forward
+    pass then read memory that nothing had been written to.
+    """
+    if quantize or len(param_list) < 2:
+        original(self, param_list, hierarchy, quantize)
+    else:
+        self._allgather_params_sequential(param_list, hierarchy)
+
+
 def live_linear(original: Any, layer: Any, remove_weight: bool) -> None:
     """vLLM's CPU linear layers keep their weight as it is, so that an update is seen.
 

@@ -171,6 +171,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _hook("deepspeed.comm.torch:build_shm_op", "", "cpu:no_shm_op", cpu=True),
     _hook(
+        "deepspeed.runtime.zero.partition_parameters:Init._allgather_params_coalesced",
+        "self param_list hierarchy quantize",
+        "cpu:gather_one_by_one",
+        cpu=True,
+    ),
+    _hook(
         "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
         "layer remove_weight",
         "cpu:live_linear",
