@@ -91,9 +91,9 @@ class EnumerablePolicy:
         at = self.parameters if parameters is None else parameters
         return (self.log_ref + self.features @ at).log_softmax(dim=-1)
 
-    def token_log_probs(self) -> Tensor:
+    def token_log_probs(self, parameters: Tensor | None = None) -> Tensor:
         """``[S, A]``, log pi(token | tokens before it), 0 outside the mask; rows add up to :meth:`log_probs`."""
-        mass = (_BEGINS @ self.log_probs().exp()).clamp(min=1e-300).log()
+        mass = (_BEGINS @ self.log_probs(parameters).exp()).clamp(min=1e-300).log()
         chain = mass[_CHAIN]
         return chain[:, 1:] - chain[:, :-1]
 
@@ -350,6 +350,14 @@ class Learner:
         companion[:, drawn.shape[-1] :] = True
         flat = rows.flatten()
         tokens = self.policy.token_log_probs()[flat]
+        control = None
+        if outputs.companion_baseline is not None:
+            baseline = torch.zeros_like(advantages)
+            baseline[companion] = _checked(
+                "companion_baseline", outputs.companion_baseline, companions.shape
+            ).flatten()
+            ratio = (tokens.detach() - self.policy.token_log_probs(self._source)[flat]).exp()
+            control = baseline.flatten().unsqueeze(-1) * ratio * MASK[flat]
         found = self.loss_function(
             LossInputs(
                 log_probs=tokens,
@@ -360,6 +368,7 @@ class Learner:
                 on_policy=True,
                 clip_low=0.2,
                 clip_high=0.2,
+                control=control,
             )
         )
         by_prompt = _checked("row_loss", found.row_loss, flat.shape).reshape(rows.shape)
@@ -389,6 +398,11 @@ class Learner:
                 return True
         return False
 
+    @property
+    def _source(self) -> Tensor:
+        """The parameters of what the companions come from."""
+        return torch.zeros_like(self.anchor) if self.wants.source == "reference" else self.anchor
+
     def _draw(self, log_probs: Tensor, count: int) -> Tensor:
         size = self.training.prompts * count
         drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
@@ -406,7 +420,7 @@ class Learner:
     @torch.no_grad()
     def _advantages(self, method: Algorithm, drawn: Tensor, log_probs: Tensor) -> tuple[Tensor, AdvantageOutputs]:
         wants = self.wants
-        source = self.problem.log_ref if wants.source == "reference" else self.policy.log_probs(self.anchor)
+        source = self.policy.log_probs(self._source)
         companions = self._draw(source, wants.companions)
         selected = companions[:, :0]
         if wants.trained_companions:

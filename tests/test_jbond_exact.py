@@ -75,13 +75,18 @@ def triples() -> tuple[Tensor, Tensor]:
     return index, weight
 
 
-def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor, seed: int = 0) -> Tensor:
-    """The gradient that training would take, in expectation: ``weight`` over the triples ``index``."""
+def estimate(
+    config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor, seed: int = 0, moved: Tensor | None = None
+) -> Tensor:
+    """The gradient that training would take, in expectation: ``weight`` over the triples ``index``.
+
+    With ``moved``, ``[40, 3]``, the policy has moved by so much since the rollout.
+    """
     algorithm = JBOND(config)
     generator = torch.Generator().manual_seed(seed)
     y, companions = index[:, 0], index[:, 1:]
     chosen = algorithm.select(rewards[companions], generator)
-    best = companions.gather(1, chosen)[:, 0]
+    selected = companions.gather(1, chosen)
     with torch.no_grad():
         log_probs, anchor = POLICY.log_probs(), ANCHOR.log_probs()
         found = algorithm.advantages(
@@ -89,27 +94,34 @@ def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor
                 rewards=rewards[y].unsqueeze(1),
                 log_probs=log_probs[y].unsqueeze(1),
                 companion_rewards=rewards[companions],
-                companion_log_probs=log_probs[best].unsqueeze(1),
+                companion_log_probs=log_probs[selected],
                 source_log_probs=anchor[y].unsqueeze(1),
                 generator=generator,
             )
         )
-    rows = torch.cat([y, best])
-    advantages = torch.cat([found.advantages, found.companion_advantages]) * MASK[rows]
+    trained = selected.shape[1]
+    rows = torch.cat([y, selected.T.flatten()])
+    advantages = torch.cat([found.advantages[:, 0], found.companion_advantages.T.flatten()]).unsqueeze(1) * MASK[rows]
     tokens = POLICY.token_log_probs()[rows]
+    old, control = tokens.detach() - (0.0 if moved is None else moved[rows]), None
+    if found.companion_baseline is not None:
+        baseline = torch.cat([torch.zeros_like(y).double(), found.companion_baseline.T.flatten()]).unsqueeze(1)
+        control = baseline * (old - ANCHOR.token_log_probs().detach()[rows]).exp() * MASK[rows]
     out = policy_loss(
         LossInputs(
             log_probs=tokens,
-            old_log_probs=tokens.detach(),
+            old_log_probs=old,
             advantages=advantages,
             mask=MASK[rows],
             companion=torch.arange(len(rows)) >= len(y),
-            on_policy=True,
+            on_policy=moved is None,
             clip_low=0.2,
             clip_high=0.2,
+            control=control,
         )
     )
-    return torch.autograd.grad((out.row_loss * weight.repeat(2)).sum(), POLICY.logits)[0]
+    weight = torch.cat([weight, *[weight / trained] * trained])
+    return torch.autograd.grad((out.row_loss * weight).sum(), POLICY.logits)[0]
 
 
 def objective(beta: float, gamma: float, rewards: Tensor) -> Tensor:
@@ -156,6 +168,39 @@ def test_expected_gradient_is_the_gradient_of_the_objective(beta: float, gamma: 
     wanted = gradient(beta, gamma, STRICT)
     assert (found - wanted).abs().max() < 5 * error.max() + 1e-12
     assert error.max() < 2e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_baseline_leaves_the_expected_gradient_as_it_is(beta: float, rewards: Tensor) -> None:
+    # Nothing is drawn: equals share. The policy is not the anchor, so that the ratio counts.
+    index, weight = triples()
+    config = JBONDConfig(beta=beta, baseline="none", forward_baseline=True)
+    found = estimate(config, rewards, index, weight)
+    torch.testing.assert_close(found, gradient(beta, 0.0, rewards), rtol=1e-10, atol=1e-12)
+
+
+def test_a_baseline_is_that_of_the_policy_as_it_is_now() -> None:
+    # beta is 0: all of the gradient is the forward term's.
+    moved = torch.rand(MASK.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    index, weight = triples()
+    config = JBONDConfig(beta=0.0, baseline="none", forward_baseline=True)
+    found = estimate(config, STRICT, index, weight, moved=moved)
+    torch.testing.assert_close(found, gradient(0.0, 0.0, STRICT), rtol=1e-10, atol=1e-12)
+
+
+def test_where_policy_and_anchor_agree_the_better_gets_half_and_the_other_loses_it() -> None:
+    algorithm = JBOND(JBONDConfig(beta=0.2, forward_baseline=True))
+    companion_rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    assert algorithm.samples().trained_companions == 2
+    assert algorithm.select(companion_rewards, generator).tolist() == [[0, 1], [0, 1]]
+    zeros = torch.zeros(2, 1, dtype=torch.float64)
+    log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -5.0]], dtype=torch.float64)
+    found = algorithm.advantages(AdvantageInputs(zeros, zeros, companion_rewards, log_probs, zeros, generator))
+    weights = (found.companion_advantages - found.companion_baseline) / 2  # the host's mean over two rows
+    torch.testing.assert_close(weights, torch.tensor([[-0.4, 0.4], [0.0, 0.0]], dtype=torch.float64))
+    assert found.metrics["bond/forward_nll"] == pytest.approx((2 + 4) / 2)
 
 
 def test_gamma_term_alone_is_exact_and_has_the_sign_of_eq_19() -> None:

@@ -323,13 +323,22 @@ def test_gradient_error_finds_a_bias_and_its_size() -> None:
         (lab.build("bon_sft", n=N), lab.jeffreys_objective(STRICT, N, 0.0)),
         (lab.build("jbond"), lab.jbond_objective(STRICT, 0.5)),
         (lab.build("jbond", beta=1.0), lab.jbond_objective(STRICT, 1.0)),
+        (lab.build("jbond", beta=0.0, forward_baseline=True), lab.jbond_objective(STRICT, 0.0)),
     ],
-    ids=["bond beta 0", "bon_sft", "jbond", "jbond beta 1"],
+    ids=["bond beta 0", "bon_sft", "jbond", "jbond beta 1", "jbond beta 0, baseline"],
 )
 def test_forward_and_jbond_gradients_are_unbiased(method: Any, objective: Callable[[Tensor], Tensor]) -> None:
     found = errors(method, objective)
     assert abs(found.z) < 4
     assert found.bias < 2 * found.resolution < 0.3
+
+
+def test_a_forward_baseline_takes_noise_away() -> None:
+    objective = lab.jbond_objective(STRICT, 0.0)
+    with_it, without = (
+        errors(lab.build("jbond", beta=0.0, forward_baseline=on), objective, prompts=64) for on in (True, False)
+    )
+    assert with_it.noise < 0.7 * without.noise
 
 
 def test_the_log_of_a_monte_carlo_quantile_is_biased_and_less_so_for_larger_k() -> None:

@@ -146,12 +146,15 @@ class AdvantageOutputs:
         metrics: scalars by name.
         classifier_targets: ``[P, n]`` in [0, 1], what the sequence classifier is trained to say of the
             policy's samples (binary cross-entropy); ``None`` without a classifier.
+        companion_baseline: ``[P, f]``, what each token of a companion has less, times pi / pi_source of that token
+            (see :attr:`LossInputs.control`); ``None`` for nothing. Asks for :attr:`Samples.source_log_probs`.
     """
 
     advantages: Tensor
     companion_advantages: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     classifier_targets: Tensor | None = None
+    companion_baseline: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,9 @@ class LossInputs:
         on_policy: whether the weights are still those that produced the samples, for certain: one epoch,
             one optimiser step a rollout.
         clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
+        control: ``[B, A]``, on companions baseline * pi_old / pi_source of each token, elsewhere 0; or ``None``.
+            Where y comes from pi_source, (pi / pi_source) grad log pi of a token has expectation 0 after any
+            beginning, so any multiple of it may be taken off.
     """
 
     log_probs: Tensor
@@ -177,6 +183,7 @@ class LossInputs:
     on_policy: bool
     clip_low: float
     clip_high: float
+    control: Tensor | None = None
 
 
 @dataclass(frozen=True)

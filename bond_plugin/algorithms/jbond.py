@@ -24,6 +24,14 @@ enumerable policy decides for the plus.
 Ties: Theorem 1 assumes a strict order of rewards. Equal rewards are taken to be ordered at random: the best
 anchor sample is drawn among equals (seeded), and the reward of Eq. 17 is its expectation over the orders. With
 0/1 rewards the equation to the letter (``--bond.ties textbook``) hardly ever fires.
+
+Beyond the paper: G_FW is the gradient of one response a prompt, without a baseline. ``--bond.forward_baseline``
+gives it one and trains on all m samples of the anchor. Token t of y'_i has
+
+    G_FW   = -sum_i (1[y'_i is the best] - rho_it / m) grad log pi(y'_it),   rho_it = pi(y'_it) / pi_anchor(y'_it)
+
+What is added has expectation 0: after any beginning, sum_v pi_anchor(v) rho(v) grad log pi(v) = grad sum_v pi(v).
+Where the policy still is the anchor, the better of two gets +1/2 and the other -1/2.
 """
 
 from __future__ import annotations
@@ -73,6 +81,11 @@ class JBONDConfig(Config):
         "equals, 'textbook' never lets them fire",
         choices=("expected", "textbook"),
     )
+    forward_baseline: bool = flag(
+        False,
+        "give the forward term a baseline, and train on all samples of the anchor instead of the best alone: "
+        "the same gradient in expectation, with less noise; not in the paper",
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
@@ -98,14 +111,16 @@ class JBOND(Algorithm):
     def samples(self) -> Samples:
         return Samples(
             companions=self.config.n_anchor_samples,
-            trained_companions=1,
+            trained_companions=self.config.n_anchor_samples if self.config.forward_baseline else 1,
             source="anchor",
             source_log_probs=True,
             anchor_eta=self.config.eta,
         )
 
     def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """The best anchor sample of each prompt: ``[P, m]`` rewards to ``[P, 1]`` indices."""
+        """The best anchor sample of each prompt, or all of them: ``[P, m]`` rewards to ``[P, f]`` indices."""
+        if self.config.forward_baseline:
+            return torch.arange(companion_rewards.shape[-1]).expand(companion_rewards.shape)
         return strict_ranks(companion_rewards, generator).argmax(dim=-1, keepdim=True)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
@@ -120,25 +135,32 @@ class JBOND(Algorithm):
         log_ratio = batch.log_probs - batch.source_log_probs
         backward = backward_kl(log_ratio, (m - 1) * log_quantile, cfg.baseline)
         advantages = -cfg.beta * backward.weights - cfg.gamma * log_ratio
-        companion_advantages = torch.full_like(batch.companion_log_probs, 1.0 - cfg.beta)
+        best = torch.ones_like(batch.companion_log_probs)
+        companion_baseline = None
+        if cfg.forward_baseline:
+            # Equals share, which is the mean over their random orders. The mean over the m rows divides by m.
+            top = (batch.companion_rewards == batch.companion_rewards.amax(dim=-1, keepdim=True)).double()
+            best = m * top / top.sum(dim=-1, keepdim=True)
+            companion_baseline = torch.full_like(best, 1.0 - cfg.beta)
 
         wins = (batch.rewards.unsqueeze(-1) > batch.companion_rewards.unsqueeze(-2)).double()
         draws = (batch.rewards.unsqueeze(-1) == batch.companion_rewards.unsqueeze(-2)).double()
         return AdvantageOutputs(
             advantages=advantages,
-            companion_advantages=companion_advantages,
+            companion_advantages=(1.0 - cfg.beta) * best,
+            companion_baseline=companion_baseline,
             metrics={
                 "bond/win_rate": (wins + 0.5 * draws).mean().item(),
                 "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
                 "bond/log_quantile": log_quantile.mean().item(),
                 "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -batch.companion_log_probs.mean().item(),
+                "bond/forward_nll": -(best * batch.companion_log_probs).mean().item(),
             },
         )
 
 
 def policy_loss(inputs: LossInputs) -> LossOutputs:
-    """-A log pi(y) on the policy's samples, -(1 - beta) log pi(y'_Bo2) on the anchor's best.
+    """-A log pi(y) on the policy's samples, -(1 - beta) log pi(y'_Bo2) on the anchor's best, less the control.
 
     While the policy is the one that drew the samples (``on_policy``), this is the paper's estimator as it
     stands. When a rollout is used for several optimiser steps, the policy's samples were drawn by an older
@@ -149,11 +171,15 @@ def policy_loss(inputs: LossInputs) -> LossOutputs:
     mask = inputs.mask.to(inputs.log_probs.dtype)
     # Log-probabilities are 0 outside the mask, but padding can carry anything: select, do not multiply.
     log_probs = torch.where(inputs.mask.bool(), inputs.log_probs, 0.0)
-    plain = log_probs * inputs.advantages
+    old = torch.where(inputs.mask.bool(), inputs.old_log_probs, 0.0)
+    weights = inputs.advantages
+    if inputs.control is not None:  # pi_old / pi_source becomes pi / pi_source
+        weights = weights - inputs.control * (log_probs.detach() - old).clamp(-20, 20).exp()
+    plain = log_probs * weights
     if inputs.on_policy:
         objective, clipped = plain, torch.zeros_like(plain)
     else:
-        ratio = (log_probs - torch.where(inputs.mask.bool(), inputs.old_log_probs, 0.0)).clamp(-20, 20).exp()
+        ratio = (log_probs - old).clamp(-20, 20).exp()
         unclipped = ratio * inputs.advantages
         bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
         companion = inputs.companion.unsqueeze(-1)

@@ -106,6 +106,10 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     advantages = found.advantages
     if found.companion_advantages is not None:
         advantages = torch.cat([advantages, found.companion_advantages], dim=-1)
+    if found.companion_baseline is not None:
+        baseline = torch.zeros_like(advantages)
+        baseline[:, n:] = found.companion_baseline
+        _control(experiences, baseline.flatten(), under[wants.source])
     targets = torch.full((prompts, per_prompt), -1.0)
     if found.classifier_targets is not None:
         targets[:, :n] = found.classifier_targets
@@ -165,6 +169,16 @@ def sums(log_probs: list[torch.Tensor], experiences: list[Any]) -> torch.Tensor:
             for lp, e in zip(log_probs, experiences, strict=True)
         ]
     )
+
+
+def _control(experiences: list[Any], baseline: torch.Tensor, source: list[torch.Tensor]) -> None:
+    """Put :attr:`LossInputs.control` where the host has returns, which it reads for its critic alone."""
+    start = 0
+    for e, lp in zip(experiences, source, strict=True):
+        part = baseline[start : start + len(e.sequences)].unsqueeze(-1)
+        ratio = torch.where(e.action_mask.bool(), e.action_log_probs - lp, 0.0).clamp(-20, 20).exp()
+        e.returns = (part * ratio * e.action_mask).float()
+        start += len(e.sequences)
 
 
 def _engine_gaps(
@@ -229,7 +243,7 @@ def _for_training(
         size = len(e.sequences)
         part = slice(start, start + size)
         e.advantages = advantages[part].float().unsqueeze(-1) * e.action_mask
-        e.returns = e.kl = e.values = e.base_action_log_probs = None
+        e.kl = e.values = e.base_action_log_probs = None
         e.info = {
             "reward": e.rewards.float(),
             COMPANION: companion[part].float(),

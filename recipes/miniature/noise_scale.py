@@ -73,7 +73,10 @@ def of_algorithm(algorithm: Algorithm) -> Weights:
         )
         result = torch.zeros_like(rewards)
         result[:, :own] = made.advantages / own
-        return result.scatter_(1, chosen, made.companion_advantages / max(1, chosen.shape[1]))
+        extra = made.companion_advantages
+        if made.companion_baseline is not None:
+            extra = extra - made.companion_baseline  # pi / pi_anchor is 1 still
+        return result.scatter_(1, chosen, extra / max(1, chosen.shape[1]))
 
     return weights
 
@@ -92,6 +95,10 @@ def methods(cache: str) -> dict[str, Weights]:
         made[f"vBoN, N = {n}"] = of_reward(lambda given, vbon=vbon: vbon.transform(given).rewards)
     made |= {
         f"J-BOND, beta {beta:g}": of_algorithm(JBOND(JBONDConfig(beta=beta, **one))) for beta in (0, 0.5, 0.9, 1)
+    }
+    made |= {
+        f"J-BOND, beta {beta:g}, baseline": of_algorithm(JBOND(JBONDConfig(beta=beta, forward_baseline=True, **one)))
+        for beta in (0, 0.5, 0.9)
     }
     settings = {"n_anchor_samples": 4, "anchor": "ema", **one}
     made |= {
