@@ -110,18 +110,15 @@ def test_jbonds_forward_baseline_takes_all_away_where_no_response_is_better(
 
 
 def test_the_control_is_the_baseline_times_the_ratio_to_what_the_companions_come_from() -> None:
-    from bond_plugin.host.experience import _control
+    from bond_plugin.host.experience import _controls
 
     masks = [torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1, 1]])]
     policy = [torch.log(torch.tensor([[0.5, 0.2, 9.0], [0.4, 9.0, 9.0]])), torch.log(torch.tensor([[0.3, 0.1]]))]
     source = [torch.log(torch.tensor([[0.25, 0.4, 1.0], [0.1, 1.0, 1.0]])), torch.log(torch.tensor([[0.1, 0.1]]))]
-    experiences = [
-        SimpleNamespace(sequences=mask, action_mask=mask, action_log_probs=log_probs)
-        for mask, log_probs in zip(masks, policy, strict=True)
-    ]
-    _control(experiences, torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64), source)
-    torch.testing.assert_close(experiences[0].returns, torch.tensor([[0.0, 0, 0], [2, 0, 0]]))
-    torch.testing.assert_close(experiences[1].returns, torch.tensor([[6.0, 2]]))
+    experiences = [SimpleNamespace(action_mask=mask) for mask in masks]
+    first, second = _controls(torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64), policy, source, experiences)
+    torch.testing.assert_close(first, torch.tensor([[0.0, 0, 0], [2, 0, 0]]))
+    torch.testing.assert_close(second, torch.tensor([[6.0, 2]]))
 
 
 def test_bond_with_an_ema_anchor_on_two_ranks(bond: Callable[..., Run], tmp_path: Path) -> None:

@@ -106,15 +106,18 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     advantages = found.advantages
     if found.companion_advantages is not None:
         advantages = torch.cat([advantages, found.companion_advantages], dim=-1)
+    controls = None
     if found.companion_baseline is not None:
         baseline = torch.zeros_like(advantages)
         baseline[:, n:] = found.companion_baseline
-        _control(experiences, baseline.flatten(), under[wants.source])
+        controls = _controls(baseline.flatten(), under["policy"], under[wants.source], experiences)
     targets = torch.full((prompts, per_prompt), -1.0)
     if found.classifier_targets is not None:
         targets[:, :n] = found.classifier_targets
     rollouts.policy_samples = policy
-    return _for_training(self, experiences, advantages.flatten(), companion_rows.flatten(), targets.flatten())
+    return _for_training(
+        self, experiences, advantages.flatten(), companion_rows.flatten(), targets.flatten(), controls
+    )
 
 
 def _grouped(rows: list[Any], prompts: int) -> None:
@@ -171,14 +174,16 @@ def sums(log_probs: list[torch.Tensor], experiences: list[Any]) -> torch.Tensor:
     )
 
 
-def _control(experiences: list[Any], baseline: torch.Tensor, source: list[torch.Tensor]) -> None:
-    """Put :attr:`LossInputs.control` where the host has returns, which it reads for its critic alone."""
-    start = 0
-    for e, lp in zip(experiences, source, strict=True):
-        part = baseline[start : start + len(e.sequences)].unsqueeze(-1)
-        ratio = torch.where(e.action_mask.bool(), e.action_log_probs - lp, 0.0).clamp(-20, 20).exp()
-        e.returns = (part * ratio * e.action_mask).float()
-        start += len(e.sequences)
+def _controls(
+    baseline: torch.Tensor, policy: list[torch.Tensor], source: list[torch.Tensor], experiences: list[Any]
+) -> list[torch.Tensor]:
+    """:attr:`LossInputs.control` of each experience: ``baseline`` has one number a row, in their order."""
+    found = []
+    rows = baseline.split([len(e.action_mask) for e in experiences])
+    for part, log_probs, under, e in zip(rows, policy, source, experiences, strict=True):
+        ratio = torch.where(e.action_mask.bool(), log_probs - under, 0.0).clamp(-20, 20).exp()
+        found.append((part.unsqueeze(-1) * ratio * e.action_mask).float())
+    return found
 
 
 def _engine_gaps(
@@ -229,6 +234,7 @@ def _for_training(
     advantages: torch.Tensor,
     companion: torch.Tensor,
     targets: torch.Tensor,
+    controls: list[torch.Tensor] | None,
 ) -> list[Any]:
     """One experience a data-parallel rank, all of the same number of rows, prompts in order."""
     from openrlhf.trainer.ppo_utils.experience import (
@@ -239,10 +245,11 @@ def _for_training(
 
     start = 0
     rows: list[Any] = []
-    for e in experiences:
+    for place, e in enumerate(experiences):
         size = len(e.sequences)
         part = slice(start, start + size)
         e.advantages = advantages[part].float().unsqueeze(-1) * e.action_mask
+        e.returns = None if controls is None else controls[place]  # the host reads them for its critic alone
         e.kl = e.values = e.base_action_log_probs = None
         e.info = {
             "reward": e.rewards.float(),
