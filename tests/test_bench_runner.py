@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bond_plugin.bench import runner
+from bond_plugin.bench.matrix import Cell, Evaluation, Matrix
 from bond_plugin.cli.main import main
 
 LOG = """\
@@ -60,6 +62,37 @@ def test_curves_count_tokens_and_take_kl_of_whole_responses(tmp_path: Path) -> N
     assert runner._training(host)["curve"]["kl"] == [0.8]  # the host's is a mean over tokens
     with pytest.raises(runner.BenchError, match="logged no step"):
         runner._training(write(tmp_path / "none.jsonl"))
+
+
+def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with(tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"input": "a"}\n')
+    cell = Cell("jbond", "J-BOND", {}, 1, {"data.prompt_dataset": str(data), "bond.eta": 0.1}, {})
+    matrix = Matrix("", {}, Evaluation("x"), (cell,))
+
+    def started() -> runner.Runner:
+        return runner.Runner(matrix, runner.Settings(tmp_path), ([], None), None, print)
+
+    def finished(cell: Cell, reference: str = "first") -> dict | None:
+        return started().finished(cell, reference)
+
+    made = started()
+    folder = tmp_path / "cells" / cell.folder
+    folder.mkdir(parents=True)
+    result = {"key": made._key(cell, "first"), "status": "done", "label": "old"}
+    (folder / "result.json").write_text(json.dumps(result))
+    assert finished(cell)["label"] == "J-BOND"
+    assert finished(cell, "second") is None
+    other = replace(cell, flags={**cell.flags, "bond.eta": 0.2})
+    assert other.folder == cell.folder and finished(other) is None
+    data.write_text('{"input": "b"}\n')
+    assert finished(cell) is None  # other prompts under the same name
+    data.write_text('{"input": "a"}\n')
+    assert finished(cell) is not None
+    (folder / "result.json").write_text(json.dumps({**result, "status": "failed"}))
+    assert finished(cell) is None
+    # Of another seed, were it in the same folder.
+    assert made._key(cell, "first") != made._key(replace(cell, seed=2), "first")
 
 
 def test_two_runners_do_not_write_one_folder(tmp_path: Path) -> None:

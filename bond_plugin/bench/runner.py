@@ -182,6 +182,7 @@ class Runner:
         self.output = settings.output
         self.prompts, self.labels = prompts
         self.configurations: dict[str, dict[str, Any]] = {}  # by cell
+        self._contents: dict[str, str | None] = {}  # hashes of files and models by path
         self._devices: list[str] | None = None
         self._device_lock = threading.Lock()
 
@@ -310,7 +311,7 @@ class Runner:
         trained = folder / "trained.json"
         try:
             known = json.loads(trained.read_text()) if trained.is_file() else {}
-            if known.get("key") != fingerprints.of_value([cell.flags, cell.seed]) or not (folder / "policy").is_dir():
+            if known.get("key") != self._training_key(cell) or not (folder / "policy").is_dir():
                 known = self._train_cell(cell, folder)
                 write_json(trained, known)
             measured = folder / "measured.json"
@@ -357,7 +358,7 @@ class Runner:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         training = _training(folder / "metrics.jsonl")
         training |= {"seconds": round(seconds, 1), "peak_memory_gib": None if peak is None else round(peak, 2)}
-        return {"key": fingerprints.of_value([cell.flags, cell.seed]), "training": training}
+        return {"key": self._training_key(cell), "training": training}
 
     def _measure(
         self, model: str, output: Path, is_reference: bool, log: Path, configuration: dict[str, Any]
@@ -398,7 +399,16 @@ class Runner:
         return self.output / "cells" / cell.folder
 
     def _key(self, cell: Cell, reference: str) -> str:
-        return fingerprints.of_value([cell.flags, cell.seed, reference])
+        return fingerprints.of_value([self._training_key(cell), reference])
+
+    def _training_key(self, cell: Cell) -> str:
+        """Of the flags, and of what is in the files and models that they name."""
+        named = {name: value for name, value in cell.flags.items() if isinstance(value, str) and Path(value).exists()}
+        for path in set(named.values()) - self._contents.keys():
+            self._contents[path] = fingerprints.of_file(path) if Path(path).is_file() else fingerprints.of_model(path)
+        return fingerprints.of_value(
+            [cell.flags, cell.seed, {name: self._contents[path] for name, path in named.items()}]
+        )
 
     # Several at once.
 
