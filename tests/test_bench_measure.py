@@ -148,3 +148,44 @@ def test_distinct_n() -> None:
 def test_numbers_keep_five_digits() -> None:
     value: dict[str, Any] = measure._plain({"a": torch.tensor([math.pi * 1e-7, -12345.678])})
     assert value == {"a": [3.1416e-07, -12346.0]}
+
+
+@pytest.mark.parametrize("is_reference", [False, True], ids=["policy", "reference"])
+def test_few_samples_by_hand(tiny: Tiny, moved: Path, is_reference: bool) -> None:
+    """Which of the reference's samples a policy, and the reference itself, is compared with; each counts here."""
+    model = tiny.model if is_reference else moved
+    settings = {"samples": 2, "quantile_samples": 2, "bon_levels": [2], "forward_samples": 1, "examples": 0}
+    job = measure.Job(
+        model=str(model), reference=str(tiny.model), output="", reference_samples="", prompts=["p"] * 3, labels=None,
+        configuration={"rollout": {"max_new_tokens": 1, "temperature": 1.0}}, evaluation=settings,
+        is_reference=is_reference,
+    )  # fmt: skip
+    tokens = [5, 6, 7, 8, 9, 10]
+    kept = Samples(PROMPTS, [[[t] for t in tokens]] * 3, [["p"] * 6] * 3)
+    reference = torch.tensor([[3.0, 1.0, 2.0, 7.0, 0.0, 5.0]] * 3, dtype=torch.float64)
+    drawn, rewards = kept, reference
+    if not is_reference:
+        drawn = Samples(PROMPTS, [[[11], [12]]] * 3, [["p"] * 2] * 3)
+        rewards = torch.tensor([[3.0, 6.0]] * 3, dtype=torch.float64)
+    found = measure.evaluate(job, drawn, rewards, {**vars(kept), "rewards": reference.tolist()})
+
+    def same(key: str, value: float) -> None:
+        assert found[key] == pytest.approx([value] * 3, rel=1e-4), key
+
+    if is_reference:  # its first two, 3 and 1: beside its last two, 0 and 5; won against its last four, 2, 7, 0, 5
+        same("win_rate", (2 + 1) / 8)
+        same("quantile", 0.5)
+        below, not_above = [1 / 3, 1 / 3], [2 / 3, 2 / 3]  # y counted among three
+    else:  # 3 and 6: beside the reference's first two, 3 and 1; won against all six
+        same("win_rate", (3.5 + 5) / 12)
+        same("quantile", ((0.5 + 1) / 2 + 1) / 2)
+        below, not_above = [1 / 3, 2 / 3], [3 / 3, 3 / 3]
+    same("log_quantile", sum(math.log(p) for p in not_above) / 2)
+    ratio = sum(math.log(a + b) for a, b in zip(below, not_above, strict=True)) / 2  # (a^2 - b^2) / (a - b), N = 2
+    assert [b - k for b, k in zip(found["backward_kl"]["2"], found["kl"], strict=True)] == pytest.approx(
+        [-ratio] * 3, abs=1e-4
+    )
+    # The best of the two that follow those of the quantiles: 7, token 8, above both of the first two.
+    logs = [log_probs(path)[:, 8] for path in (tiny.model, model)]
+    expected = math.log(2 / 3 + 1) + logs[0] - logs[1]
+    assert found["forward_kl"]["2"] == pytest.approx(expected.tolist(), abs=1e-3)

@@ -363,8 +363,11 @@ def test_noise_scale_from_the_command_line(
 
     # The gradient of one response, alone and without padding, is what it is in a batch.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    drawn = noise_scale.Drawn(model, tokenizer, prompts[:3])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", padding_side="right")  # as the host saves it
+    prompts.sort(key=lambda prompt: -len(tokenizer(prompt)["input_ids"]))
+    prompts = [prompts[0], prompts[-1], prompts[1]]
+    assert len(tokenizer(prompts[1])["input_ids"]) < len(tokenizer(prompts[2])["input_ids"])
+    drawn = noise_scale.Drawn(model, tokenizer, prompts)
     row = 13  # of the second prompt
     weights = torch.zeros(24, dtype=torch.float64)
     weights[row] = 2.0

@@ -158,7 +158,7 @@ def compare(products: Tensor, first: Tensor) -> list[float] | None:
 
 
 class Drawn:
-    """Responses of a model to prompts, a fixed number each, prompts padded left by the tokenizer, responses right.
+    """Responses of a model to prompts, a fixed number each, prompts padded left and responses right.
 
     Attributes:
         ids, mask: ``[rows, tokens]``.
@@ -167,7 +167,8 @@ class Drawn:
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompts: list[str]) -> None:
-        given = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        # Whatever the tokenizer's own side: a trained model's is the right one, where the host's train_sft pads.
+        given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         with torch.inference_mode():
             self.ids = model.generate(
                 **given,
