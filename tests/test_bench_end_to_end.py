@@ -127,6 +127,9 @@ def test_flags_that_cannot_run_are_found_before_anything_starts(
     assert refused.status == 2
     assert "wrong seed=1" in refused.output
     assert "did you mean 'bond.gamma'?" in refused.output
+    flags = nested({"algo.advantage.estimator": "jbond", "train.batch_size": 16, "bond.eta": 2.0})
+    changed = bench({**matrix, "methods": {**matrix["methods"], "jbond": {"flags": flags}}}, "--check")
+    assert changed.status == 2 and "--bond.eta must lie in [0, 1], got 2.0" in changed.output
     other = {"flags": nested({"rollout.max_new_tokens": 5, "algo.advantage.estimator": "reinforce"})}
     unlike = bench({**matrix, "methods": {**matrix["methods"], "short": other}}, "--check")
     assert unlike.status == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from conftest import Tiny, moved_model
 from bond_plugin.bench import measure
 from bond_plugin.bestofn import bon_log_probs, level_probabilities
 from bond_plugin.host.engine import Samples
+from bond_plugin.host.rewards import RewardError
 
 PROMPTS = [[5, 6, 7], [10], [20, 21]]
 VOCABULARY = 32
@@ -111,10 +113,8 @@ def test_zero_one_rewards_have_pass_at_k(case: SimpleNamespace) -> None:
 
 
 def test_the_reference_is_at_its_own_place(case: SimpleNamespace, tiny: Tiny) -> None:
-    import dataclasses
-
     settings = {**case.job.evaluation, "samples": 1000}
-    job = dataclasses.replace(case.job, model=str(tiny.model), evaluation=settings, is_reference=True)
+    job = replace(case.job, model=str(tiny.model), evaluation=settings, is_reference=True)
     rewards = case.values.gather(-1, torch.tensor(case.kept.response_ids)[..., 0])
     found = measure.evaluate(job, case.kept, rewards, {**vars(case.kept), "rewards": rewards.tolist()})
     assert found["kl"] == [0.0] * len(PROMPTS)
@@ -128,6 +128,19 @@ def test_another_tokenizer_is_refused(case: SimpleNamespace) -> None:
     drawn = Samples([[1], [2], [3]], case.kept.response_ids, case.kept.queries)
     with pytest.raises(ValueError, match="tokenize the prompts differently"):
         measure.evaluate(case.job, drawn, torch.zeros(3, COUNT), {**vars(case.kept), "rewards": []})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_is_an_error_that_names_the_prompt(case: SimpleNamespace, value: float) -> None:
+    with pytest.raises(RewardError, match="'second'"):
+        measure.scores(
+            lambda prompt, *_: [value if prompt == "second" else 0.5], ["p", "second", "p"], None, case.kept
+        )
+
+
+def test_the_reference_draws_by_another_seed(case: SimpleNamespace) -> None:
+    job = replace(case.job, evaluation={"seed": 7})
+    assert job.seed != replace(job, is_reference=True).seed
 
 
 def test_best_of_reference_takes_disjoint_groups_after_those_of_the_quantiles() -> None:

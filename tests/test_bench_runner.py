@@ -95,6 +95,60 @@ def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with
     assert made._key(cell, "first") != made._key(replace(cell, seed=2), "first")
 
 
+def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path: Path) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text("one")
+    matrix = Matrix("", {}, Evaluation("x"), ())
+
+    def key(matrix: Matrix = matrix, prompt: str = "a", labels: list | None = None, length: int = 8) -> str:
+        configuration = {
+            "actor": {"model_name_or_path": str(tmp_path)},
+            "reward": {"remote_url": [str(reward)]},
+            "rollout": {"max_new_tokens": length},
+        }
+        return runner.Runner(matrix, runner.Settings(tmp_path), ([prompt], labels), None, print)._reference_key(
+            configuration
+        )
+
+    first = key()
+    assert key(replace(matrix, title="another")) == first
+    more = replace(matrix, evaluation=Evaluation("x", samples=17))
+    others = [key(more), key(prompt="b"), key(labels=["1"]), key(length=9)]
+    reward.write_text("two")
+    others.append(key())
+    reward.write_text("one")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    others.append(key())
+    assert len({first, *others}) == 7
+
+
+def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cells = [Cell("a", "", {}, seed, {}, {}) for seed in (1, 2)]
+    made = runner.Runner(Matrix("", {}, Evaluation("x"), ()), runner.Settings(tmp_path), ([], None), None, print)
+    made.configurations = {
+        one.name: {"bond": {"device": "cuda"}, "gpu_slots": {"actor": 1, "vllm": 1}} for one in cells
+    }
+    made._devices = ["0", "1", "2", "3"]
+    for _ in range(2):
+        with made._device(cells[0]) as first, made._device(cells[1]) as second:
+            given = [each["CUDA_VISIBLE_DEVICES"].split(",") for each in (first, second)]
+            assert sorted(given[0] + given[1]) == ["0", "1", "2", "3"]
+            assert made._devices == []
+
+
+def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
+    cell = Cell("a", "", {}, 1, {}, {})
+    processes = runner.Processes()
+    made = runner.Runner(Matrix("", {}, Evaluation("x"), ()), runner.Settings(tmp_path), ([], None), processes, print)
+    made.configurations = {cell.name: {"bond": {"device": "cpu"}}}
+    processes.stop()
+    with pytest.raises(runner.BenchError):
+        made.cell(cell, "reference")
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_two_runners_do_not_write_one_folder(tmp_path: Path) -> None:
     with runner.locked(tmp_path), pytest.raises(runner.BenchError, match="another bond bench writes to"):
         runner.locked(tmp_path).__enter__()

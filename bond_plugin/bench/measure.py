@@ -72,6 +72,11 @@ class Job:
     def temperature(self) -> float:
         return self.configuration["rollout"]["temperature"]
 
+    @property
+    def seed(self) -> int:
+        """The reference has another one: a policy that is close to it would draw the same responses."""
+        return self.evaluation["seed"] + self.is_reference
+
 
 def run(job: Job) -> None:
     """Sample, score, measure, and write ``job.output``.
@@ -89,9 +94,7 @@ def run(job: Job) -> None:
         ids = tokenizer(job.prompts[0], add_special_tokens=False)["input_ids"]
         nothing = Samples([ids], [[[]]], [[job.prompts[0]]])
         scores(score, job.prompts[:1], None if job.labels is None else job.labels[:1], nothing)
-    drawn = engine.sample(
-        job.model, job.prompts, count, job.max_new_tokens, job.temperature, settings["seed"] + job.is_reference
-    )
+    drawn = engine.sample(job.model, job.prompts, count, job.max_new_tokens, job.temperature, job.seed)
     rewards = scores(score, job.prompts, job.labels, drawn)
     if job.is_reference:
         write_json(Path(job.reference_samples), {**vars(drawn), "rewards": rewards.tolist()})

@@ -240,16 +240,7 @@ class Runner:
         """Measure the reference unless that is done. Returns what identifies it."""
         configuration = self.configurations[self.matrix.cells[0].name]
         model = configuration["actor"]["model_name_or_path"]
-        key = fingerprints.of_value(
-            [
-                fingerprints.of_model(model),
-                asdict(self.matrix.evaluation),
-                self.prompts,
-                self.labels,
-                {name: _get(configuration, name) for name in _SHARED},
-                [fingerprints.of_file(path) for path in configuration["reward"]["remote_url"] or [] if ".py" in path],
-            ]
-        )
+        key = self._reference_key(configuration)
         path = self.output / "reference.json"
         if path.is_file() and (known := json.loads(path.read_text())).get("key") == key:
             # Another title needs no other samples.
@@ -284,6 +275,18 @@ class Runner:
         )
         measured.unlink()
         return key
+
+    def _reference_key(self, configuration: dict[str, Any]) -> str:
+        return fingerprints.of_value(
+            [
+                fingerprints.of_model(configuration["actor"]["model_name_or_path"]),
+                asdict(self.matrix.evaluation),
+                self.prompts,
+                self.labels,
+                {name: _get(configuration, name) for name in _SHARED},
+                [fingerprints.of_file(path) for path in configuration["reward"]["remote_url"] or [] if ".py" in path],
+            ]
+        )
 
     # A cell.
 
