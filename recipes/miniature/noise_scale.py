@@ -10,7 +10,7 @@ From the gradients g of independent batches,
     B = tr Cov(g) / |E g|^2,   in responses: that of a batch times its responses
 
 is the "simple noise scale" of arXiv 1812.06162: with B responses a step is half signal, half noise. Needs mini/ (see
-prepare.py) and, for vBoN, mini/rewards-8.jsonl (see bench.yaml); 16 batches take four minutes on two cores.
+prepare.py) and, for vBoN, mini/rewards-8.jsonl (see bench.yaml); 16 batches take six minutes on two cores.
 """
 
 from __future__ import annotations
