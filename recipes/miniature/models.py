@@ -114,7 +114,7 @@ def train(module: str, output: Path, log: Path, **flags: Any) -> None:
         option = "--" + name.replace("__", ".")
         argv += [option] if value is True else [option, str(value)]
     with log.open("w") as file, tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache, "OMP_NUM_THREADS": _THREADS}
         status = subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if status != 0 or not (work / "model.safetensors").exists():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
@@ -123,6 +123,9 @@ def train(module: str, output: Path, log: Path, **flags: Any) -> None:
     shutil.rmtree(output, ignore_errors=True)
     os.replace(work, output)
 
+
+_THREADS = "2"
+"""Sums over other numbers of threads round otherwise, and after some thousand steps the model is another one."""
 
 _ON_THIS_MACHINE = {"ds__zero_stage": 0, "ds__attn_implementation": "sdpa", "train__micro_batch_size": 32}
 
