@@ -35,7 +35,11 @@ def of_file(path: str | Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    return _short(hashlib.sha256(Path(path).read_bytes()))
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):  # not the whole at once: it may be a dataset
+            digest.update(piece)
+    return _short(digest)
 
 
 def of_model(name: str | Path) -> str | None:

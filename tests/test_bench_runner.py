@@ -89,6 +89,8 @@ def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with
     assert finished(cell) is None  # other prompts under the same name
     data.write_text('{"input": "a"}\n')
     assert finished(cell) is not None
+    long = replace(cell, flags={**cell.flags, "data.input_template": "{}" + "x" * 5000, "reward.remote_url": ""})
+    assert finished(long) is None
     (folder / "result.json").write_text(json.dumps({**result, "status": "failed"}))
     assert finished(cell) is None
     # Of another seed, were it in the same folder.

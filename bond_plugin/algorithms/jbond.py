@@ -172,14 +172,14 @@ def policy_loss(inputs: LossInputs) -> LossOutputs:
     # Log-probabilities are 0 outside the mask, but padding can carry anything: select, do not multiply.
     log_probs = torch.where(inputs.mask.bool(), inputs.log_probs, 0.0)
     old = torch.where(inputs.mask.bool(), inputs.old_log_probs, 0.0)
+    ratio = (log_probs - old).clamp(-20, 20).exp()
     weights = inputs.advantages
     if inputs.control is not None:  # pi_old / pi_source becomes pi / pi_source
-        weights = weights - inputs.control * (log_probs.detach() - old).clamp(-20, 20).exp()
+        weights = weights - inputs.control * ratio.detach()
     plain = log_probs * weights
     if inputs.on_policy:
         objective, clipped = plain, torch.zeros_like(plain)
     else:
-        ratio = (log_probs - old).clamp(-20, 20).exp()
         unclipped = ratio * inputs.advantages
         bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
         companion = inputs.companion.unsqueeze(-1)

@@ -405,10 +405,12 @@ class Runner:
         return fingerprints.of_value([self._training_key(cell), reference])
 
     def _training_key(self, cell: Cell) -> str:
-        """Of the flags, and of what is in the files and models that they name."""
-        named = {name: value for name, value in cell.flags.items() if isinstance(value, str) and Path(value).exists()}
+        """Of the flags, and of what is in the files and models that they name (folders of other kinds: the name)."""
+        # Not Path.exists: to it "" is this folder, and a template may be too long for a name.
+        named = {k: value for k, value in cell.flags.items() if isinstance(value, str) and os.path.exists(value)}
         for path in set(named.values()) - self._contents.keys():
-            self._contents[path] = fingerprints.of_file(path) if Path(path).is_file() else fingerprints.of_model(path)
+            contents = fingerprints.of_file if os.path.isfile(path) else fingerprints.of_model
+            self._contents[path] = contents(path)
         return fingerprints.of_value(
             [cell.flags, cell.seed, {name: self._contents[path] for name, path in named.items()}]
         )

@@ -206,7 +206,7 @@ def gather_one_by_one(
     DeepSpeed waits for the last one alone, by when NCCL has done the others. Gloo may not have: the next forward
     pass then read memory that nothing had been written to.
     """
-    if quantize or len(param_list) < 2:
+    if quantize:
         original(self, param_list, hierarchy, quantize)
     else:
         self._allgather_params_sequential(param_list, hierarchy)

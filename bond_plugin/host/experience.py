@@ -106,7 +106,7 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     advantages = found.advantages
     if found.companion_advantages is not None:
         advantages = torch.cat([advantages, found.companion_advantages], dim=-1)
-    controls = None
+    controls: list[torch.Tensor | None] = [None] * len(experiences)
     if found.companion_baseline is not None:
         baseline = torch.zeros_like(advantages)
         baseline[:, n:] = found.companion_baseline
@@ -234,7 +234,7 @@ def _for_training(
     advantages: torch.Tensor,
     companion: torch.Tensor,
     targets: torch.Tensor,
-    controls: list[torch.Tensor] | None,
+    controls: list[torch.Tensor | None],
 ) -> list[Any]:
     """One experience a data-parallel rank, all of the same number of rows, prompts in order."""
     from openrlhf.trainer.ppo_utils.experience import (
@@ -245,11 +245,11 @@ def _for_training(
 
     start = 0
     rows: list[Any] = []
-    for place, e in enumerate(experiences):
+    for e, control in zip(experiences, controls, strict=True):
         size = len(e.sequences)
         part = slice(start, start + size)
         e.advantages = advantages[part].float().unsqueeze(-1) * e.action_mask
-        e.returns = None if controls is None else controls[place]  # the host reads them for its critic alone
+        e.returns = control  # the host reads them for its critic alone
         e.kl = e.values = e.base_action_log_probs = None
         e.info = {
             "reward": e.rewards.float(),
