@@ -341,34 +341,25 @@ class Learner:
             companions, outputs = self._advantages(self.method, drawn, log_probs)
         self.metrics = outputs.metrics
 
-        advantages = _checked("advantages", outputs.advantages, drawn.shape)
+        advantages = _per_token("advantages", outputs.advantages, drawn.shape)
         if companions.shape[-1]:
-            extra = _checked("companion_advantages", outputs.companion_advantages, companions.shape)
-            advantages = torch.cat([advantages, extra], dim=-1)
+            extra = _per_token("companion_advantages", outputs.companion_advantages, companions.shape)
+            advantages = torch.cat([advantages, extra], dim=1)
         rows = torch.cat([drawn, companions], dim=-1)
         companion = torch.zeros(rows.shape, dtype=torch.bool)
         companion[:, drawn.shape[-1] :] = True
         flat = rows.flatten()
         tokens = self.policy.token_log_probs()[flat]
-        control = None
-        if outputs.companion_baseline is not None:
-            baseline = torch.zeros_like(advantages)
-            baseline[companion] = _checked(
-                "companion_baseline", outputs.companion_baseline, companions.shape
-            ).flatten()
-            ratio = (tokens.detach() - self.policy.token_log_probs(self._source)[flat]).exp()
-            control = baseline.flatten().unsqueeze(-1) * ratio * MASK[flat]
         found = self.loss_function(
             LossInputs(
                 log_probs=tokens,
                 old_log_probs=tokens.detach(),
-                advantages=advantages.flatten().unsqueeze(-1) * MASK[flat],
+                advantages=advantages.flatten(0, 1) * MASK[flat],
                 mask=MASK[flat],
                 companion=companion.flatten(),
                 on_policy=True,
                 clip_low=0.2,
                 clip_high=0.2,
-                control=control,
             )
         )
         by_prompt = _checked("row_loss", found.row_loss, flat.shape).reshape(rows.shape)
@@ -431,6 +422,9 @@ class Learner:
                     f"select's indices must lie in 0 ... {wants.companions - 1}, as companions has as many"
                 )
             selected = companions.gather(-1, chosen)
+        rows = torch.cat([drawn, selected], dim=-1)
+        tokens = self.policy.token_log_probs()[rows]
+        to_reference = tokens - self.policy.token_log_probs(torch.zeros_like(self.anchor))[rows]
         return selected, method.advantages(
             AdvantageInputs(
                 rewards=self.problem.rewards[drawn],
@@ -441,8 +435,20 @@ class Learner:
                 generator=self.generator,
                 reference_rewards=self.cache,
                 classifier_logits=self.classifier.detach()[drawn] if wants.classifier else None,
+                source_log_ratios=(tokens - self.policy.token_log_probs(self._source)[rows])
+                if wants.source_log_probs
+                else None,
+                reference_log_ratios=to_reference if wants.reference_log_probs else None,
             )
         )
+
+
+def _per_token(name: str, values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """``[P, n, A]``: numbers a token, or one a response for all of its tokens."""
+    tokens = (*shape, LENGTH)
+    if isinstance(values, Tensor) and values.dim() == len(tokens):
+        return _checked(name, values, tokens)
+    return _checked(name, values, shape).unsqueeze(-1).expand(tokens)
 
 
 def _checked(name: str, values: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -27,6 +27,7 @@ SUPPORTED_HOST = ("0.11.2",)
 _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
 _TRAINER = "openrlhf.trainer.ppo_trainer:BasePPOTrainer"
 _ACTOR = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
+_LAUNCHER = "openrlhf.trainer.ray.launcher"
 _SAMPLER = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
 _EXECUTOR = "openrlhf.utils.agent:SingleTurnAgentExecutor"
@@ -86,6 +87,12 @@ HOOKS: tuple[Hook, ...] = (
         "self seed full_determinism max_norm micro_train_batch_size train_batch_size zero_stage args",
         "loss:strategy_init",
     ),
+    _hook(
+        f"{_LAUNCHER}:RayActorGroup.__init__",
+        "self num_nodes num_gpus_per_node ray_actor_type pg num_gpus_per_actor duplicate_actors resources "
+        "num_resources_per_node",
+        "log_probs:group_init",
+    ),
     _hook("openrlhf.trainer.ppo_trainer:tqdm", None, "metrics:progress_bar"),
     # The trainer, Ray's single controller.
     _hook(
@@ -107,8 +114,17 @@ HOOKS: tuple[Hook, ...] = (
     _hook(f"{_SAMPLER}.generate_samples", "self generate_kwargs", "sampling:generate_samples"),
     _hook(f"{_SAMPLER}.generate_eval_samples", "self generate_kwargs", "sampling:generate_eval_samples"),
     _hook(f"{_MAKER}.make_experience_batch", "self rollout_samples", "experience:make_experience_batch"),
-    _hook(f"{_MAKER}.compute_advantages_and_returns", "self experiences", "transform:compute_advantages_and_returns"),
+    _hook(f"{_MAKER}._dispatch_forward", "self group sync_condition kwargs", "log_probs:dispatch_forward"),
+    _hook(f"{_MAKER}._flatten_results", "self refs duplicate_factor", "log_probs:flatten_results"),
+    _hook(
+        f"{_MAKER}.compute_advantages_and_returns", "self experiences", "advantages:compute_advantages_and_returns"
+    ),
     # The training workers.
+    _hook(
+        f"{_LAUNCHER}:BaseModelActor.execute_batch",
+        "self method_name all_data start_idx end_idx",
+        "log_probs:execute_batch",
+    ),
     _hook(f"{_STRATEGY}._ds_init_train_model", "self model cfg", "weights:init_train_model"),
     _hook(
         f"{_STRATEGY}.optimizer_step",

@@ -212,15 +212,22 @@ def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
     from openrlhf.models import Actor
 
     prepared = original(self, model, cfg)
-    algorithm = flags.algorithm(self.args)
-    if algorithm is not None and isinstance(model, Actor):
-        wants = algorithm.samples()
-        needed = wants.companions > 0 or wants.source_log_probs
-        reference = algorithm.config.kl_ref or (needed and wants.source == "reference")
-        if reference or wants.anchor:
-            engine = prepared[0].model
-            engine.bond_weights = Weights(engine, wants.anchor_eta, reference, wants.anchor_interval)
+    eta, interval, reference = _kept_beside(self.args)
+    if isinstance(model, Actor) and (reference or eta is not None or interval is not None):
+        engine = prepared[0].model
+        engine.bond_weights = Weights(engine, eta, reference, interval)
     return prepared
+
+
+def _kept_beside(args: Any) -> tuple[float | None, int | None, bool]:
+    """The anchor's ``eta`` and ``interval``, and whether the initial weights are kept."""
+    algorithm = flags.algorithm(args)
+    if algorithm is None:
+        return *(flags.moving_reference(args) or (None, None)), False
+    wants = algorithm.samples()
+    needed = wants.companions > 0 or wants.source_log_probs
+    reference = algorithm.config.kl_ref or wants.reference_log_probs or (needed and wants.source == "reference")
+    return wants.anchor_eta, wants.anchor_interval, reference
 
 
 def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -291,19 +298,6 @@ def broadcast(actor: Any, name: str) -> None:
     """Send the weights ``name`` to the rollout engines, by the host's own way of sending the policy's."""
     with _kept(actor, name).swapped_in(name):
         actor.trainer.broadcast_to_vllm()
-
-
-def log_probs(actor: Any, batches: list[tuple[Any, Any, Any]], name: str) -> list[torch.Tensor]:
-    """log pi of each response token under the weights ``name``.
-
-    Args:
-        batches: (sequences ``[B, T]``, action_mask ``[B, A]``, attention_mask ``[B, T]``) each.
-
-    Returns:
-        ``[B, A]`` each.
-    """
-    with _kept(actor, name).swapped_in(name):
-        return [actor.forward(sequences, action_mask, attention) for sequences, action_mask, attention in batches]
 
 
 def _kept(actor: Any, name: str) -> Weights:
