@@ -783,6 +783,9 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
     def bond(**settings: object) -> Method:
         return build("bond", **{"n": N, "beta": 1.0, **settings})
 
+    def paper(**settings: object) -> Method:
+        return build("jbond", eta=0.01, n_anchor_samples=2, **settings)
+
     iterative = bond(n=2, beta=0.5, n_anchor_samples=64, anchor="periodic", anchor_interval=_PERIOD)
     full = [
         _Entry("bond beta 1, k 16", bond()),
@@ -798,7 +801,11 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
         _Entry("vbon l1", build("vbon", n=N, bound="l1")),
         _Entry("bond n 2, periodic", iterative, passing=True, steps=_PERIOD * _ROUNDS),
         _Entry("bond n 2, ema 0.01", bond(n=2, beta=0.5, anchor="ema", eta=0.01), passing=True, steps=200),
-        _Entry("jbond eta 0.01", build("jbond", eta=0.01), passing=True, steps=200),
+        _Entry("bond beta 1, pooled", bond(n_anchor_samples=0)),
+        _Entry("bond beta 0.5, pooled", bond(beta=0.5, n_anchor_samples=0)),
+        _Entry("jbond, Algorithm 2, eta 0.01", paper(), passing=True, steps=200),
+        _Entry("jbond pooled, eta 0.01", build("jbond", eta=0.01), passing=True, steps=200),
+        _Entry("jbond pooled, n 4, eta 0.01", build("jbond", n=4, eta=0.01), passing=True, steps=200),
     ]
     restricted = [
         _Entry("bond beta 0, k 64", bond(beta=0.0, n_anchor_samples=64), prompts=128),
@@ -815,8 +822,9 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
         _Entry("vbon tied", build("vbon", n=N, bound="tied")),
         _Entry("vbon exact", build("vbon", n=N, bound="exact")),
         _Entry("vbon l1", build("vbon", n=N, bound="l1")),
-        _Entry("jbond ties expected", build("jbond", eta=0.01), passing=True, steps=200),
-        _Entry("jbond ties textbook", build("jbond", eta=0.01, ties="textbook"), passing=True, steps=200),
+        _Entry("jbond, Algorithm 2, ties expected", paper(), passing=True, steps=200),
+        _Entry("jbond, Algorithm 2, ties textbook", paper(ties="textbook"), passing=True, steps=200),
+        _Entry("jbond pooled", build("jbond", eta=0.01), passing=True, steps=200),
     ]
     plan = {
         "full": ("A policy that can be any distribution", strict, "full", "strict", full),
@@ -986,8 +994,11 @@ def _estimators(problem: Problem, bond: Callable[..., Method], seed: int, say: S
         ("vbon exact, M 300, by 1/N", by_n, scaled, 300),
         ("vbon tied, M 300", build("vbon", n=N, bound="tied"), scaled, 300),
         ("vbon l1, M 300", build("vbon", n=N, bound="l1"), scaled, 300),
-        ("jbond", build("jbond"), pairs, 0),
-        ("jbond", build("jbond"), crude, 0),
+        ("bond beta 0.5, pooled", bond(beta=0.5, n_anchor_samples=0), both, 0),
+        ("jbond, Algorithm 2", build("jbond", n_anchor_samples=2), pairs, 0),
+        ("jbond, Algorithm 2", build("jbond", n_anchor_samples=2), crude, 0),
+        ("jbond pooled", build("jbond"), pairs, 0),
+        ("jbond pooled, normalised", build("jbond", normalised=True), pairs, 0),
     ]
     found = []
     for i, (name, method, (against, objective), cached) in enumerate(rows, start=1):

@@ -112,22 +112,22 @@ def wanted(n: int, rewards: Tensor, samples: int, beta: float, gamma: float = 0.
 def test_expected_gradient_is_that_of_the_objective(
     rewards: Tensor, beta: float, gamma: float, gamma_ref: float, baseline: str
 ) -> None:
-    config = JBONDConfig(beta=beta, gamma=gamma, gamma_ref=gamma_ref, baseline=baseline, normalised=False)
+    config = JBONDConfig(beta=beta, gamma=gamma, gamma_ref=gamma_ref, baseline=baseline)
     found = expected(JBOND(config).advantages, rewards)
     torch.testing.assert_close(found, wanted(2, rewards, 2, beta, gamma, gamma_ref), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_more_samples_and_larger_n(n: int) -> None:
-    config = JBONDConfig(n=n, beta=0.5, normalised=False)
+    config = JBONDConfig(n=n, beta=0.5)
     found = expected(JBOND(config).advantages, STRICT, samples=3, prompts=1)
     torch.testing.assert_close(found, wanted(n, STRICT, 3, 0.5), rtol=1e-10, atol=1e-12)
-    ours = BOND(BONDConfig(n=n, n_anchor_samples=0, beta=0.5, normalised=False, anchor="ema"))
+    ours = BOND(BONDConfig(n=n, n_anchor_samples=0, beta=0.5, anchor="ema"))
     torch.testing.assert_close(expected(ours.advantages, STRICT, samples=3, prompts=1), found, rtol=1e-10, atol=1e-12)
 
 
 def test_a_single_prompt_has_a_constant_for_its_baseline() -> None:
-    config = JBONDConfig(beta=1.0, normalised=False)
+    config = JBONDConfig(beta=1.0)
     found = expected(JBOND(config).advantages, STRICT, samples=3, prompts=1)
     torch.testing.assert_close(found, wanted(2, STRICT, 3, 1.0), rtol=1e-10, atol=1e-12)
 
@@ -167,7 +167,7 @@ def test_samples_of_an_earlier_policy_count_by_their_own_distribution() -> None:
         given = inputs(batch, STRICT)
         moved = policy.sum(-1)[batch] - log_mu[batch]
         given = AdvantageInputs(**{**vars(given), "behaviour_log_ratios": moved})
-        config = JBONDConfig(beta=0.0, normalised=False)
+        config = JBONDConfig(beta=0.0)
         found = JBOND(config).advantages(given).advantages * moved.exp().unsqueeze(-1)  # the host's part, untruncated
         coefficient.index_add_(0, batch.flatten(), log_mu[batch].sum().exp() * found.flatten(0, 1) / 2)
     found = torch.autograd.grad(-(coefficient * tokens_of(POLICY)).sum(), POLICY)[0]

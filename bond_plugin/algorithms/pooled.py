@@ -207,9 +207,9 @@ def least(n: int, m: int) -> int:
 def normalised_flag() -> Any:
     """The field ``normalised``."""
     return flag(
-        True,
-        "pooled form: divide by the weights of the other samples (less noise, a bias that falls with their number) "
-        "instead of by their number",
+        False,
+        "pooled form: divide by the weights of the other samples instead of by their number. Bounded, but its target "
+        "lies beyond Best-of-N, the further the smaller bond/ess is and the fewer samples a prompt has",
     )
 
 

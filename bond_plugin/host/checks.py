@@ -151,7 +151,6 @@ def _absolute_paths(args: SimpleNamespace) -> None:
         "ckpt.path",
         "logger.tensorboard_dir",
         "bond.reward_cache",
-        "train.agent_func_path",
     ):
         try:
             node, name = _at(args, dest)
@@ -160,7 +159,7 @@ def _absolute_paths(args: SimpleNamespace) -> None:
             continue  # a flag of an algorithm that does not run
         if path:
             setattr(node, name, os.path.abspath(os.path.expanduser(path)))
-    for dest in ("actor.model_name_or_path", "critic.model_name_or_path"):
+    for dest in ("actor.model_name_or_path", "critic.model_name_or_path", "train.agent_func_path"):
         node, name = _at(args, dest)
         setattr(node, name, _absolute(getattr(node, name)))
     for dest in ("reward.model_name_or_path", "data.prompt_dataset", "eval.dataset"):
@@ -230,7 +229,7 @@ def _groups(args: SimpleNamespace) -> list[str]:
         samples += args.rollout.batch_size * algorithm.samples().trained_companions
     found = []
     for group, node in sizes.items():
-        ranks = node.num_nodes * node.num_gpus_per_node // copies
+        ranks = max(1, node.num_nodes * node.num_gpus_per_node // copies)
         if args.train.dynamic_batch_enable:
             unequal = (args.actor.num_nodes * args.actor.num_gpus_per_node // copies) % ranks
         else:
@@ -481,7 +480,7 @@ def _sizes(args: SimpleNamespace, companions: int) -> list[str]:
     n, batch = args.rollout.n_samples_per_prompt, args.train.batch_size
     samples = args.rollout.batch_size * n
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    ranks = args.actor.num_nodes * args.actor.num_gpus_per_node // copies
+    ranks = max(1, args.actor.num_nodes * args.actor.num_gpus_per_node // copies)
     dynamic = args.train.dynamic_batch_enable
     found = []
     if batch % n and args.actor.policy_loss_type not in _HOST_LOSSES:

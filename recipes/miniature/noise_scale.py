@@ -135,8 +135,8 @@ def methods(cache: str, moved: bool = False) -> dict[str, Weights]:
     """By name; ``cache`` is the file of vBoN's rewards, ``moved`` says that the policy is not the anchor any more."""
     made: dict[str, Weights] = {FIRST: of_reward(lambda known: known.rewards)}
     for n, beta in ((2, 0), (2, 0.5), (2, 1), (4, 0.5)):
-        for normalised in (True, False):
-            name = f"pooled J-BOND, N = {n}, beta {beta:g}" + ("" if normalised else ", by number")
+        for normalised in (False, True):
+            name = f"pooled J-BOND, N = {n}, beta {beta:g}" + (", normalised" if normalised else "")
             made[name] = of_algorithm(JBOND(JBONDConfig(n=n, beta=beta, normalised=normalised)))
     if moved:
         for beta in (0.5, 1):
