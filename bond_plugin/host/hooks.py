@@ -189,6 +189,9 @@ _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's c
 _installed: set[str] = set()
 _armed = False
 
+#: Whether this process only checks a command line, so that flash-attn, which every run on a GPU needs, may be missing.
+only_checks = False
+
 
 def arm() -> None:
     """Install the hooks of modules that are imported already, and the others when they will be.
@@ -346,8 +349,10 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         from bond_plugin.host import cpu, on_cpu
 
-        stand_in = on_cpu() and name == cpu.NEEDS_FLASH_ATTN
-        if name in self._looking or not (stand_in or name in _by_module()):
+        if name in self._looking:
+            return None
+        stand_in = name == cpu.NEEDS_FLASH_ATTN and (on_cpu() or _lacks_flash_attn())
+        if not (stand_in or name in _by_module()):
             return None
         self._looking.add(name)
         try:
@@ -357,6 +362,18 @@ class _Finder(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, cpu.flash_attn_stand_in if stand_in else _nothing)
         return spec
+
+
+def _lacks_flash_attn() -> bool:
+    """Whether the host would fail to import on a machine with GPU. Raises :class:`HostMismatch` if it is to train."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        return False
+    if not only_checks:
+        raise HostMismatch(
+            "flash-attn is not installed: pip install flash-attn --no-build-isolation; or --bond.device cpu"
+        )
+    print("bond: note: this machine has no flash-attn, which the run itself needs on a GPU", flush=True)
+    return True
 
 
 @contextmanager
