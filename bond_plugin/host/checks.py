@@ -32,7 +32,9 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     if on_cpu():
         default("vllm.sync_backend", "gloo", "no GPU")
         default("vllm.enforce_eager", True, "no GPU")
-        default("ds.attn_implementation", "sdpa", "no GPU")
+        if "flash" in args.ds.attn_implementation:  # what the host insists on when samples are packed
+            args.ds.attn_implementation = "sdpa"
+            notes.append("--ds.attn_implementation is sdpa (no GPU)")
         for group in ("ref", "critic", "reward"):
             # The host's default of 8 would be 8 processes here.
             if f"{group}.num_gpus_per_node" not in given:
@@ -122,13 +124,11 @@ def _cpu(args: SimpleNamespace) -> list[str]:
     found = []
     if args.vllm.sync_backend != "gloo":
         found.append(f"--vllm.sync_backend {args.vllm.sync_backend} needs a GPU; use gloo")
-    if "flash" in args.ds.attn_implementation:
-        found.append(f"--ds.attn_implementation {args.ds.attn_implementation} needs a GPU; use sdpa or eager")
     for dest, on in (
-        ("ds.packing_samples", args.ds.packing_samples),
         ("ds.adam_offload", args.ds.adam_offload),
         ("vllm.enable_sleep", args.vllm.enable_sleep),
         ("vllm.sync_with_ray", args.vllm.sync_with_ray),
+        ("ds.ring_attn_size above 1", args.ds.ring_attn_size > 1),
     ):
         if on:
             found.append(f"--{dest} needs a GPU")

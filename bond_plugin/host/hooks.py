@@ -189,7 +189,7 @@ _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's c
 _installed: set[str] = set()
 _armed = False
 
-#: Whether this process only checks a command line, so that flash-attn, which every run on a GPU needs, may be missing.
+#: Whether this process only checks a command line, so that flash-attn, which runs on GPUs need, may be missing.
 only_checks = False
 
 
