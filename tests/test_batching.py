@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
-from conftest import Tiny
+import torch
+from conftest import Tiny, recipe_for, to_argv
 from test_distributed import launch
 
 
@@ -24,3 +26,70 @@ def test_packed_rows_are_computed_as_padded_ones(packing: dict, model: str, dtyp
     print(found)
     assert set(found) == ({"log_probs", "entropy", "gradient"} if "policy" in model else {"values", "gradient"})
     assert max(found.values()) < (1e-5 if dtype == "fp32" else 2e-2)
+
+
+KINDS = {
+    "rloo": {"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 2},
+    "jbond": {"algo.advantage.estimator": "jbond"},
+    "critic": {"algo.advantage.estimator": "gae"},
+    "critic classifier": {
+        "algo.advantage.estimator": "bond",
+        "bond.quantile": "learned",
+        "no-bond.correction": True,
+    },
+}
+#: Ranks: what is run there, as kind:ZeRO stage:mode (see workers/batches.py).
+RUNS = {
+    1: [
+        *(f"{kind}:2:{mode}" for kind in KINDS for mode in ("static", "dynamic")),
+        *(f"rloo:{stage}:{mode}" for stage in (1, 3) for mode in ("static", "dynamic")),
+        *(f"rloo:{stage}:broken" for stage in (1, 2)),
+        *(f"{kind}:2:windows" for kind in KINDS),
+    ],
+    2: [f"{kind}:{stage}:{mode}" for kind, stage in (("rloo", 1), ("rloo", 3), ("jbond", 2), ("critic", 2))
+        for mode in ("static", "dynamic")],
+}  # fmt: skip
+SAME = [(ranks, run.rpartition(":")[0]) for ranks, runs in RUNS.items() for run in runs if run.endswith(":dynamic")]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    folder = tmp_path_factory.mktemp("batches")
+    path = folder / "flags.json"
+    common = {**recipe_for(tiny), "algo.kl.init_coef": 0.0}
+    path.write_text(json.dumps({kind: to_argv({**common, **flags}) for kind, flags in KINDS.items()}))
+    found = {}
+    for ranks, runs in RUNS.items():
+        out = folder / f"{ranks}.pt"
+        launch("batches.py", ranks, path, out, *runs)
+        found[ranks] = torch.load(out, weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "run"), SAME, ids=str)
+def test_a_dynamic_batch_has_the_gradient_of_a_static_one(trained: dict[int, dict], ranks: int, run: str) -> None:
+    static, dynamic = (trained[ranks][f"{run}:{mode}"] for mode in ("static", "dynamic"))
+    assert 1 < dynamic["backward"] < static["backward"]  # packed, and still several
+    assert static["steps"] == dynamic["steps"] == dynamic["window"] == 1
+    assert static["last_rate"] == dynamic["last_rate"] < dynamic["rates"][0]
+    assert static["finite"]
+    assert dynamic["finite"]
+    torch.testing.assert_close(dynamic["gradient"], static["gradient"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_without_the_mark_all_but_the_last_micro_batch_are_lost(trained: dict[int, dict], stage: int) -> None:
+    wanted = trained[1][f"rloo:{stage}:static"]["gradient"]
+    lost = trained[1][f"rloo:{stage}:broken"]["gradient"]
+    print(wanted.norm(), lost.norm())
+    assert (lost - wanted).norm() > 0.3 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_windows_are_two_steps_of_optimiser_and_scheduler(trained: dict[int, dict], kind: str) -> None:
+    found = trained[1][f"{kind}:2:windows"]
+    assert found["steps"] == found["window"] == 2
+    assert found["backward"] > 4
+    first, second = found["rates"]
+    assert first - second == pytest.approx(second - found["last_rate"])  # linear, once a step
+    assert first > second > found["last_rate"]

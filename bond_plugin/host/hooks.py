@@ -139,6 +139,11 @@ HOOKS: tuple[Hook, ...] = (
         "self experience step loss_batch_info",
         "classifier:training_step",
     ),
+    _hook(
+        "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.setup_dynamic_batch",
+        "self strategy",
+        "batches:setup_dynamic_batch",
+    ),
     # The rollout engines.
     _hook(
         f"{_EXECUTOR}.execute",

@@ -198,13 +198,17 @@ class _Zero3:
 # What is attached to the host's strategy.
 
 
-def of(model: Any) -> Weights | None:
-    """The weights kept beside a prepared model (an ``Actor`` or an engine), if there are any."""
+def engine_of(model: Any) -> Any:
+    """The DeepSpeed engine of a prepared model (an ``Actor`` or an engine)."""
     from openrlhf.models import Actor
 
     # Not by asking for `.model`: an engine hands that on to the model it holds.
-    engine = model.model if isinstance(model, Actor) else model
-    return getattr(engine, "bond_weights", None)
+    return model.model if isinstance(model, Actor) else model
+
+
+def of(model: Any) -> Weights | None:
+    """The weights kept beside a prepared model, if there are any."""
+    return getattr(engine_of(model), "bond_weights", None)
 
 
 def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
