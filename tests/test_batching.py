@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, recipe_for, to_argv
+from conftest import Run, Tiny, recipe_for, to_argv
 from test_distributed import launch
 
 
@@ -93,3 +96,31 @@ def test_two_windows_are_two_steps_of_optimiser_and_scheduler(trained: dict[int,
     first, second = found["rates"]
     assert first - second == pytest.approx(second - found["last_rate"])  # linear, once a step
     assert first > second > found["last_rate"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("flags", [
+    {"algo.advantage.estimator": "rloo", "ds.packing_samples": True},
+    {"algo.advantage.estimator": "reinforce_baseline", "actor.num_gpus_per_node": 2, "train.micro_batch_size": 4,
+     "train.dynamic_batch_enable": True, "train.max_tokens_per_gpu": 48},
+], ids=["packed", "dynamic"])  # fmt: skip
+def test_whole_runs_of_the_hosts_estimators(bond: Callable[..., Run], tmp_path: Path, flags: dict[str, Any]) -> None:
+    done = bond(
+        tmp_path,
+        {
+            "rollout.n_samples_per_prompt": 4,
+            "train.batch_size": 32,  # two optimiser steps a rollout
+            "algo.kl.init_coef": 0.01,
+            "algo.advantage.is_correction_level": "token",
+            "algo.advantage.is_correction_threshold": [0, 100],
+            **flags,
+        },
+    )
+    assert len(done.metrics) == 3
+    for step in done.metrics:
+        assert all(math.isfinite(value) for value in step.values())
+        assert step["actor_grad_norm"] > 0
+        assert step["rollout/num_samples"] == 64
+        # Trainer and engine are one policy: after the first step's update, too.
+        assert abs(step["vllm_kl"]) < 1e-2
+    assert done.metrics[-1]["kl"] != done.metrics[0]["kl"]  # from the reference: it has moved
