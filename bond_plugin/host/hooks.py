@@ -25,6 +25,7 @@ from typing import Any
 SUPPORTED_HOST = ("0.11.2",)
 
 _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
+_STATES = "openrlhf.utils.deepspeed.deepspeed_utils"
 _TRAINER = "openrlhf.trainer.ppo_trainer:BasePPOTrainer"
 _ACTOR = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
 _SAMPLER = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
@@ -126,6 +127,8 @@ HOOKS: tuple[Hook, ...] = (
         "weights:load_ckpt",
     ),
     _hook(f"{_STRATEGY}.save_model", "self model tokenizer output_dir kwargs", "weights:save_model"),
+    _hook(f"{_STATES}:offload_deepspeed_states", "model pin_memory non_blocking", "weights:offload_states"),
+    _hook(f"{_STATES}:reload_deepspeed_states", "model non_blocking", "weights:reload_states"),
     _hook(
         f"{_ACTOR}.__init__",
         "self strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size "

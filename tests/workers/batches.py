@@ -6,20 +6,13 @@ KIND names one of the lists of flags. MODE is static (padded rows, one a
 micro-batch), dynamic (packed, by tokens), broken (dynamic without what is attached) or windows (two steps).
 """
 
-import contextlib
-import io
 import json
-import os
 import sys
-from types import SimpleNamespace
 from typing import Any
 
-os.environ["BOND_DEVICE"] = "cpu"
-from bond_plugin.host import batches, cpu, flags, hooks, loss
+from common import arguments, optimiser
 
-os.environ.update(cpu.ENVIRONMENT)
-hooks.arm()
-
+# isort: split
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
@@ -29,7 +22,7 @@ from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 
-from bond_plugin.cli import train
+from bond_plugin.host import batches, flags, loss
 from bond_plugin.host.classifier import TARGET
 from bond_plugin.host.experience import COMPANION
 
@@ -38,13 +31,6 @@ mark, setup = batches.mark, batches.setup_dynamic_batch
 with open(sys.argv[1]) as file:
     argv = json.load(file)
 words = list(sys.argv)
-
-
-def arguments(kind: str) -> SimpleNamespace:
-    """The host's arguments, as its own parser and our checks leave them before Ray starts."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        train.main([*argv[kind], "--dry-run"])
-    return flags.current().args
 
 
 def rows_of(count: int, companions: int) -> Experience:
@@ -77,7 +63,7 @@ def rows_of(count: int, companions: int) -> Experience:
 
 
 def run(kind: str, stage: int, mode: str) -> dict:
-    args = arguments(kind)
+    args = arguments(argv[kind])
     dynamic = mode != "static"
     args.ds.zero_stage, args.ds.param_dtype = stage, "fp32"
     args.ds.packing_samples = args.train.dynamic_batch_enable = dynamic
@@ -102,10 +88,7 @@ def run(kind: str, stage: int, mode: str) -> dict:
         "packing_samples": dynamic,
     }
     part = args.critic if "critic" in kind else args.actor
-    cfg = {
-        "optim": "adam", "muon": {}, "adam": vars(part.adam), "lr_scheduler": "linear", "lr_warmup_ratio": 0.0,
-        "max_norm": 0.0, "scheduler_steps": 10,
-    }  # fmt: skip
+    cfg = optimiser(part)
     if "critic" in kind:
         model = get_llm_for_sequence_regression(
             args.actor.model_name_or_path, "critic", init_value_head=True, **common
