@@ -167,11 +167,13 @@ def moved_model(source: Path, folder: Path, seed: int, scale: float) -> Path:
 
 
 def to_argv(flags: dict[str, Any]) -> list[str]:
-    """``--name value`` for each; True is a switch, None drops the flag."""
+    """``--name value`` for each; True is a switch, None drops the flag, a list is several values."""
     argv: list[str] = []
     for name, value in flags.items():
         if value is True:
             argv.append(f"--{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
         elif value is not None and value is not False:
             argv += [f"--{name}", str(value)]
     return argv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import POOLED, REPOSITORY, clean_environment, nested, recipe_for
+from conftest import POOLED, REPOSITORY, clean_environment, nested, recipe_for, to_argv
 
 from bond_plugin import recipe
 from bond_plugin.bench import matrix
@@ -161,6 +162,41 @@ def test_reward_file_without_reward_func_is_an_error(dry: Any, tmp_path: Path) -
 def configuration(done: Any) -> dict[str, Any]:
     assert done.status == 0, done.text
     return yaml.safe_load(done.out[done.out.index("configuration:") :])["configuration"]
+
+
+@pytest.mark.parametrize("flags", [
+    {"ds.packing_samples": True, "ds.attn_implementation": "eager"},
+    {"train.dynamic_batch_enable": True, "train.max_tokens_per_gpu": 64},
+])  # fmt: skip
+def test_packed_samples_run_without_flash_attention_on_cpu(dry: Any, flags: dict[str, Any]) -> None:
+    """The host insists on flash attention as soon as samples are packed."""
+    done = dry({"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 2, **flags})
+    found = configuration(done)
+    assert found["ds"]["packing_samples"]
+    assert found["ds"]["attn_implementation"] == "sdpa"
+    assert "bond: note: --ds.attn_implementation is sdpa (no GPU)" in done.out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_run_for_gpus_needs_flash_attention_but_can_be_checked_without(tiny: Any, checks: bool) -> None:
+    argv = [*to_argv(recipe_for(tiny)), "--bond.device", "cuda", *["--dry-run"] * checks]
+    done = subprocess.run(
+        [sys.executable, "-m", "bond_plugin", "train", *argv], env=clean_environment(), capture_output=True, text=True
+    )
+    if checks:
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("bond: note: this machine has no flash-attn") == 1
+        report = yaml.safe_load(done.stdout[done.stdout.index("configuration:") :])
+        assert report["configuration"]["bond"]["device"] == "cuda"
+        assert report["configuration"]["ds"]["attn_implementation"] == "flash_attention_2"
+        assert set(report["hooks"].values()) == {"installed"}
+    else:
+        assert done.returncode == 2
+        assert "flash-attn is not installed: pip install flash-attn --no-build-isolation; or --bond.device cpu" in (
+            done.stderr
+        )
+        assert "Traceback" not in done.stderr
 
 
 def test_an_empty_reward_url_takes_back_that_of_a_recipe(dry: Any, tiny: Any) -> None:

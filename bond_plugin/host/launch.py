@@ -21,6 +21,7 @@ SETUP_HOOK = "bond_plugin.host.load_plugins"
 def run_host(argv: list[str], command: str = "bond train") -> None:
     """Run the host's own command with our hooks: what ``bond train`` does, and up to Ray's start ``bond cache``."""
     settle_device(argv)
+    hooks.only_checks = bool({"--dry-run", "--help", "-h"} & set(argv))
     load_plugins()
     sys.argv = [command, *argv]
     runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bond_plugin import registry
 from bond_plugin.algorithms.base import LossInputs, LossOutputs
-from bond_plugin.host import checks, classifier, flags, weights
+from bond_plugin.host import batches, checks, classifier, flags, weights
 from bond_plugin.host.experience import COMPANION
 
 
@@ -42,7 +42,7 @@ class PromptMeanLoss(nn.Module):
     Args:
         loss: from the group ``openrlhf.policy_losses``.
         args: the run's arguments.
-        micro_batches: micro-batches of an optimiser step on this rank.
+        micro_batches: micro-batches of an optimiser step on this rank, over whose losses DeepSpeed takes the mean.
     """
 
     def __init__(self, loss: Callable[[LossInputs], LossOutputs], args: SimpleNamespace, micro_batches: int) -> None:
@@ -104,20 +104,23 @@ def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> N
     name = self.args.actor.policy_loss_type
     if name not in checks._HOST_LOSSES:
         loss = registry.load(registry.POLICY_LOSSES, name)
-        self.actor_loss_fn = PromptMeanLoss(loss, self.args, self.strategy.accumulated_gradient)
+        self.actor_loss_fn = PromptMeanLoss(loss, self.args, batches.divisor(self.strategy))
 
 
-def training_step(original: Any, self: Any, experience: Any, *args: Any, **kwargs: Any) -> dict:
+def training_step(
+    original: Any, self: Any, experience: Any, kl_ctl: float, step: int, loss_batch_info: Any = None
+) -> dict:
     """One micro-batch: hand the loss what it needs to know of the rows; report the loss as it is meant."""
+    batches.mark(self, self.actor, step)
     companion = experience.info.pop(COMPANION, None)
     experience.info.pop(classifier.TARGET, None)
     loss = self.actor_loss_fn
     if not isinstance(loss, PromptMeanLoss):
-        return original(self, experience, *args, **kwargs)
+        return original(self, experience, kl_ctl, step, loss_batch_info)
     if companion is not None:
         companion = torch.as_tensor(companion, device=experience.sequences.device) > 0.5
     loss.expect(companion)
-    status = original(self, experience, *args, **kwargs)
+    status = original(self, experience, kl_ctl, step, loss_batch_info)
     # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
     rows = loss._policy_rows + loss._companion_rows
     status["metrics"]["bond/loss"] = loss.row_losses * rows
