@@ -803,7 +803,7 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
         _Entry("bond n 2, ema 0.01", bond(n=2, beta=0.5, anchor="ema", eta=0.01), passing=True, steps=200),
         _Entry("bond beta 1, pooled", bond(n_anchor_samples=0)),
         _Entry("bond beta 0.5, pooled", bond(beta=0.5, n_anchor_samples=0)),
-        _Entry("jbond, Algorithm 2, eta 0.01", paper(), passing=True, steps=200),
+        _Entry("jbond paper, eta 0.01", paper(), passing=True, steps=200),
         _Entry("jbond pooled, eta 0.01", build("jbond", eta=0.01), passing=True, steps=200),
         _Entry("jbond pooled, n 4, eta 0.01", build("jbond", n=4, eta=0.01), passing=True, steps=200),
     ]
@@ -822,8 +822,8 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
         _Entry("vbon tied", build("vbon", n=N, bound="tied")),
         _Entry("vbon exact", build("vbon", n=N, bound="exact")),
         _Entry("vbon l1", build("vbon", n=N, bound="l1")),
-        _Entry("jbond, Algorithm 2, ties expected", paper(), passing=True, steps=200),
-        _Entry("jbond, Algorithm 2, ties textbook", paper(ties="textbook"), passing=True, steps=200),
+        _Entry("jbond paper, ties expected", paper(), passing=True, steps=200),
+        _Entry("jbond paper, ties textbook", paper(ties="textbook"), passing=True, steps=200),
         _Entry("jbond pooled", build("jbond", eta=0.01), passing=True, steps=200),
     ]
     plan = {
@@ -995,8 +995,8 @@ def _estimators(problem: Problem, bond: Callable[..., Method], seed: int, say: S
         ("vbon tied, M 300", build("vbon", n=N, bound="tied"), scaled, 300),
         ("vbon l1, M 300", build("vbon", n=N, bound="l1"), scaled, 300),
         ("bond beta 0.5, pooled", bond(beta=0.5, n_anchor_samples=0), both, 0),
-        ("jbond, Algorithm 2", build("jbond", n_anchor_samples=2), pairs, 0),
-        ("jbond, Algorithm 2", build("jbond", n_anchor_samples=2), crude, 0),
+        ("jbond paper", build("jbond", n_anchor_samples=2), pairs, 0),
+        ("jbond paper", build("jbond", n_anchor_samples=2), crude, 0),
         ("jbond pooled", build("jbond"), pairs, 0),
         ("jbond pooled, normalised", build("jbond", normalised=True), pairs, 0),
     ]
