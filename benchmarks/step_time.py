@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/step_time.py --recipe recipes/reviews/jbond-cpu.yaml
 
 Both are `bond train` with the recipe's model, prompts, reward and sizes, in turn, several rounds, so that a machine
-that gets slower meets both. The first step of a run (caches, compilation) does not count. Prints the median seconds of
-each part of a step and the ratio of the medians, with the smallest and the largest ratio of a round.
+that gets slower meets both. The first step of a run (caches, compilation) does not count. Prints the median seconds
+of each part of a step and the ratio of the medians, with the smallest and the largest ratio of a round.
 """
 
 from __future__ import annotations
