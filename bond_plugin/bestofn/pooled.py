@@ -29,6 +29,11 @@ def mixture_weights(policy_ratio: Tensor, source_ratio: Tensor, n: int) -> tuple
     At m > 0, a <= S / m, whatever the policy. The mean of ``a * f(y)`` over the S samples is unbiased for the
     mean of f under the source, that of ``p * f(y)`` for the mean under the policy.
 
+    What compares samples with each other is exact for m = 0 only. For m > 0 the *others* of a sample are not the
+    mixture q, because n and m are fixed: by enumeration at n = m, :func:`pooled_tilt` and the gradient made of it
+    have a bias as 1 / (S - 1) for N = 2, for N = 3 within 3 % of that, and the log-quantile of 0.069, 0.052, 0.033
+    nats at S = 4, 8, 16 for the lowest generation, 0.013, 0.005, 0.003 for the best. None where source = mu.
+
     Args:
         policy_ratio: ``[P, S]``, log pi(y) - log mu(y) of every sample; zeros where mu is the policy.
         source_ratio: ``[P, S]``, log source(y) - log mu(y) of every sample. ``-inf`` where the source has no mass.
@@ -73,7 +78,9 @@ def pooled_tilt(rewards: Tensor, weights: Tensor, n: int, normalised: bool = Fal
         weights: ``[P, S]``, a of :func:`mixture_weights`, finite and >= 0.
         n: N of Best-of-N, 2 <= N <= S.
         normalised: divide by the sum of the products over *all* subsets of N - 1 others. The result is then
-            in [0, N] and does not depend on the weights' scale.
+            in [0, N] and does not depend on the weights' scale, but it has a bias as 1 / S. By enumeration for
+            weights of 2, 2/3 and 4/5, where g is up to N: at S = 4, 8, 16 at most 0.053, 0.025, 0.012 for N = 2
+            and 0.176, 0.098, 0.050 for N = 3.
 
     Returns:
         ``[P, S]`` float64, >= 0. 0 where fewer than N - 1 others have a positive weight.
@@ -105,11 +112,14 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor | None = None, normal
         rewards: ``[P, S]``, finite, S >= 2.
         weights: ``[P, S]``, a of :func:`mixture_weights`, finite and >= 0; ``None``: all one.
         normalised: divide by e_j of all others instead of C(k, j). The result is then in [-H_k, 0] and does
-            not depend on the weights' scale; samples of weight zero are as if they were not there. Makes no
-            difference without weights.
+            not depend on the weights' scale; samples of weight zero are as if they were not there. Against the
+            series this has a bias as 1 / S at a fixed F, which goes through S F and so falls late at the lowest
+            ranks. By enumeration for weights of 2, 2/3 and 4/5, at S = 8, 16, 32: 0.024, 0.012, 0.006 nats for
+            the best generation, 0.115, 0.125, 0.108 for the lowest, with F < 0.2. Unused without weights.
 
     Returns:
-        ``[P, S]`` float64, in nats, <= 0.
+        ``[P, S]`` float64, in nats, <= 0. With weights in time O(S^3) a prompt: 2 s for 512 prompts of 64 samples
+        on one core.
 
     Raises:
         ValueError: shapes, rewards or weights out of range, or fewer than two samples.
