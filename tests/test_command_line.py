@@ -88,7 +88,6 @@ REFUSED = [
     ({"train.async_enable": True}, "--train.async_enable cannot be used with jbond"),
     ({"train.async_enable": True, "train.partial_rollout_enable": True}, "--train.partial_rollout_enable"),
     ({"train.enable_ema": True}, "--bond.save_anchor"),
-    ({"train.dynamic_batch_enable": True}, "--train.dynamic_batch_enable cannot be used"),
     ({"ds.ring_attn_size": 2}, "--ds.ring_attn_size"),
     ({"ds.tensor_parallel_size": 2, "actor.num_gpus_per_node": 2}, "--ds.tensor_parallel_size"),
     ({"ds.lora.rank": 8}, "--ds.lora.rank"),
@@ -367,7 +366,6 @@ RAILS = [
     {"train.dynamic_batch_enable": True},
     {"train.colocate_all": True},
     {"ds.packing_samples": True},
-    {"ds.lora.rank": 8},
     {"actor.optim": "muon"},
     {"actor.dual_clip": 3.0},
     {"actor.entropy_coef": 0.1},
@@ -402,6 +400,8 @@ def test_what_only_a_gpu_can_run_can_be_checked_without_one_but_not_started(dry:
 
 
 REFUSED_POOLED = [
+    ({"ds.lora.rank": 8}, "--ds.lora.rank cannot run: the host sends the engines adapters under names"),
+    ({"actor.optim": "muon", "ds.zero_stage": 3}, "--actor.optim muon with --ds.zero_stage 3 cannot run"),
     ({"rollout.n_samples_per_prompt": 1}, "--rollout.n_samples_per_prompt 1: jbond compares a prompt's samples"),
     ({"bond.n": 6}, "--rollout.n_samples_per_prompt 4: jbond compares a prompt's samples with one another and needs"),
     ({"ds.deepcompile": True}, "--ds.deepcompile cannot be used with jbond"),

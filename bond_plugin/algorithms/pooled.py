@@ -101,7 +101,7 @@ class Pool:
         return pooled_tilt(self.rewards, self.weights, n, normalised)
 
     def log_tilt(self, n: int, normalised: bool) -> Tensor:
-        """log ĝ of Best-of-``n`` but for the constant log n, ``[P, S]``: (n - 1) log F; of equals, one half is below."""
+        """log ĝ of Best-of-``n`` but for the constant log n, ``[P, S]``: (n - 1) log F, half of equals below."""
         return (n - 1) * harmonic_log_quantile(self.rewards, self.weights, normalised, ties="half")
 
 

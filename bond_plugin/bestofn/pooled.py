@@ -106,9 +106,9 @@ def harmonic_log_quantile(
     with no floor to choose. With weights it is -sum_j (1 / j) e_j(weights of those above i) / C(k, j), for the same
     series.
 
-    Equals: ``ordered`` is the mean over their random orders, E[log F] with F uniform in [p_<, p_<=]. ``half`` counts an
-    equal as half a sample above, which gives the series of log (p_< + p_<=) / 2: of log g_2 / 2 itself, where the mean
-    of logs lies below the log of the mean that Best-of-N weighs a level by. For 0/1 rewards that is up to a nat.
+    Equals: ``ordered`` is the mean over their random orders, E[log F] with F uniform in [p_<, p_<=]. ``half`` counts
+    an equal as half a sample above, which gives the series of log (p_< + p_<=) / 2: of log g_2 / 2 itself, where the
+    mean of logs lies below the log of the mean that Best-of-N weighs a level by. For 0/1 rewards that is up to a nat.
 
     Ranks within a prompt are not independent: their sum is fixed. Without weights, subtracting the leave-one-out mean
     only multiplies the result by S / (S - 1), up to a constant, and so changes its proportion to anything it

@@ -195,7 +195,7 @@ def impediments(args: SimpleNamespace) -> list[str]:
 
 def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
-    found = [*_files(args), *_groups(args)]
+    found = [*_files(args), *_groups(args), *_host_cannot(args)]
     algorithm = flags.algorithm(args)
     loss = args.actor.policy_loss_type
     if loss not in _HOST_LOSSES:
@@ -209,6 +209,27 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     if flags.moving_reference(args) is not None:
         found += _moving_reference(args, algorithm is not None, transform is not None)
     return found
+
+
+def _host_cannot(args: SimpleNamespace) -> list[str]:
+    """What ends in the middle of a run whatever the estimator, in OpenRLHF 0.11.2 with DeepSpeed 0.19."""
+    muon, stage = args.actor.optim == "muon", args.ds.zero_stage
+    cannot = {
+        "--ds.lora.rank": (
+            args.ds.lora.rank > 0 and args.vllm.num_engines,
+            "the host sends the engines adapters under names that vLLM does not know: train without",
+        ),
+        "--actor.optim muon with --ds.zero_stage 3": (muon and stage == 3, "DeepSpeed refuses it: use stage 1 or 2"),
+        "--actor.optim muon with --ds.adam_offload": (
+            muon and args.ds.adam_offload,
+            "DeepSpeed refuses it: drop the offload",
+        ),
+        "--ds.tensor_parallel_size with --ds.zero_stage 3": (
+            args.ds.tensor_parallel_size > 1 and stage == 3,
+            "transformers refuses it: use stage 2",
+        ),
+    }
+    return [f"{flag} cannot run: {why}" for flag, (on, why) in cannot.items() if on]
 
 
 def _groups(args: SimpleNamespace) -> list[str]:
@@ -373,10 +394,6 @@ def _reward_file(path: str) -> list[str]:
 def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
     """Modes in which a loss of ours would not be the loss it says."""
     refused = {
-        "train.dynamic_batch_enable": (
-            args.train.dynamic_batch_enable,
-            "under ZeRO-1/2 the host keeps only the last micro-batch's gradient",
-        ),
         "ds.ring_attn_size": (args.ds.ring_attn_size > 1, "not supported yet"),
         "ds.tensor_parallel_size": (args.ds.tensor_parallel_size > 1, "not supported yet"),
         "actor.dual_clip": (args.actor.dual_clip is not None, "this loss has no dual clip"),
@@ -458,8 +475,6 @@ def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
             args.rollout.vllm_generate_batch_size != args.rollout.batch_size,
             "it must equal --rollout.batch_size: a step uses all its samples",
         ),
-        "ds.lora.rank": (args.ds.lora.rank > 0, "the engines cannot be sent its weights"),
-        "ds.packing_samples": (args.ds.packing_samples, "not tried together yet"),
     }
     drawn = f"samples of the {algorithm.samples().source} (--bond.n_anchor_samples)"
     found = [
