@@ -341,34 +341,25 @@ class Learner:
             companions, outputs = self._advantages(self.method, drawn, log_probs)
         self.metrics = outputs.metrics
 
-        advantages = _checked("advantages", outputs.advantages, drawn.shape)
+        advantages = _per_token("advantages", outputs.advantages, drawn.shape)
         if companions.shape[-1]:
-            extra = _checked("companion_advantages", outputs.companion_advantages, companions.shape)
-            advantages = torch.cat([advantages, extra], dim=-1)
+            extra = _per_token("companion_advantages", outputs.companion_advantages, companions.shape)
+            advantages = torch.cat([advantages, extra], dim=1)
         rows = torch.cat([drawn, companions], dim=-1)
         companion = torch.zeros(rows.shape, dtype=torch.bool)
         companion[:, drawn.shape[-1] :] = True
         flat = rows.flatten()
         tokens = self.policy.token_log_probs()[flat]
-        control = None
-        if outputs.companion_baseline is not None:
-            baseline = torch.zeros_like(advantages)
-            baseline[companion] = _checked(
-                "companion_baseline", outputs.companion_baseline, companions.shape
-            ).flatten()
-            ratio = (tokens.detach() - self.policy.token_log_probs(self._source)[flat]).exp()
-            control = baseline.flatten().unsqueeze(-1) * ratio * MASK[flat]
         found = self.loss_function(
             LossInputs(
                 log_probs=tokens,
                 old_log_probs=tokens.detach(),
-                advantages=advantages.flatten().unsqueeze(-1) * MASK[flat],
+                advantages=advantages.flatten(0, 1) * MASK[flat],
                 mask=MASK[flat],
                 companion=companion.flatten(),
                 on_policy=True,
                 clip_low=0.2,
                 clip_high=0.2,
-                control=control,
             )
         )
         by_prompt = _checked("row_loss", found.row_loss, flat.shape).reshape(rows.shape)
@@ -431,6 +422,9 @@ class Learner:
                     f"select's indices must lie in 0 ... {wants.companions - 1}, as companions has as many"
                 )
             selected = companions.gather(-1, chosen)
+        rows = torch.cat([drawn, selected], dim=-1)
+        tokens = self.policy.token_log_probs()[rows]
+        to_reference = tokens - self.policy.token_log_probs(torch.zeros_like(self.anchor))[rows]
         return selected, method.advantages(
             AdvantageInputs(
                 rewards=self.problem.rewards[drawn],
@@ -441,8 +435,20 @@ class Learner:
                 generator=self.generator,
                 reference_rewards=self.cache,
                 classifier_logits=self.classifier.detach()[drawn] if wants.classifier else None,
+                source_log_ratios=(tokens - self.policy.token_log_probs(self._source)[rows])
+                if wants.source_log_probs
+                else None,
+                reference_log_ratios=to_reference if wants.reference_log_probs else None,
             )
         )
+
+
+def _per_token(name: str, values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """``[P, n, A]``: numbers a token, or one a response for all of its tokens."""
+    tokens = (*shape, LENGTH)
+    if isinstance(values, Tensor) and values.dim() == len(tokens):
+        return _checked(name, values, tokens)
+    return _checked(name, values, shape).unsqueeze(-1).expand(tokens)
 
 
 def _checked(name: str, values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -777,6 +783,9 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
     def bond(**settings: object) -> Method:
         return build("bond", **{"n": N, "beta": 1.0, **settings})
 
+    def paper(**settings: object) -> Method:
+        return build("jbond", eta=0.01, n_anchor_samples=2, **settings)
+
     iterative = bond(n=2, beta=0.5, n_anchor_samples=64, anchor="periodic", anchor_interval=_PERIOD)
     full = [
         _Entry("bond beta 1, k 16", bond()),
@@ -792,7 +801,11 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
         _Entry("vbon l1", build("vbon", n=N, bound="l1")),
         _Entry("bond n 2, periodic", iterative, passing=True, steps=_PERIOD * _ROUNDS),
         _Entry("bond n 2, ema 0.01", bond(n=2, beta=0.5, anchor="ema", eta=0.01), passing=True, steps=200),
-        _Entry("jbond eta 0.01", build("jbond", eta=0.01), passing=True, steps=200),
+        _Entry("bond beta 1, pooled", bond(n_anchor_samples=0)),
+        _Entry("bond beta 0.5, pooled", bond(beta=0.5, n_anchor_samples=0)),
+        _Entry("jbond paper, eta 0.01", paper(), passing=True, steps=200),
+        _Entry("jbond pooled, eta 0.01", build("jbond", eta=0.01), passing=True, steps=200),
+        _Entry("jbond pooled, n 4, eta 0.01", build("jbond", n=4, eta=0.01), passing=True, steps=200),
     ]
     restricted = [
         _Entry("bond beta 0, k 64", bond(beta=0.0, n_anchor_samples=64), prompts=128),
@@ -809,8 +822,9 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
         _Entry("vbon tied", build("vbon", n=N, bound="tied")),
         _Entry("vbon exact", build("vbon", n=N, bound="exact")),
         _Entry("vbon l1", build("vbon", n=N, bound="l1")),
-        _Entry("jbond ties expected", build("jbond", eta=0.01), passing=True, steps=200),
-        _Entry("jbond ties textbook", build("jbond", eta=0.01, ties="textbook"), passing=True, steps=200),
+        _Entry("jbond paper, ties expected", paper(), passing=True, steps=200),
+        _Entry("jbond paper, ties textbook", paper(ties="textbook"), passing=True, steps=200),
+        _Entry("jbond pooled", build("jbond", eta=0.01), passing=True, steps=200),
     ]
     plan = {
         "full": ("A policy that can be any distribution", strict, "full", "strict", full),
@@ -980,8 +994,11 @@ def _estimators(problem: Problem, bond: Callable[..., Method], seed: int, say: S
         ("vbon exact, M 300, by 1/N", by_n, scaled, 300),
         ("vbon tied, M 300", build("vbon", n=N, bound="tied"), scaled, 300),
         ("vbon l1, M 300", build("vbon", n=N, bound="l1"), scaled, 300),
-        ("jbond", build("jbond"), pairs, 0),
-        ("jbond", build("jbond"), crude, 0),
+        ("bond beta 0.5, pooled", bond(beta=0.5, n_anchor_samples=0), both, 0),
+        ("jbond paper", build("jbond", n_anchor_samples=2), pairs, 0),
+        ("jbond paper", build("jbond", n_anchor_samples=2), crude, 0),
+        ("jbond pooled", build("jbond"), pairs, 0),
+        ("jbond pooled, normalised", build("jbond", normalised=True), pairs, 0),
     ]
     found = []
     for i, (name, method, (against, objective), cached) in enumerate(rows, start=1):

@@ -41,12 +41,14 @@ def names(group: str) -> dict[str, EntryPoint]:
 
 
 def load(group: str, name: str) -> Any:
-    """The object that ``name`` stands for in ``group``.
+    """The object that ``name`` stands for in ``group``; ``package.module:Name`` stands for itself.
 
     Raises:
         RegistryError: the name is not registered, or importing it fails (the cause is chained).
     """
     known = names(group)
+    if ":" in name:
+        known = {name: EntryPoint(name, name, group)}
     if name not in known:
         raise RegistryError(
             f"'{name}' is not registered in the entry-point group '{group}' (known: {', '.join(known) or 'none'})"
@@ -73,5 +75,7 @@ def load_class(group: str, name: str, base: type) -> Any:
 
 
 def _origin(entry: EntryPoint) -> str:
+    if entry.name == entry.value:
+        return "an import path"
     dist = entry.dist.metadata["Name"] if entry.dist is not None else "an unnamed distribution"
     return f"{entry.value} from {dist}"

@@ -113,8 +113,20 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", **extra}
 
 
+#: Flags of a pooled J-BOND run, beside those of :func:`recipe_for`.
+POOLED = {"bond.n_anchor_samples": 0, "rollout.n_samples_per_prompt": 4, "train.batch_size": 64}
+
+
+def with_flags(base: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with other flags; its own of an algorithm that they replace are dropped."""
+    estimator = "algo.advantage.estimator"
+    if flags.get(estimator, base[estimator]) != base[estimator] or (estimator in flags and flags[estimator] is None):
+        base = {name: value for name, value in base.items() if not name.startswith("bond.")}
+    return {**base, **flags}
+
+
 def recipe_for(tiny: Tiny) -> dict[str, Any]:
-    """Flags of a small J-BOND run: 16 prompts a step, one optimiser step each."""
+    """Flags of a small run of Algorithm 2 of J-BOND: 16 prompts a step, one optimiser step each."""
     return {
         "actor.model_name_or_path": str(tiny.model),
         "actor.num_gpus_per_node": 1,
@@ -122,6 +134,7 @@ def recipe_for(tiny: Tiny) -> dict[str, Any]:
         "actor.lr_scheduler": "constant",
         "actor.lr_warmup_ratio": 0.0,
         "algo.advantage.estimator": "jbond",
+        "bond.n_anchor_samples": 2,
         "data.prompt_dataset": str(tiny.prompts),
         "data.input_key": "input",
         "data.max_len": 32,
@@ -130,6 +143,7 @@ def recipe_for(tiny: Tiny) -> dict[str, Any]:
         "reward.remote_url": str(tiny.reward),
         "rollout.batch_size": 16,
         "rollout.micro_batch_size": 8,
+        "rollout.n_samples_per_prompt": 1,
         "rollout.max_new_tokens": 10,
         "train.batch_size": 16,
         "train.micro_batch_size": 8,
@@ -153,11 +167,13 @@ def moved_model(source: Path, folder: Path, seed: int, scale: float) -> Path:
 
 
 def to_argv(flags: dict[str, Any]) -> list[str]:
-    """``--name value`` for each; True is a switch, None drops the flag."""
+    """``--name value`` for each; True is a switch, None drops the flag, a list is several values."""
     argv: list[str] = []
     for name, value in flags.items():
         if value is True:
             argv.append(f"--{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
         elif value is not None and value is not False:
             argv += [f"--{name}", str(value)]
     return argv
@@ -212,12 +228,8 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
     """
 
     def run(folder: Path, flags: dict[str, Any] | None = None, check: bool = True, **environment: str) -> Run:
-        wanted = {
-            **recipe_for(tiny),
-            "ckpt.output_dir": str(folder / "out"),
-            "ckpt.path": str(folder / "ckpt"),
-            **(flags or {}),
-        }
+        folders = {"ckpt.output_dir": str(folder / "out"), "ckpt.path": str(folder / "ckpt")}
+        wanted = with_flags({**recipe_for(tiny), **folders}, flags or {})
         # One thread, so that runs with one and two ranks compute (and so sample) the same.
         environment = {"OMP_NUM_THREADS": "1", **environment}
         python = sys.executable
@@ -247,7 +259,7 @@ def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     ) -> Any:
         from bond_plugin.cli.main import main
 
-        wanted = {**(recipe_for(tiny) if base else {}), **(flags or {})}
+        wanted = with_flags(recipe_for(tiny), flags or {}) if base else flags or {}
         capfd.readouterr()
         try:
             status = main([command, *to_argv(wanted), "--dry-run", *extra])
@@ -266,13 +278,9 @@ def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 def reward_cache(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``bond cache`` makes for vBoN on the tiny model: 64 samples for each prompt."""
     folder = tmp_path_factory.mktemp("cache")
-    wanted = {
-        **recipe_for(tiny),
-        "algo.advantage.estimator": "reinforce",
-        "reward.transform": "vbon",
-        "cache.output": str(folder / "rewards.jsonl"),
-        "cache.samples": 64,
-    }
+    vbon = {"algo.advantage.estimator": "reinforce", "reward.transform": "vbon"}
+    cached = {"cache.output": str(folder / "rewards.jsonl"), "cache.samples": 64}
+    wanted = with_flags(recipe_for(tiny), {**vbon, **cached})
     done = execute([sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted)], folder)
     assert done.status == 0, done.output[-4000:]
     return folder / "rewards.jsonl"

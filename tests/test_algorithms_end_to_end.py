@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from conftest import Run, Tiny, nested
 
@@ -82,43 +80,6 @@ def test_bon_sft_on_two_ranks_with_a_reward_model_actor(bond: Callable[..., Run]
         assert step["bond/engine_gap_reference"] < 2e-2
     assert done.metrics[-1]["bond/forward_nll"] > 0
     assert "bond/anchor_distance" not in done.metrics[-1]  # it keeps no anchor
-
-
-CONSTANT = """
-import torch
-
-
-def reward_func(queries, prompts, labels):
-    return {"rewards": torch.ones(len(queries))}
-"""
-
-
-def test_jbonds_forward_baseline_takes_all_away_where_no_response_is_better(
-    bond: Callable[..., Run], tmp_path: Path
-) -> None:
-    """Each response is pushed up by what its baseline takes off it, in every token, on every rank."""
-    (tmp_path / "reward.py").write_text(CONSTANT)
-    flags = {"bond.beta": 0.0, "bond.eta": 0.5, "bond.n_anchor_samples": 3, "bond.forward_baseline": True,
-             "reward.remote_url": str(tmp_path / "reward.py")}  # fmt: skip
-    ranks = {"actor.num_gpus_per_node": 2, "ds.zero_stage": 3, "train.micro_batch_size": 4}
-    done = bond(tmp_path, {**flags, **ranks})
-    assert len(done.metrics) == 3
-    for step in done.metrics:
-        assert step["bond/forward_nll"] > 1  # what the loss would be without
-        assert step["bond/loss"] == pytest.approx(0.0, abs=1e-6)
-        assert step["bond/kl_ref"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_the_control_is_the_baseline_times_the_ratio_to_what_the_companions_come_from() -> None:
-    from bond_plugin.host.experience import _controls
-
-    masks = [torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1, 1]])]
-    policy = [torch.log(torch.tensor([[0.5, 0.2, 9.0], [0.4, 9.0, 9.0]])), torch.log(torch.tensor([[0.3, 0.1]]))]
-    source = [torch.log(torch.tensor([[0.25, 0.4, 1.0], [0.1, 1.0, 1.0]])), torch.log(torch.tensor([[0.1, 0.1]]))]
-    experiences = [SimpleNamespace(action_mask=mask) for mask in masks]
-    first, second = _controls(torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64), policy, source, experiences)
-    torch.testing.assert_close(first, torch.tensor([[0.0, 0, 0], [2, 0, 0]]))
-    torch.testing.assert_close(second, torch.tensor([[6.0, 2]]))
 
 
 def test_bond_with_an_ema_anchor_on_two_ranks(bond: Callable[..., Run], tmp_path: Path) -> None:

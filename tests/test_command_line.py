@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, clean_environment, nested, recipe_for
+from conftest import POOLED, REPOSITORY, clean_environment, nested, recipe_for, to_argv
 
 from bond_plugin import recipe
 from bond_plugin.bench import matrix
@@ -86,21 +87,16 @@ VBON = {"algo.advantage.estimator": "reinforce", "reward.transform": "vbon", "bo
 REFUSED = [
     ({"train.async_enable": True}, "--train.async_enable cannot be used with jbond"),
     ({"train.async_enable": True, "train.partial_rollout_enable": True}, "--train.partial_rollout_enable"),
-    ({"ds.enable_sleep": True}, "--ds.enable_sleep cannot be used with jbond"),
-    ({"vllm.enable_sleep": True, "train.colocate_all": True}, "--vllm.enable_sleep"),
     ({"train.enable_ema": True}, "--bond.save_anchor"),
     ({"train.dynamic_batch_enable": True}, "--train.dynamic_batch_enable cannot be used"),
     ({"ds.ring_attn_size": 2}, "--ds.ring_attn_size"),
     ({"ds.tensor_parallel_size": 2, "actor.num_gpus_per_node": 2}, "--ds.tensor_parallel_size"),
     ({"ds.lora.rank": 8}, "--ds.lora.rank"),
-    ({"ds.zero_stage": 0}, "--ds.zero_stage 0"),
-    ({"actor.optim": "muon"}, "--actor.optim"),
+    ({"ds.zero_stage": 0}, "--ds.zero_stage cannot be used with jbond"),
     ({"actor.dual_clip": 3.0}, "--actor.dual_clip"),
     ({"actor.entropy_coef": 0.1}, "--actor.entropy_coef"),
     ({"actor.loss_agg_mode": "seq-mean-token-mean"}, "--actor.loss_agg_mode"),
-    ({"actor.policy_loss_type": "gspo"}, "--actor.policy_loss_type gspo contradicts"),
-    ({"algo.kl.init_coef": 0.01}, "--algo.kl.init_coef 0.01 has no place in jbond"),
-    ({"algo.kl.use_loss": True}, "--algo.kl.use_loss"),
+    ({"actor.policy_loss_type": "gspo"}, "--actor.policy_loss_type gspo: jbond trains on companions"),
     ({"algo.advantage.is_correction_level": "token"}, "--algo.advantage.is_correction_level"),
     ({"rollout.top_p": 0.9}, "--rollout.top_p"),
     ({"rollout.n_samples_per_prompt": 2, "algo.dynamic_filtering_enable": True}, "--algo.dynamic_filtering_enable"),
@@ -113,8 +109,6 @@ REFUSED = [
      "--bond.baseline batch needs at least two samples"),
     ({"rollout.micro_batch_size": 32}, "The number of sample batches must be greater"),
     ({"vllm.num_engines": 0}, "--vllm.num_engines must be at least 1"),
-    ({"vllm.sync_backend": "nccl"}, "--vllm.sync_backend nccl needs a GPU"),
-    ({"ds.attn_implementation": "flash_attention_2"}, "needs a GPU; use sdpa"),
     ({"reward.remote_url": None}, "no reward: give --reward.remote_url"),
     ({"reward.remote_url": "./missing.py"}, "--reward.remote_url ./missing.py: No such file"),
     ({"actor.model_name_or_path": "./missing"}, "--actor.model_name_or_path ./missing: no such file or folder"),
@@ -122,7 +116,7 @@ REFUSED = [
     ({"bond.beta": 1.5}, "--bond.beta must lie in [0, 1]"),
     ({"bond.eta": -0.1}, "--bond.eta must lie in [0, 1]"),
     ({"bond.gamma": "nan"}, "--bond.gamma must be at least 0"),
-    ({"bond.n_anchor_samples": 1}, "--bond.n_anchor_samples must be at least 2"),
+    ({"bond.n_anchor_samples": 1}, "--bond.n_anchor_samples must be 0 (the pooled form), or at least 2"),
     ({"bond.baseline": "mean"}, "invalid choice: 'mean'"),
     ({"bond.betta": 0.5}, "unknown flag --bond.betta (did you mean --bond.beta?)"),
     ({"rollout.batchsize": 8}, "did you mean --rollout.batch_size?"),
@@ -170,6 +164,41 @@ def configuration(done: Any) -> dict[str, Any]:
     return yaml.safe_load(done.out[done.out.index("configuration:") :])["configuration"]
 
 
+@pytest.mark.parametrize("flags", [
+    {"ds.packing_samples": True, "ds.attn_implementation": "eager"},
+    {"train.dynamic_batch_enable": True, "train.max_tokens_per_gpu": 64},
+])  # fmt: skip
+def test_packed_samples_run_without_flash_attention_on_cpu(dry: Any, flags: dict[str, Any]) -> None:
+    """The host insists on flash attention as soon as samples are packed."""
+    done = dry({"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 2, **flags})
+    found = configuration(done)
+    assert found["ds"]["packing_samples"]
+    assert found["ds"]["attn_implementation"] == "sdpa"
+    assert "bond: note: --ds.attn_implementation is sdpa (no GPU)" in done.out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_run_for_gpus_needs_flash_attention_but_can_be_checked_without(tiny: Any, checks: bool) -> None:
+    argv = [*to_argv(recipe_for(tiny)), "--bond.device", "cuda", *["--dry-run"] * checks]
+    done = subprocess.run(
+        [sys.executable, "-m", "bond_plugin", "train", *argv], env=clean_environment(), capture_output=True, text=True
+    )
+    if checks:
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("bond: note: this machine has no flash-attn") == 1
+        report = yaml.safe_load(done.stdout[done.stdout.index("configuration:") :])
+        assert report["configuration"]["bond"]["device"] == "cuda"
+        assert report["configuration"]["ds"]["attn_implementation"] == "flash_attention_2"
+        assert set(report["hooks"].values()) == {"installed"}
+    else:
+        assert done.returncode == 2
+        assert "flash-attn is not installed: pip install flash-attn --no-build-isolation; or --bond.device cpu" in (
+            done.stderr
+        )
+        assert "Traceback" not in done.stderr
+
+
 def test_an_empty_reward_url_takes_back_that_of_a_recipe(dry: Any, tiny: Any) -> None:
     """The host would call a server without a name; a reward model is what is left."""
     done = dry({
@@ -201,7 +230,7 @@ def test_recipe_is_the_flags_and_the_command_line_wins(dry: Any, tiny: Any, tmp_
     assert found["bond"]["gamma"] == 1.0
     assert found["bond"]["kl_ref"] is True
     assert found["actor"]["adam"]["betas"] == [0.9, 0.999]
-    assert found["reward"]["clip_range"] == [-5.0, 5.0]
+    assert found["reward"]["clip_range"] is None  # set aside, as on the command line
     assert found["vllm"]["enable_prefix_caching"] is False
     assert found["rollout"]["batch_size"] == 16
 
@@ -293,6 +322,143 @@ def test_learned_quantile_takes_the_critic_slot(dry: Any, tiny: Any) -> None:
     assert "as many ranks as the policy" in done.text
 
 
-def test_notes_name_flags_without_effect(dry: Any) -> None:
-    done = dry(extra=("--reward.clip_range", "-5", "5"))
-    assert "note: --reward.clip_range has no effect under jbond" in done.text
+def pooled(**flags: Any) -> dict[str, Any]:
+    return {**POOLED, **flags}
+
+
+#: Flags of estimators that J-BOND replaces, or of GPUs, and what the line says of each.
+ASIDE = [
+    ({"algo.kl.init_coef": 0.01}, "--algo.kl.init_coef is set aside under jbond: the KL is to the anchor"),
+    ({"algo.kl.use_loss": True, "algo.kl.estimator": "k3"}, "--algo.kl.use_loss is set aside under jbond"),
+    ({"algo.kl.target": 6.0}, "--algo.kl.target is set aside under jbond"),
+    ({"reward.normalize_enable": True}, "--reward.normalize_enable is set aside under jbond: the order of rewards"),
+    ({"algo.advantage.gamma": 0.9}, "--algo.advantage.gamma is set aside under jbond"),
+    ({"critic.adam.lr": 9e-6, "critic.num_nodes": 1}, "--critic.adam.lr, --critic.num_nodes: set aside under jbond"),
+    ({"ref.num_nodes": 1}, "--ref.num_nodes: set aside under jbond, which has no reference model"),
+    ({"vllm.sync_backend": "nccl"}, "--vllm.sync_backend nccl is set aside: no GPU"),
+    ({"ds.attn_implementation": "flash_attention_2"}, "--ds.attn_implementation flash_attention_2 is set aside"),
+    ({"ds.adam_offload": True}, "--ds.adam_offload True is set aside: the optimiser is on the CPU anyway"),
+    ({"train.colocate_all": True, "vllm.enable_sleep": True, "ds.enable_sleep": True}, "--vllm.enable_sleep True is"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), ASIDE, ids=lambda v: v if isinstance(v, str) else None)
+def test_flags_without_a_meaning_are_set_aside_with_a_line_and_errors_under_strict(
+    dry: Any, flags: dict[str, Any], says: str
+) -> None:
+    done = dry(pooled(**flags))
+    assert done.status == 0, done.text
+    assert f"bond: note: {says}" in done.text
+    strict = dry(pooled(**flags), extra=("--bond.strict",))
+    assert strict.status == 2
+    assert says in strict.text and "(--bond.strict)" in strict.text
+
+
+def test_a_pair_of_limits_for_rewards_is_set_aside(dry: Any) -> None:
+    done = dry(POOLED, extra=("--reward.clip_range", "-5", "5"))
+    assert "note: --reward.clip_range is set aside under jbond: the order of rewards counts" in done.text
+
+
+#: What Algorithm 2 refuses and the pooled form runs.
+RAILS = [
+    {"train.async_enable": True},
+    {"train.async_enable": True, "train.partial_rollout_enable": True},
+    {"train.enable_ema": True},
+    {"train.dynamic_batch_enable": True},
+    {"train.colocate_all": True},
+    {"ds.packing_samples": True},
+    {"ds.lora.rank": 8},
+    {"actor.optim": "muon"},
+    {"actor.dual_clip": 3.0},
+    {"actor.entropy_coef": 0.1},
+    {"actor.policy_loss_type": "gspo"},
+    {"actor.policy_loss_type": "jbond"},
+    {"algo.advantage.is_correction_level": "token"},
+    {"algo.dynamic_filtering_enable": True},
+    {"actor.loss_agg_mode": "seq-mean-token-mean"},
+    {"train.max_epochs": 2, "train.batch_size": 32},
+]
+
+
+@pytest.mark.parametrize("flags", RAILS, ids=str)
+def test_the_pooled_form_takes_every_mode_of_the_host(dry: Any, flags: dict[str, Any]) -> None:
+    done = dry(pooled(**flags))
+    assert done.status == 0, done.text
+
+
+@pytest.mark.parametrize("flags", [
+    {"ds.ring_attn_size": 2, "actor.num_gpus_per_node": 2},
+    {"ds.tensor_parallel_size": 2, "actor.num_gpus_per_node": 2},
+    {"vllm.tensor_parallel_size": 2},
+], ids=str)  # fmt: skip
+def test_what_only_a_gpu_can_run_can_be_checked_without_one_but_not_started(dry: Any, flags: dict[str, Any]) -> None:
+    (name,) = (name for name in flags if name != "actor.num_gpus_per_node")
+    checked = dry(pooled(**flags))
+    assert checked.status == 0, checked.text
+    assert f"note: this machine cannot run it: --{name} 2 needs a GPU" in checked.text
+    meant = dry(pooled(**flags, **{"bond.device": "cpu"}))
+    assert meant.status == 2
+    assert f"--{name} 2 needs a GPU" in meant.text
+
+
+REFUSED_POOLED = [
+    ({"rollout.n_samples_per_prompt": 1}, "--rollout.n_samples_per_prompt 1: jbond compares a prompt's samples"),
+    ({"bond.n": 6}, "--rollout.n_samples_per_prompt 4: jbond compares a prompt's samples with one another and needs"),
+    ({"ds.deepcompile": True}, "--ds.deepcompile cannot be used with jbond"),
+    ({"ds.zero_stage": 0}, "--ds.zero_stage cannot be used with jbond"),
+    ({"rollout.top_p": 0.9}, "--rollout.top_p cannot be used with jbond"),
+    ({"bond.baseline": "leave_one_out"}, "would change the pooled form's target"),
+    ({"ref.update": "ema"}, "--ref.update is for the host's own estimators"),
+    ({"ds.zero_stage": 3, "reward.remote_url": None, "reward.model_name_or_path": "x", "reward.num_gpus_per_node": 3},
+     "--reward.num_gpus_per_node: 64 responses in micro-batches"),
+    ({"train.agent_func_path": "./missing.py"}, "--train.agent_func_path ./missing.py: no such file"),
+    ({"algo.advantage.estimator": "no.such.module:Name"}, "'no.such.module:Name'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "says"), REFUSED_POOLED, ids=lambda v: v if isinstance(v, str) else None)
+def test_what_would_be_a_wrong_run_is_refused(dry: Any, flags: dict[str, Any], says: str) -> None:
+    done = dry(pooled(**flags))
+    assert done.status == 2, done.text
+    assert says in done.text
+    assert "Traceback" not in done.text
+
+
+def test_as_many_samples_as_the_comparison_needs_unless_the_script_says(dry: Any) -> None:
+    done = dry({**POOLED, "rollout.n_samples_per_prompt": None, "train.batch_size": 128})
+    assert done.status == 0, done.text
+    assert "note: --rollout.n_samples_per_prompt is 8 (jbond compares a prompt's samples" in done.text
+
+
+MOVING = {"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 4, "algo.kl.init_coef": 0.1}
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ({"algo.kl.init_coef": 0.0}, "--ref.update needs --algo.kl.init_coef above 0"),
+    ({"ref.eta": 0.0}, "--ref.eta must lie in (0, 1]"),
+    ({"ref.update": "periodic", "ref.interval": 0}, "--ref.interval must be at least 1"),
+    ({"ds.zero_stage": 0}, "--ds.zero_stage cannot be used with --ref.update"),
+])  # fmt: skip
+def test_a_moving_reference_for_the_hosts_estimators(dry: Any, flags: dict[str, Any], says: str) -> None:
+    done = dry({**MOVING, "ref.update": "ema"})
+    assert done.status == 0, done.text
+    report = yaml.safe_load(done.out[done.out.index("configuration:") :])
+    assert "--ref.num_gpus_per_node" not in report["gpu_slots"]  # no reference model is loaded
+    assert (
+        "--ref.num_gpus_per_node"
+        in yaml.safe_load(dry(MOVING).out.split("bond: note")[-1].split("\n", 1)[1])["gpu_slots"]
+    )
+    refused = dry({**MOVING, "ref.update": "ema", **flags})
+    assert refused.status == 2 and says in refused.text
+
+
+def test_files_are_meant_from_where_the_command_was_typed(dry: Any, tiny: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tiny.folder)
+    done = dry({**POOLED, "data.prompt_dataset": "prompts.jsonl", "reward.remote_url": "reward.py",
+                "actor.model_name_or_path": "model", "ckpt.output_dir": "out"})  # fmt: skip
+    assert done.status == 0, done.text
+    found = yaml.safe_load(done.out[done.out.index("configuration:") :])["configuration"]
+    assert found["data"]["prompt_dataset"] == str(tiny.prompts)
+    assert found["reward"]["remote_url"] == [str(tiny.reward)]
+    assert found["actor"]["model_name_or_path"] == str(tiny.model)
+    assert found["ckpt"]["output_dir"] == str(tiny.folder / "out")

@@ -466,6 +466,16 @@ def test_sampling_errors_carry_the_reason(
         engine.sample("somewhere", ["a"], 1, 1)
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_the_hub_is_asked_for_names_only(folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = write(tmp_path / "python", '#!/bin/sh\necho "offline=$HF_HUB_OFFLINE." >&2\nexit 1\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(engine.sys, "executable", str(interpreter))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(engine.SamplingError, match=f"offline={1 if folder else ''}[.]"):
+        engine.sample(tmp_path if folder else "owner/name", ["a"], 1, 1)
+
+
 @pytest.mark.e2e
 def test_whole_command_with_vllm_and_again_from_its_cache(
     tiny: Tiny,

@@ -1,4 +1,4 @@
-"""J-BOND on a policy small enough to enumerate: the estimator's expectation is the gradient of its objective.
+"""J-BOND as printed (Algorithm 2) on a policy small enough to enumerate: its expectation is its objective's gradient.
 
 Vocabulary 4 (token 0 ends the response), at most 3 tokens: 40 responses. All expectations are sums over all
 triples (y, y'_1, y'_2), in float64, through the code that training runs: ``select``, ``advantages`` and
@@ -75,13 +75,13 @@ def triples() -> tuple[Tensor, Tensor]:
     return index, weight
 
 
-def estimate(
-    config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor, seed: int = 0, moved: Tensor | None = None
-) -> Tensor:
-    """The gradient that training would take, in expectation: ``weight`` over the triples ``index``.
+def paper(**settings: float | str) -> JBONDConfig:
+    """Algorithm 2 as printed."""
+    return JBONDConfig(n_anchor_samples=2, **settings)
 
-    With ``moved``, ``[40, 3]``, the policy has moved by so much since the rollout.
-    """
+
+def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor, seed: int = 0) -> Tensor:
+    """The gradient that training would take, in expectation: ``weight`` over the triples ``index``."""
     algorithm = JBOND(config)
     generator = torch.Generator().manual_seed(seed)
     y, companions = index[:, 0], index[:, 1:]
@@ -103,21 +103,16 @@ def estimate(
     rows = torch.cat([y, selected.T.flatten()])
     advantages = torch.cat([found.advantages[:, 0], found.companion_advantages.T.flatten()]).unsqueeze(1) * MASK[rows]
     tokens = POLICY.token_log_probs()[rows]
-    old, control = tokens.detach() - (0.0 if moved is None else moved[rows]), None
-    if found.companion_baseline is not None:
-        baseline = torch.cat([torch.zeros_like(y).double(), found.companion_baseline.T.flatten()]).unsqueeze(1)
-        control = baseline * (old - ANCHOR.token_log_probs().detach()[rows]).exp() * MASK[rows]
     out = policy_loss(
         LossInputs(
             log_probs=tokens,
-            old_log_probs=old,
+            old_log_probs=tokens.detach(),
             advantages=advantages,
             mask=MASK[rows],
             companion=torch.arange(len(rows)) >= len(y),
-            on_policy=moved is None,
+            on_policy=True,
             clip_low=0.2,
             clip_high=0.2,
-            control=control,
         )
     )
     weight = torch.cat([weight, *[weight / trained] * trained])
@@ -158,7 +153,7 @@ def test_expected_gradient_is_the_gradient_of_the_objective(beta: float, gamma: 
     # Without ties a triple needs distinct rewards, but y'_1 = y'_2 = y is the same response, hence a tie
     # with itself: those are averaged over the random order.
     index, weight = triples()
-    config = JBONDConfig(beta=beta, gamma=gamma, baseline="none")
+    config = paper(beta=beta, gamma=gamma, baseline="none")
     draws = 400 if beta else 40
     distinct = (index[:, 0] != index[:, 1]) & (index[:, 0] != index[:, 2]) & (index[:, 1] != index[:, 2])
     exact = estimate(config, STRICT, index[distinct], weight[distinct])
@@ -170,43 +165,10 @@ def test_expected_gradient_is_the_gradient_of_the_objective(beta: float, gamma: 
     assert error.max() < 2e-3 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_a_baseline_leaves_the_expected_gradient_as_it_is(beta: float, rewards: Tensor) -> None:
-    # Nothing is drawn: equals share. The policy is not the anchor, so that the ratio counts.
-    index, weight = triples()
-    config = JBONDConfig(beta=beta, baseline="none", forward_baseline=True)
-    found = estimate(config, rewards, index, weight)
-    torch.testing.assert_close(found, gradient(beta, 0.0, rewards), rtol=1e-10, atol=1e-12)
-
-
-def test_a_baseline_is_that_of_the_policy_as_it_is_now() -> None:
-    # beta is 0: all of the gradient is the forward term's.
-    moved = torch.rand(MASK.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    index, weight = triples()
-    config = JBONDConfig(beta=0.0, baseline="none", forward_baseline=True)
-    found = estimate(config, STRICT, index, weight, moved=moved)
-    torch.testing.assert_close(found, gradient(0.0, 0.0, STRICT), rtol=1e-10, atol=1e-12)
-
-
-def test_where_policy_and_anchor_agree_the_better_gets_half_and_the_other_loses_it() -> None:
-    algorithm = JBOND(JBONDConfig(beta=0.2, forward_baseline=True))
-    companion_rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    assert algorithm.samples().trained_companions == 2
-    assert algorithm.select(companion_rewards, generator).tolist() == [[0, 1], [0, 1]]
-    zeros = torch.zeros(2, 1, dtype=torch.float64)
-    log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -5.0]], dtype=torch.float64)
-    found = algorithm.advantages(AdvantageInputs(zeros, zeros, companion_rewards, log_probs, zeros, generator))
-    weights = (found.companion_advantages - found.companion_baseline) / 2  # the host's mean over two rows
-    torch.testing.assert_close(weights, torch.tensor([[-0.4, 0.4], [0.0, 0.0]], dtype=torch.float64))
-    assert found.metrics["bond/forward_nll"] == pytest.approx((2 + 4) / 2)
-
-
 def test_gamma_term_alone_is_exact_and_has_the_sign_of_eq_19() -> None:
     index, weight = triples()
-    with_gamma = estimate(JBONDConfig(beta=0.0, gamma=1.0, baseline="none"), STRICT, index, weight)
-    without = estimate(JBONDConfig(beta=0.0, gamma=0.0, baseline="none"), STRICT, index, weight)
+    with_gamma = estimate(paper(beta=0.0, gamma=1.0, baseline="none"), STRICT, index, weight)
+    without = estimate(paper(beta=0.0, gamma=0.0, baseline="none"), STRICT, index, weight)
     wanted = gradient(0.0, 1.0, STRICT) - gradient(0.0, 0.0, STRICT)
     torch.testing.assert_close(with_gamma - without, wanted, rtol=1e-10, atol=1e-12)
     assert wanted.abs().max() > 0.01
@@ -214,7 +176,7 @@ def test_gamma_term_alone_is_exact_and_has_the_sign_of_eq_19() -> None:
 
 def test_ties_are_broken_at_random_and_not_by_position() -> None:
     index, weight = triples()
-    config = JBONDConfig(beta=0.5, gamma=0.0, baseline="none")
+    config = paper(beta=0.5, gamma=0.0, baseline="none")
     draws = torch.stack([estimate(config, TIED, index, weight, seed=s) for s in range(60)])
     error = draws.std(0) / math.sqrt(len(draws))
     wanted = gradient(0.5, 0.0, TIED)
@@ -230,7 +192,7 @@ def test_ties_are_broken_at_random_and_not_by_position() -> None:
 @pytest.mark.parametrize("n", [1, 2])
 def test_monte_carlo_mean_agrees_within_its_error(baseline: str, n: int) -> None:
     """Batches as training draws them: 8 prompts, n policy samples and 2 anchor samples each."""
-    config = JBONDConfig(beta=0.5, gamma=0.5, baseline=baseline)
+    config = paper(beta=0.5, gamma=0.5, baseline=baseline)
     algorithm = JBOND(config)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

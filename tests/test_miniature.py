@@ -314,18 +314,32 @@ def test_every_method_has_as_many_responses(noise_scale: ModuleType) -> None:
 
     rewards = torch.tensor([[3.0, 1, 2, 5, 4, 6, 0.5, 2.5]], dtype=torch.float64)
     cached = torch.arange(8, dtype=torch.float64)[None]
-    log_probs = torch.full_like(rewards, -20.0)
-    made = {
-        name: weights(rewards, cached, log_probs)[0] for name, weights in noise_scale.methods("rewards.jsonl").items()
-    }
+    log_probs = torch.full((1, 8, 2), -10.0, dtype=torch.float64)
+
+    def of(known: Any, moved: bool = False) -> dict[str, Any]:
+        named = noise_scale.methods("rewards.jsonl", moved)
+        return {name: noise_scale._per_token(weights(known))[0] for name, weights in named.items()}
+
+    known = noise_scale.Known(rewards, cached, log_probs, torch.zeros_like(log_probs))
+    made = {name: weights[:, 0] for name, weights in of(known).items()}
     # REINFORCE by hand: reward minus the mean of the other seven, an eighth of it.
     assert made["REINFORCE"].tolist() == pytest.approx([(r - (24 - r) / 7) / 8 for r in rewards[0].tolist()])
     # The best of the last two, the anchor's, and of the last four; and nothing of the policy's without a backward KL.
-    assert made["J-BOND, beta 0"].tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
-    assert made["J-BOND, beta 1"][6:].tolist() == [0, 0]
+    paper = "J-BOND, Algorithm 2, beta"
+    assert made[f"{paper} 0"].tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
+    assert made[f"{paper} 1"][6:].tolist() == [0, 0]
     assert made["BOND, n = 4, 4 + 4, beta 0.5"][4:].tolist() == [0, 0.5, 0, 0]
-    half = (made["J-BOND, beta 0"] + made["J-BOND, beta 1"]) / 2
-    assert made["J-BOND, beta 0.5"].tolist() == pytest.approx(half.tolist())
+    half = (made[f"{paper} 0"] + made[f"{paper} 1"]) / 2
+    assert made[f"{paper} 0.5"].tolist() == pytest.approx(half.tolist())
+    # Pooled, where the policy still is the anchor: twice the share of the others that are worse, less one.
+    worse = (rewards[0].unsqueeze(1) > rewards[0]).sum(dim=1)
+    assert made["pooled J-BOND, N = 2, beta 0"].tolist() == pytest.approx(((2 * worse / 7 - 1) / 8).tolist())
+    # Once it has moved, whole log-ratios and those to come differ in the last token, and there alone by the first's.
+    log_ratios = torch.rand(1, 8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = of(noise_scale.Known(rewards, cached, log_probs, log_ratios), moved=True)
+    to_go, whole = moved["pooled J-BOND, N = 2, beta 1"], moved["pooled J-BOND, N = 2, beta 1, whole log-ratio"]
+    torch.testing.assert_close(to_go[:, 0], whole[:, 0])
+    assert not torch.allclose(to_go[:, 1], whole[:, 1])
     # A higher reward never has a smaller weight.
     for name in ("vBoN, N = 4", "vBoN, N = 16"):
         assert (made[name][rewards[0].argsort()].diff() >= 0).all() and made[name].sum().abs() < 1e-9

@@ -71,31 +71,47 @@ def reward_cache_flag() -> Any:
     )
 
 
+def gamma_ref_flag() -> Any:
+    """The field ``gamma_ref`` of those that can be pulled to the initial policy."""
+    return flag(
+        0.0,
+        "coefficient of KL(pi || initial policy), >= 0: takes back what noise costs in KL, which a moving "
+        "anchor never does; 0.1 to 0.3 did well. Ours, not the paper's",
+    )
+
+
 @dataclass(frozen=True)
 class Samples:
     """Which samples an algorithm wants beside the policy's ``--rollout.n_samples_per_prompt``, and what else.
+
+    An algorithm that wants no companions runs on the host's own rollouts, experience maker and loss, in every
+    mode that the host has.
 
     Attributes:
         companions: how many a prompt from ``source``; 0 for none.
         trained_companions: how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
         source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy.
-        source_log_probs: whether the log-probabilities of the policy's samples under ``source`` are wanted.
+        source_log_probs: whether the log-probabilities of the samples under ``source`` are wanted.
+        reference_log_probs: whether their log-probabilities under the initial policy are wanted.
         anchor_eta: the anchor is a moving average: it moves by ``eta`` of its distance to the policy each
             optimiser step.
         anchor_interval: the anchor becomes a copy of the policy every so many optimiser steps. ``None`` for
             both if no anchor is needed; at most one of them is given.
         reward_cache: whether :attr:`AdvantageInputs.reference_rewards` come from ``--bond.reward_cache``.
         classifier: whether a sequence classifier is trained in the host's critic slot.
+        least: how many samples of the policy a prompt it takes at the least.
     """
 
     companions: int = 0
     trained_companions: int = 0
     source: CompanionSource = "anchor"
     source_log_probs: bool = False
+    reference_log_probs: bool = False
     anchor_eta: float | None = None
     anchor_interval: int | None = None
     reward_cache: bool = False
     classifier: bool = False
+    least: int = 1
 
     def __post_init__(self) -> None:
         if self.anchor_eta is not None and self.anchor_interval is not None:
@@ -113,6 +129,8 @@ class Samples:
 class AdvantageInputs:
     """One rollout batch: P prompts, n samples of the policy each, m companions each.
 
+    Log-ratios come token by token: response tokens from the left, at most A, 0 beyond a response's end.
+
     Attributes:
         rewards: ``[P, n]`` float64, of the policy's samples.
         log_probs: ``[P, n]`` float64, log pi(y), summed over the tokens of the response.
@@ -124,6 +142,11 @@ class AdvantageInputs:
         reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
         classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
             ``None``.
+        source_log_ratios: ``[P, n + f, A]`` float64, log pi - log pi_source of each token of the policy's samples
+            and of the selected companions, or ``None``.
+        reference_log_ratios: the same for the initial policy, or ``None``.
+        behaviour_log_ratios: ``[P, n]`` float64, log pi(y) - log mu(y), where the policy's samples were drawn by
+            an earlier policy mu (asynchronous training); ``None`` where mu is pi.
     """
 
     rewards: Tensor
@@ -134,27 +157,27 @@ class AdvantageInputs:
     generator: torch.Generator
     reference_rewards: Tensor | None = None
     classifier_logits: Tensor | None = None
+    source_log_ratios: Tensor | None = None
+    reference_log_ratios: Tensor | None = None
+    behaviour_log_ratios: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class AdvantageOutputs:
-    """One number a sample, and what to log.
+    """One number a sample, or one a token, and what to log.
 
     Attributes:
-        advantages: ``[P, n]``, for the policy's samples.
-        companion_advantages: ``[P, f]``, for the selected companions; ``None`` without companions.
+        advantages: ``[P, n]``, for the policy's samples, or ``[P, n, A]``, for each of their tokens.
+        companion_advantages: ``[P, f]`` or ``[P, f, A]``, for the selected companions; ``None`` without companions.
         metrics: scalars by name.
         classifier_targets: ``[P, n]`` in [0, 1], what the sequence classifier is trained to say of the
             policy's samples (binary cross-entropy); ``None`` without a classifier.
-        companion_baseline: ``[P, f]``, what each token of a companion has less, times pi / pi_source of that token
-            (see :attr:`LossInputs.control`); ``None`` for nothing. Asks for :attr:`Samples.source_log_probs`.
     """
 
     advantages: Tensor
     companion_advantages: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     classifier_targets: Tensor | None = None
-    companion_baseline: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -164,15 +187,12 @@ class LossInputs:
     Attributes:
         log_probs: ``[B, A]`` log pi of each response token under the weights being trained.
         old_log_probs: ``[B, A]`` the same at the start of the rollout step, without gradient.
-        advantages: ``[B, A]``, for sequence-level algorithms the same number in every token of a row.
+        advantages: ``[B, A]``; of an algorithm with one number a sample, the same in every token of a row.
         mask: ``[B, A]`` 1 on response tokens.
         companion: ``[B]`` bool: the row is a companion, not a sample of the policy.
         on_policy: whether the weights are still those that produced the samples, for certain: one epoch,
             one optimiser step a rollout.
         clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
-        control: ``[B, A]``, on companions baseline * pi_old / pi_source of each token, elsewhere 0; or ``None``.
-            Where y comes from pi_source, (pi / pi_source) grad log pi of a token has expectation 0 after any
-            beginning, so any multiple of it may be taken off.
     """
 
     log_probs: Tensor
@@ -183,7 +203,6 @@ class LossInputs:
     on_policy: bool
     clip_low: float
     clip_high: float
-    control: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +229,7 @@ class Algorithm:
     """
 
     Config: ClassVar[type[Config]] = Config
-    policy_loss: ClassVar[str] = "ppo"
+    policy_loss: str = "ppo"
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -28,6 +28,11 @@ Three differences to the paper, each for a reason:
   target is another distribution as soon as rewards tie.
 * The gradient is that of J_beta as written above, so the backward term has the factor N - 1.
 
+Without samples of the anchor (``--bond.n_anchor_samples 0``) both terms are estimated from the policy's own samples,
+in the pooled form of :mod:`bond_plugin.algorithms.pooled`; g and its logarithm come from the other samples, or from
+``--bond.reward_cache``. Its weights pi_anchor / pi are worth less the further the policy is from the anchor
+(``bond/ess``), so under a fixed anchor it reaches a few nats.
+
 Learned quantiles (appendix B.1): p_<=(x, y) is a sequence classifier in the host's critic slot, trained by
 binary cross-entropy (Eq. 25) on 1{r(y') <= r(y)} while the policy is trained. It learns p_<= alone, so term (B)
 is left out with it.
@@ -40,6 +45,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bond_plugin.algorithms import pooled
 from bond_plugin.algorithms.base import (
     AdvantageInputs,
     AdvantageOutputs,
@@ -47,9 +53,11 @@ from bond_plugin.algorithms.base import (
     Config,
     Samples,
     flag,
+    gamma_ref_flag,
     reward_cache_flag,
 )
-from bond_plugin.bestofn.distribution import quantiles
+from bond_plugin.algorithms.pooled import min_ess_flag, normalised_flag
+from bond_plugin.bestofn.distribution import log_bon_ratio, quantiles
 from bond_plugin.bestofn.divergences import BASELINES, backward_kl
 from bond_plugin.bestofn.estimates import win_rate
 from bond_plugin.bestofn.rewards import bond_reward, strict_ranks
@@ -66,8 +74,12 @@ class BONDConfig(Config):
     n_anchor_samples: int = flag(
         16,
         "k: samples of the anchor per prompt for the quantile, >= 1, and at least n while beta < 1. With a "
-        "reward cache or a learned quantile only what the forward term needs is drawn",
+        "reward cache or a learned quantile only what the forward term needs is drawn. 0: none, the policy's own "
+        "samples are weighted (pooled form)",
     )
+    gamma_ref: float = gamma_ref_flag()
+    normalised: bool = normalised_flag()
+    min_ess: float = min_ess_flag()
     anchor: str = flag(
         "fixed",
         "'fixed': the initial policy (BOND); 'periodic': a copy of the policy every anchor_interval steps "
@@ -98,10 +110,15 @@ class BONDConfig(Config):
     def __post_init__(self) -> None:
         if self.n < 2:
             raise ValueError(f"--bond.n must be at least 2 (Best-of-1 is the anchor itself), got {self.n}")
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"--bond.beta must lie in [0, 1], got {self.beta}")
-        if self.n_anchor_samples < 1:
-            raise ValueError(f"--bond.n_anchor_samples must be at least 1, got {self.n_anchor_samples}")
+        pooled.check(self.beta, {"gamma_ref": self.gamma_ref})
+        if self.n_anchor_samples < 0:
+            raise ValueError(f"--bond.n_anchor_samples must be at least 0, got {self.n_anchor_samples}")
+        if self.pooled:
+            pooled.check_flags(self)
+            if self.quantile == "learned":
+                raise ValueError(
+                    "--bond.quantile learned is trained on samples of the anchor: use --bond.n_anchor_samples 1"
+                )
         if self.anchor_interval < 1:
             raise ValueError(f"--bond.anchor_interval must be at least 1, got {self.anchor_interval}")
         if not 0.0 <= self.eta <= 1.0:
@@ -117,25 +134,35 @@ class BONDConfig(Config):
             )
         if self.reward_cache and self.quantile == "learned":
             raise ValueError("--bond.reward_cache and --bond.quantile learned are two ways to the same quantile")
-        drawn_for_quantile = self.quantile == "monte_carlo" and not self.reward_cache
+        drawn_for_quantile = self.quantile == "monte_carlo" and not self.reward_cache and not self.pooled
         if drawn_for_quantile and self.beta < 1 and self.n_anchor_samples < self.n:
             raise ValueError(
                 f"--bond.n_anchor_samples {self.n_anchor_samples} is less than --bond.n {self.n}: the forward term "
-                "needs the best of n of them. Raise it, or use --bond.beta 1.0"
+                "needs the best of n of them. Raise it, use --bond.beta 1.0, or draw none (0, the pooled form)"
             )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether this is the pooled form."""
+        return self.n_anchor_samples == 0
 
 
 class BOND(Algorithm):
     """The advantages of BOND; its loss is J-BOND's: -A log pi on samples of the policy and on the best of N."""
 
     Config = BONDConfig
-    policy_loss = "jbond"
     config: BONDConfig
+
+    def __init__(self, config: BONDConfig) -> None:
+        super().__init__(config)
+        self.policy_loss = "jbond" if self.samples().companions else "ppo"
 
     def samples(self) -> Samples:
         cfg = self.config
-        forward = cfg.beta < 1
-        if cfg.quantile == "monte_carlo" and not cfg.reward_cache:
+        forward = cfg.beta < 1 and not cfg.pooled
+        if cfg.pooled:
+            companions = 0
+        elif cfg.quantile == "monte_carlo" and not cfg.reward_cache:
             companions = cfg.n_anchor_samples
         else:
             # One is enough for the classifier's label (appendix B.1); a cache needs none.
@@ -145,10 +172,12 @@ class BOND(Algorithm):
             trained_companions=int(forward),
             source="reference" if cfg.anchor == "fixed" else "anchor",
             source_log_probs=True,
+            reference_log_probs=cfg.gamma_ref > 0,
             anchor_eta=cfg.eta if cfg.anchor == "ema" else None,
             anchor_interval=cfg.anchor_interval if cfg.anchor == "periodic" else None,
             reward_cache=bool(cfg.reward_cache),
             classifier=cfg.quantile == "learned",
+            least=pooled.least(cfg.n, 0) if cfg.pooled and not cfg.reward_cache else 1,
         )
 
     def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
@@ -157,6 +186,28 @@ class BOND(Algorithm):
         return ranks.argmax(dim=-1, keepdim=True)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        return self._pooled(batch) if self.config.pooled else self._sampled(batch)
+
+    def _pooled(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        cfg = self.config
+        pool = pooled.Pool.of(batch)
+        if batch.reference_rewards is None:
+            tilt, log_tilt = pool.tilt(cfg.n, cfg.normalised), pool.log_tilt(cfg.n, cfg.normalised)
+        else:
+            p_lt, p_le = quantiles(batch.rewards, batch.reference_rewards, include_self=True)
+            tilt = log_bon_ratio(p_lt, p_le, cfg.n).exp()
+            log_tilt = (cfg.n - 1) * bond_reward(p_lt, p_le, cfg.n, cfg.correction)
+        return pooled.advantages(
+            pool,
+            tilt,
+            log_tilt,
+            n=cfg.n,
+            beta=cfg.beta,
+            gamma_ref=cfg.gamma_ref,
+            centred=cfg.baseline != "none",
+        )
+
+    def _sampled(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
         if batch.source_log_probs is None:
             raise ValueError("BOND needs log pi_anchor of the policy's samples")
@@ -191,4 +242,5 @@ class BOND(Algorithm):
         if targets is not None:
             metrics["bond/quantile_bce"] = torch.nn.functional.binary_cross_entropy(p_le, targets).item()
             metrics["bond/quantile_error"] = (p_le - targets).mean().item()
-        return AdvantageOutputs(-cfg.beta * backward.weights, companion_advantages, metrics, targets)
+        advantages = pooled.pulled(-cfg.beta * backward.weights, batch, cfg.gamma_ref)
+        return AdvantageOutputs(advantages, companion_advantages, metrics, targets)

@@ -25,13 +25,10 @@ Ties: Theorem 1 assumes a strict order of rewards. Equal rewards are taken to be
 anchor sample is drawn among equals (seeded), and the reward of Eq. 17 is its expectation over the orders. With
 0/1 rewards the equation to the letter (``--bond.ties textbook``) hardly ever fires.
 
-Beyond the paper: G_FW is the gradient of one response a prompt, without a baseline. ``--bond.forward_baseline``
-gives it one and trains on all m samples of the anchor. Token t of y'_i has
-
-    G_FW   = -sum_i (1[y'_i is the best] - rho_it / m) grad log pi(y'_it),   rho_it = pi(y'_it) / pi_anchor(y'_it)
-
-What is added has expectation 0: after any beginning, sum_v pi_anchor(v) rho(v) grad log pi(v) = grad sum_v pi(v).
-Where the policy still is the anchor, the better of two gets +1/2 and the other -1/2.
+That is ``--bond.n_anchor_samples 2`` (or more: the target is Best-of-m, Eq. 17 becomes -2^m log 2 and counts m - 1
+times). By default no sample of the anchor is drawn: the same target, Best-of-``--bond.n`` of the anchor, is estimated
+from the policy's samples alone, in the pooled form of :mod:`bond_plugin.algorithms.pooled`, which learns three times
+as much from a response.
 """
 
 from __future__ import annotations
@@ -42,6 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bond_plugin.algorithms import pooled
 from bond_plugin.algorithms.base import (
     AdvantageInputs,
     AdvantageOutputs,
@@ -51,79 +49,128 @@ from bond_plugin.algorithms.base import (
     LossOutputs,
     Samples,
     flag,
+    gamma_ref_flag,
 )
+from bond_plugin.algorithms.pooled import min_ess_flag, normalised_flag
 from bond_plugin.bestofn.divergences import BASELINES, backward_kl
+from bond_plugin.bestofn.estimates import win_rate
 from bond_plugin.bestofn.rewards import jbond_reward, strict_ranks
 
 
 @dataclass(frozen=True)
 class JBONDConfig(Config):
-    """Settings of J-BOND. The defaults are the paper's (section 5; eta for Gemma 7B)."""
+    """Settings of J-BOND. beta, eta and gamma are the paper's (section 5; eta for Gemma 7B)."""
 
+    n: int = flag(2, "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2")
     beta: float = flag(
         0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
     )
     eta: float = flag(0.02, "step of the anchor's moving average, anchor <- (1 - eta) anchor + eta policy, in [0, 1]")
     gamma: float = flag(0.0, "coefficient of the extra KL to the anchor (Eq. 19), >= 0; larger is slower")
+    gamma_ref: float = gamma_ref_flag()
     n_anchor_samples: int = flag(
-        2,
-        "samples of the anchor per prompt, >= 2. The target is Best-of-this-many of the anchor; the paper's is 2",
+        0,
+        "m: samples of the anchor per prompt. 0: none, the policy's own samples are weighted (pooled form). 2 or "
+        "more: Algorithm 2 as printed, whose target is Best-of-m; the paper's is 2",
     )
+    estimator: str = flag(
+        "auto",
+        "'pooled': all samples are compared with one another, those of the anchor too if there are any; 'paper': "
+        "Algorithm 2; 'auto': pooled without samples of the anchor, else paper",
+        choices=("auto", "pooled", "paper"),
+    )
+    normalised: bool = normalised_flag()
+    min_ess: float = min_ess_flag()
     baseline: str = flag(
         "batch",
         "baseline B of the backward term: 'batch', the mean return of the other samples in the rollout batch; "
-        "'leave_one_out', of the prompt's other samples; or 'none'",
+        "'leave_one_out', of the prompt's other samples (not in the pooled form, where it would change the target); "
+        "or 'none'",
         choices=BASELINES,
     )
     ties: str = flag(
         "expected",
         "rewards equal to an anchor sample's: 'expected' takes Eq. 17's expectation over random orders of "
-        "equals, 'textbook' never lets them fire",
+        "equals, 'textbook' never lets them fire (Algorithm 2 alone)",
         choices=("expected", "textbook"),
-    )
-    forward_baseline: bool = flag(
-        False,
-        "give the forward term a baseline, and train on all samples of the anchor instead of the best alone: "
-        "the same gradient in expectation, with less noise; not in the paper",
     )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"--bond.beta must lie in [0, 1], got {self.beta}")
+        pooled.check(self.beta, {"gamma": self.gamma, "gamma_ref": self.gamma_ref})
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"--bond.eta must lie in [0, 1], got {self.eta}")
-        if not (self.gamma >= 0.0 and math.isfinite(self.gamma)):
-            raise ValueError(f"--bond.gamma must be at least 0, got {self.gamma}")
-        if self.n_anchor_samples < 2:
+        if self.n < 2:
+            raise ValueError(f"--bond.n must be at least 2 (Best-of-1 is the anchor itself), got {self.n}")
+        m = self.n_anchor_samples
+        if m < 0 or (m < 2 and not self.pooled):
             raise ValueError(
-                f"--bond.n_anchor_samples must be at least 2 (Best-of-1 is the anchor itself), got "
-                f"{self.n_anchor_samples}"
+                f"--bond.n_anchor_samples must be 0 (the pooled form), or at least 2 (Best-of-1 is the anchor "
+                f"itself), got {m}; any number goes with --bond.estimator pooled"
             )
+        if self.pooled:
+            pooled.check_flags(self)
+            if self.ties != "expected":
+                raise ValueError("--bond.ties textbook is Algorithm 2's: use it with --bond.n_anchor_samples 2")
+        elif self.n not in (2, m):
+            raise ValueError(
+                f"--bond.n {self.n}: Algorithm 2's target is Best-of-m, m = --bond.n_anchor_samples {m}: drop "
+                "--bond.n, or use --bond.estimator pooled"
+            )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether this is the pooled form."""
+        return self.estimator == "pooled" or (self.estimator == "auto" and self.n_anchor_samples == 0)
 
 
 class JBOND(Algorithm):
-    """The advantages of J-BOND; :func:`policy_loss` is its loss."""
+    """The advantages of J-BOND. The loss is the host's own, and with samples of the anchor :func:`policy_loss`."""
 
     Config = JBONDConfig
-    policy_loss = "jbond"
     config: JBONDConfig
 
+    def __init__(self, config: JBONDConfig) -> None:
+        super().__init__(config)
+        self.policy_loss = "jbond" if config.n_anchor_samples else "ppo"
+
     def samples(self) -> Samples:
+        cfg = self.config
+        m = cfg.n_anchor_samples
         return Samples(
-            companions=self.config.n_anchor_samples,
-            trained_companions=self.config.n_anchor_samples if self.config.forward_baseline else 1,
+            companions=m,
+            trained_companions=m if cfg.pooled else 1,
             source="anchor",
             source_log_probs=True,
-            anchor_eta=self.config.eta,
+            reference_log_probs=cfg.gamma_ref > 0,
+            anchor_eta=cfg.eta,
+            least=pooled.least(cfg.n, m) if cfg.pooled else 1,
         )
 
     def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """The best anchor sample of each prompt, or all of them: ``[P, m]`` rewards to ``[P, f]`` indices."""
-        if self.config.forward_baseline:
-            return torch.arange(companion_rewards.shape[-1]).expand(companion_rewards.shape)
+        """The best anchor sample of each prompt, in the pooled form all: ``[P, m]`` rewards to ``[P, f]`` indices."""
+        if self.config.pooled:
+            return pooled.everyone(companion_rewards)
         return strict_ranks(companion_rewards, generator).argmax(dim=-1, keepdim=True)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        cfg = self.config
+        return self._pooled(batch) if cfg.pooled else self._algorithm_2(batch)
+
+    def _pooled(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        cfg = self.config
+        pool = pooled.Pool.of(batch)
+        return pooled.advantages(
+            pool,
+            pool.tilt(cfg.n, cfg.normalised),
+            pool.log_tilt(cfg.n, cfg.normalised),
+            n=cfg.n,
+            beta=cfg.beta,
+            gamma=cfg.gamma,
+            gamma_ref=cfg.gamma_ref,
+            centred=cfg.baseline != "none",
+        )
+
+    def _algorithm_2(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
         if batch.source_log_probs is None:
             raise ValueError("J-BOND needs log pi_anchor of the policy's samples")
@@ -135,32 +182,21 @@ class JBOND(Algorithm):
         log_ratio = batch.log_probs - batch.source_log_probs
         backward = backward_kl(log_ratio, (m - 1) * log_quantile, cfg.baseline)
         advantages = -cfg.beta * backward.weights - cfg.gamma * log_ratio
-        best = torch.ones_like(batch.companion_log_probs)
-        companion_baseline = None
-        if cfg.forward_baseline:
-            # Equals share, which is the mean over their random orders. The mean over the m rows divides by m.
-            top = (batch.companion_rewards == batch.companion_rewards.amax(dim=-1, keepdim=True)).double()
-            best = m * top / top.sum(dim=-1, keepdim=True)
-            companion_baseline = torch.full_like(best, 1.0 - cfg.beta)
-
-        wins = (batch.rewards.unsqueeze(-1) > batch.companion_rewards.unsqueeze(-2)).double()
-        draws = (batch.rewards.unsqueeze(-1) == batch.companion_rewards.unsqueeze(-2)).double()
         return AdvantageOutputs(
-            advantages=advantages,
-            companion_advantages=(1.0 - cfg.beta) * best,
-            companion_baseline=companion_baseline,
+            advantages=pooled.pulled(advantages, batch, cfg.gamma_ref),
+            companion_advantages=torch.full_like(batch.companion_log_probs, 1.0 - cfg.beta),
             metrics={
-                "bond/win_rate": (wins + 0.5 * draws).mean().item(),
+                "bond/win_rate": win_rate(batch.rewards, batch.companion_rewards).mean().item(),
                 "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
                 "bond/log_quantile": log_quantile.mean().item(),
                 "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -(best * batch.companion_log_probs).mean().item(),
+                "bond/forward_nll": -batch.companion_log_probs.mean().item(),
             },
         )
 
 
 def policy_loss(inputs: LossInputs) -> LossOutputs:
-    """-A log pi(y) on the policy's samples, -(1 - beta) log pi(y'_Bo2) on the anchor's best, less the control.
+    """-A log pi(y) on the policy's samples, -(1 - beta) log pi(y'_Bo2) on the anchor's samples.
 
     While the policy is the one that drew the samples (``on_policy``), this is the paper's estimator as it
     stands. When a rollout is used for several optimiser steps, the policy's samples were drawn by an older
@@ -173,10 +209,7 @@ def policy_loss(inputs: LossInputs) -> LossOutputs:
     log_probs = torch.where(inputs.mask.bool(), inputs.log_probs, 0.0)
     old = torch.where(inputs.mask.bool(), inputs.old_log_probs, 0.0)
     ratio = (log_probs - old).clamp(-20, 20).exp()
-    weights = inputs.advantages
-    if inputs.control is not None:  # pi_old / pi_source becomes pi / pi_source
-        weights = weights - inputs.control * ratio.detach()
-    plain = log_probs * weights
+    plain = log_probs * inputs.advantages
     if inputs.on_policy:
         objective, clipped = plain, torch.zeros_like(plain)
     else:

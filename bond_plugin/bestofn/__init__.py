@@ -2,6 +2,7 @@
 
 ``distribution``: quantiles and the Best-of-N distribution; ``rewards``: what turns it into policy gradients;
 ``divergences``: forward, backward and Jeffreys, with gradients; ``estimates``: Best-of-N from samples;
+``pooled``: Best-of-N of another distribution, each sample compared with all others of its prompt;
 ``limits``: the best that any policy can do at a given KL, and how near to it a method comes.
 """
 
@@ -34,6 +35,13 @@ from bond_plugin.bestofn.limits import (
     share_of_limit,
     win_rate_front,
 )
+from bond_plugin.bestofn.pooled import (
+    effective_sample_size,
+    harmonic_log_quantile,
+    harmonic_log_quantile_among,
+    mixture_weights,
+    pooled_tilt,
+)
 from bond_plugin.bestofn.rewards import bond_reward, jbond_reward, strict_ranks, vbon_reward
 
 __all__ = [
@@ -50,15 +58,20 @@ __all__ = [
     "bon_win_rate",
     "bond_reward",
     "bootstrap_interval",
+    "effective_sample_size",
     "expected_max",
     "forward_kl",
+    "harmonic_log_quantile",
+    "harmonic_log_quantile_among",
     "jbond_reward",
     "jeffreys",
     "leave_one_out_mean",
     "level_probabilities",
     "log_bon_ratio",
+    "mixture_weights",
     "pareto_front",
     "pass_at_n",
+    "pooled_tilt",
     "quantiles",
     "reward_front",
     "share_of_limit",

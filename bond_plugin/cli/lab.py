@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)  # the tensors are small: more threads are slower, and could change the last digit
     try:
         if method is None:
-            say("training 28 policies and measuring 14 estimators")
+            say("training policies, then measuring estimators; about a minute")
             report = lab.programme(args.seed, say)
         else:
             training, n = _settings(args, method)
@@ -485,7 +485,7 @@ def _front(axes: Axes, report: Report) -> None:
         axes.plot(*of(table.rows[1].point), "*", color=_ORANGE, markersize=16, label=table.rows[1].name)
         axes.legend(frameon=False, fontsize=11, loc="best")
         return
-    jbond = rows["jbond eta 0.01"].trajectory
+    jbond = rows["jbond pooled, eta 0.01"].trajectory
     _line(axes, jbond, of, color=_AMBER, linewidth=2, linestyle="--", label="J-BOND, eta 0.01")
     iterative = rows["bond n 2, periodic"].trajectory
     _line(axes, iterative, of, color=_BLUE, linewidth=1.2, label="iterative BOND, n = 2")
@@ -534,7 +534,7 @@ def _directions(axes: Axes, report: Report) -> None:
 def _convergence(axes: Axes, report: Report) -> None:
     """KL(pi || BoN) over the steps."""
     table = report.tables["full"]
-    chosen = {**_STYLES, "jbond eta 0.01": (_AMBER, "", "-")}
+    chosen = {**_STYLES, "jbond pooled, eta 0.01": (_AMBER, "", "-")}
     for name, (colour, marker, line) in chosen.items():
         row: Row = table.row(name)
         axes.plot(
@@ -547,7 +547,7 @@ def _convergence(axes: Axes, report: Report) -> None:
             markersize=7,
             markerfacecolor="none" if marker not in ("x", "") else None,
             linewidth=1.8 if marker else 2.2,
-            label=name if marker else "jbond eta 0.01 (goes on to larger N)",
+            label=name if marker else "jbond pooled, eta 0.01 (goes on to larger N)",
         )
     axes.set_yscale("log")
     axes.set_ylim(top=30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,73 +13,267 @@ from bond_plugin.host import flags, on_cpu
 
 _HOST_LOSSES = ("ppo", "gspo")
 
+_NO_KL = "the KL is to the anchor; --bond.gamma_ref is a pull to the initial policy"
+#: Flags of the estimator that an algorithm of ours replaces, what they become (``...``: they stay), and why.
+_REPLACED: dict[str, tuple[object, str]] = {
+    "algo.kl.init_coef": (0.0, _NO_KL),
+    "algo.kl.target": (None, _NO_KL),
+    "algo.kl.use_loss": (False, _NO_KL),
+    "algo.kl.estimator": ("k1", _NO_KL),
+    "algo.kl.horizon": (..., _NO_KL),
+    "algo.kl.unbiased_gradient": (..., _NO_KL),
+    "reward.clip_range": (None, "the order of rewards counts, not their size"),
+    "reward.normalize_enable": (..., "the order of rewards counts, not their size"),
+    "algo.advantage.gamma": (..., "a response's reward is not discounted"),
+    "algo.advantage.lambd": (..., "there are no values"),
+    "algo.advantage.no_std_norm": (..., "advantages are not normalised"),
+}
 
-def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = None) -> list[str]:
-    """Fill in what the algorithm and the device imply where the user said nothing; returns notes to print.
 
-    ``critic`` is what the user gave for ``--critic.model_name_or_path``.
+def _at(args: SimpleNamespace, dest: str) -> tuple[SimpleNamespace, str]:
+    """Where a dotted flag is kept: the node and its attribute."""
+    *path, name = dest.split(".")
+    for part in path:
+        args = getattr(args, part)
+    return args, name
+
+
+def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = None) -> tuple[list[str], list[str]]:
+    """Fill in what the algorithm and the device imply where the user said nothing, and set aside what has no meaning.
+
+    Args:
+        args: the run's arguments; changed.
+        given: the destinations of the flags that the user gave.
+        critic: what the user gave for ``--critic.model_name_or_path``.
+
+    Returns:
+        Notes to print; and of flags that were given and are set aside, a line each.
     """
     notes: list[str] = []
+    aside: list[str] = []
 
     def default(dest: str, value: object, why: str) -> None:
-        *path, name = dest.split(".")
-        node = args
-        for part in path:
-            node = getattr(node, part)
+        node, name = _at(args, dest)
         if dest not in given and getattr(node, name) != value:
             setattr(node, name, value)
             notes.append(f"--{dest} is {value} ({why})")
 
     if on_cpu():
-        default("vllm.sync_backend", "gloo", "no GPU")
-        default("vllm.enforce_eager", True, "no GPU")
-        default("ds.attn_implementation", "sdpa", "no GPU")
-        for group in ("ref", "critic", "reward"):
-            # The host's default of 8 would be 8 processes here.
-            if f"{group}.num_gpus_per_node" not in given:
-                getattr(args, group).num_gpus_per_node = args.actor.num_gpus_per_node
+        _without_gpu(args, given, notes, aside)
+    _absolute_paths(args)
     algorithm, transform = flags.algorithm(args), flags.transform(args)
     if transform is not None:
         name = args.reward.transform
         default("algo.kl.init_coef", transform.kl_coefficient, f"the KL coefficient of {name}")
         default("reward.clip_range", None, f"the rewards of {name} are logs")
     if algorithm is None:
-        return notes
-    if algorithm.samples().classifier:
+        return notes, aside
+    wants, name = algorithm.samples(), args.algo.advantage.estimator
+    if wants.classifier:
         args.critic.model_name_or_path = critic or args.actor.model_name_or_path
         if "critic.num_gpus_per_node" not in given:
             args.critic.num_gpus_per_node = args.actor.num_gpus_per_node
         if "critic.num_nodes" not in given:
             args.critic.num_nodes = args.actor.num_nodes
         notes.append(f"the quantile's classifier starts from {args.critic.model_name_or_path}; see --critic.*")
-    name = args.algo.advantage.estimator
     default("actor.policy_loss_type", algorithm.policy_loss, f"the policy loss of {name}")
-    default("algo.kl.init_coef", 0.0, f"{name} has no KL reward; bond/kl_ref needs no reference model")
-    ignored = {
-        "reward.clip_range": "rewards are used as they are",
-        "algo.advantage.gamma": "advantages are of whole responses",
-        "algo.advantage.lambd": "advantages are of whole responses",
-        "algo.advantage.no_std_norm": "advantages are not normalised",
-        "algo.kl.estimator": "there is no KL reward",
+    if wants.least > 1:
+        default(
+            "rollout.n_samples_per_prompt",
+            max(8, wants.least),
+            f"{name} compares a prompt's samples with one another; {wants.least} is the least",
+        )
+    for dest, (value, why) in _REPLACED.items():
+        node, attribute = _at(args, dest)
+        was = getattr(node, attribute)
+        if value is not ... and was != value:
+            setattr(node, attribute, value)
+        if dest in given and (value is ... or was != value):
+            aside.append(f"--{dest} is set aside under {name}: {why}")
+    for group, what in (("critic", "critic"), ("ref", "reference model")):
+        dests = sorted(dest for dest in given if dest.startswith(f"{group}.") and dest not in _OURS)
+        if dests and not (group == "critic" and wants.classifier):
+            listed = ", ".join(f"--{dest}" for dest in dests)
+            aside.append(f"{listed}: set aside under {name}, which has no {what}")
+    if args.algo.dynamic_filtering_enable:
+        notes.append(
+            f"--algo.dynamic_filtering_enable: {name} trains on the prompts that are kept, so its target holds "
+            "for those; the KL to the anchor is not held on the others"
+        )
+    if args.actor.loss_agg_mode != "token-mean":
+        notes.append(
+            f"--actor.loss_agg_mode {args.actor.loss_agg_mode} divides each response by its length, which shifts the "
+            "target towards short ones; token-mean does not"
+        )
+    return notes, aside
+
+
+#: Flags of ours among the host's groups.
+_OURS = ("ref.update", "ref.eta", "ref.interval")
+
+
+def _without_gpu(args: SimpleNamespace, given: frozenset[str], notes: list[str], aside: list[str]) -> None:
+    """What a script for GPUs says of them, and what stands for it on a machine without."""
+    attention = args.ds.attn_implementation
+    packed = args.ds.packing_samples or args.train.dynamic_batch_enable
+    stands = {
+        "vllm.sync_backend": ("gloo", "no GPU"),
+        "vllm.enforce_eager": (True, "no GPU"),
+        "vllm.enable_sleep": (False, "no GPU whose memory could be given back"),
+        "vllm.sync_with_ray": (False, "no GPU"),
+        "ds.enable_sleep": (False, "no GPU whose memory could be given back"),
+        "ds.adam_offload": (False, "the optimiser is on the CPU anyway"),
+        "ds.attn_implementation": (
+            "sdpa" if packed or "flash" in attention or "ds.attn_implementation" not in given else attention,
+            "no GPU",
+        ),
     }
-    notes += [f"--{dest} has no effect under {name}: {why}" for dest, why in ignored.items() if dest in given]
-    return notes
+    for dest, (value, why) in stands.items():
+        node, name = _at(args, dest)
+        was = getattr(node, name)
+        if was == value:
+            continue
+        setattr(node, name, value)
+        if dest in given:
+            aside.append(f"--{dest} {was} is set aside: {why}")
+        else:
+            notes.append(f"--{dest} is {value} ({why})")
+    for group in ("ref", "critic", "reward"):
+        # The host's default of 8 would be 8 processes here.
+        if f"{group}.num_gpus_per_node" not in given:
+            getattr(args, group).num_gpus_per_node = args.actor.num_gpus_per_node
+
+
+def _absolute_paths(args: SimpleNamespace) -> None:
+    """Files are meant relative to where the command was typed, not to where Ray puts a process."""
+    for dest in (
+        "ckpt.output_dir",
+        "ckpt.path",
+        "logger.tensorboard_dir",
+        "bond.reward_cache",
+    ):
+        try:
+            node, name = _at(args, dest)
+            path = getattr(node, name)
+        except AttributeError:
+            continue  # a flag of an algorithm that does not run
+        if path:
+            setattr(node, name, os.path.abspath(os.path.expanduser(path)))
+    for dest in ("actor.model_name_or_path", "critic.model_name_or_path", "train.agent_func_path"):
+        node, name = _at(args, dest)
+        setattr(node, name, _absolute(getattr(node, name)))
+    for dest in ("reward.model_name_or_path", "data.prompt_dataset", "eval.dataset"):
+        node, name = _at(args, dest)
+        if getattr(node, name):
+            setattr(node, name, ",".join(_absolute(part.strip()) for part in getattr(node, name).split(",")))
+    if args.reward.remote_url:
+        args.reward.remote_url = [_absolute(url) if url.endswith(".py") else url for url in args.reward.remote_url]
+
+
+def _absolute(name: str | None) -> str | None:
+    """The absolute path of what exists as a file or folder, ``name`` (a hub's, perhaps) otherwise."""
+    if not name:
+        return name
+    path, at, rest = name.partition("@")
+    path = os.path.expanduser(path)
+    return os.path.abspath(path) + at + rest if os.path.exists(path) else name
+
+
+def impediments(args: SimpleNamespace) -> list[str]:
+    """What keeps this machine, which has no GPU, from running what another could."""
+    if not on_cpu():
+        return []
+    needs = {
+        "ds.ring_attn_size": args.ds.ring_attn_size > 1,
+        "ds.tensor_parallel_size": args.ds.tensor_parallel_size > 1,
+        "vllm.tensor_parallel_size": args.vllm.tensor_parallel_size > 1,
+        "ds.load_in_4bit": args.ds.load_in_4bit,
+        "ds.use_liger_kernel": args.ds.use_liger_kernel,
+    }
+    return [f"--{dest} {getattr(*_at(args, dest))} needs a GPU" for dest, on in needs.items() if on]
 
 
 def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
-    found = [*_cpu(args), *_files(args)]
+    found = [*_files(args), *_groups(args)]
     algorithm = flags.algorithm(args)
     loss = args.actor.policy_loss_type
     if loss not in _HOST_LOSSES:
         registry.load(registry.POLICY_LOSSES, loss)
         found += _own_loss(args, loss)
     if algorithm is not None:
-        found += _own_estimator(args, algorithm, given)
+        found += _own_estimator(args, algorithm)
     transform = flags.transform(args)
     if transform is not None:
         found += _transform(args, transform)
+    if flags.moving_reference(args) is not None:
+        found += _moving_reference(args, algorithm is not None, transform is not None)
     return found
+
+
+def _groups(args: SimpleNamespace) -> list[str]:
+    """Groups whose workers would get unequal numbers of micro-batches: under ZeRO-3 a forward pass waits for all."""
+    if args.ds.zero_stage != 3:
+        return []
+    sizes = {"actor": args.actor}
+    if args.reward.model_name_or_path and not args.reward.remote_url:
+        sizes["reward"] = args.reward
+    if args.critic.model_name_or_path:
+        sizes["critic"] = args.critic
+    if args.algo.kl.init_coef > 0 and flags.moving_reference(args) is None:
+        sizes["ref"] = args.ref
+    copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
+    samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    algorithm = flags.algorithm(args)
+    if algorithm is not None:
+        samples += args.rollout.batch_size * algorithm.samples().trained_companions
+    found = []
+    for group, node in sizes.items():
+        ranks = max(1, node.num_nodes * node.num_gpus_per_node // copies)
+        if args.train.dynamic_batch_enable:
+            unequal = (args.actor.num_nodes * args.actor.num_gpus_per_node // copies) % ranks
+        else:
+            unequal = -(-samples // args.rollout.micro_batch_size) % ranks
+        if unequal:
+            found.append(
+                f"--{group}.num_gpus_per_node: {samples} responses in micro-batches of --rollout.micro_batch_size "
+                f"{args.rollout.micro_batch_size} cannot be dealt evenly to {ranks} data-parallel ranks, and under "
+                "--ds.zero_stage 3 the run would hang: change one of them, or use --ds.zero_stage 2"
+            )
+    return found
+
+
+def _moving_reference(args: SimpleNamespace, ours: bool, transformed: bool) -> list[str]:
+    """``--ref.update`` where it has no meaning, or cannot be kept."""
+    found = []
+    if ours:
+        found.append(f"--ref.update is for the host's own estimators; {args.algo.advantage.estimator} has --bond.eta")
+    if transformed:
+        found.append(f"--ref.update cannot be used with {flags.TRANSFORM}: its KL is to the initial policy")
+    if args.algo.kl.init_coef <= 0:
+        found.append("--ref.update needs --algo.kl.init_coef above 0: without, there is no KL to a reference")
+    if not 0 < args.ref.eta <= 1:
+        found.append(f"--ref.eta must lie in (0, 1], got {args.ref.eta}")
+    if args.ref.interval < 1:
+        found.append(f"--ref.interval must be at least 1, got {args.ref.interval}")
+    return found + [f"--{dest} cannot be used with --ref.update: {why}" for dest, why in _not_kept(args)]
+
+
+def _not_kept(args: SimpleNamespace) -> list[tuple[str, str]]:
+    """Flags under which no other weights can be kept beside the policy's and put in their place."""
+    refused = {
+        "ds.zero_stage": (
+            not 1 <= args.ds.zero_stage <= 3,
+            "without ZeRO there are no fp32 masters to follow; use 2 or 3",
+        ),
+        "ds.deepcompile": (
+            args.ds.deepcompile,
+            "it keeps gathered parameters, past which a swap of weights may not go",
+        ),
+        "ds.load_in_4bit": (args.ds.load_in_4bit, "4-bit weights cannot be swapped"),
+        "ds.use_universal_ckpt": (args.ds.use_universal_ckpt, "the anchor has no universal checkpoint yet"),
+    }
+    return [(dest, why) for dest, (on, why) in refused.items() if on]
 
 
 def _transform(args: SimpleNamespace, transform: RewardTransform) -> list[str]:
@@ -116,25 +311,6 @@ def _penalties(args: SimpleNamespace) -> dict[str, tuple[bool, str]]:
     }
 
 
-def _cpu(args: SimpleNamespace) -> list[str]:
-    if not on_cpu():
-        return []
-    found = []
-    if args.vllm.sync_backend != "gloo":
-        found.append(f"--vllm.sync_backend {args.vllm.sync_backend} needs a GPU; use gloo")
-    if "flash" in args.ds.attn_implementation:
-        found.append(f"--ds.attn_implementation {args.ds.attn_implementation} needs a GPU; use sdpa or eager")
-    for dest, on in (
-        ("ds.packing_samples", args.ds.packing_samples),
-        ("ds.adam_offload", args.ds.adam_offload),
-        ("vllm.enable_sleep", args.vllm.enable_sleep),
-        ("vllm.sync_with_ray", args.vllm.sync_with_ray),
-    ):
-        if on:
-            found.append(f"--{dest} needs a GPU")
-    return found
-
-
 def _files(args: SimpleNamespace) -> list[str]:
     found = []
 
@@ -151,6 +327,7 @@ def _files(args: SimpleNamespace) -> list[str]:
         "critic.model_name_or_path": [args.critic.model_name_or_path],
         "data.prompt_dataset": (args.data.prompt_dataset or "").split(","),
         "eval.dataset": (args.eval.dataset or "").split(","),
+        "train.agent_func_path": [args.train.agent_func_path],
     }
     for dest, paths in named.items():
         for path in paths:
@@ -221,67 +398,30 @@ def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
     ]
 
 
-def _own_estimator(args: SimpleNamespace, algorithm: Algorithm, given: frozenset[str]) -> list[str]:
+def _own_estimator(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
     name = args.algo.advantage.estimator
     wants = algorithm.samples()
-    refused = {
-        "train.async_enable": (
-            args.train.async_enable,
-            "not supported yet: anchor and policy share the engines",
-        ),
-        "train.partial_rollout_enable": (args.train.partial_rollout_enable, "not supported yet"),
-        "vllm.enable_sleep": (args.vllm.enable_sleep, "not supported yet"),
-        "ds.enable_sleep": (args.ds.enable_sleep, "not supported yet"),
-        "train.enable_ema": (
-            args.train.enable_ema,
-            "the host would save its average instead of the policy; the anchor is an average already "
-            "(--bond.save_anchor saves it)",
-        ),
-        "train.agent_func_path": (
-            args.train.agent_func_path is not None,
-            "multi-turn agents: not supported yet",
-        ),
-        "data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "images: not supported yet"),
-        "algo.dynamic_filtering_enable": (
-            args.algo.dynamic_filtering_enable,
-            "it would drop prompts by their reward, which changes the target distribution",
-        ),
-        "rollout.vllm_generate_batch_size": (
-            args.rollout.vllm_generate_batch_size != args.rollout.batch_size,
-            "it must equal --rollout.batch_size: a step uses all its samples",
-        ),
-        "rollout.top_p": (
-            args.rollout.top_p != 1.0,
-            "samples must come from the policy itself, not from its truncated distribution; use 1.0",
-        ),
-        "algo.kl.use_loss": (args.algo.kl.use_loss, "it would add a KL term to the objective"),
-        "ds.lora.rank": (args.ds.lora.rank > 0, "not supported yet"),
-        "ds.load_in_4bit": (args.ds.load_in_4bit, "not supported yet"),
-        "ds.adam_offload": (args.ds.adam_offload, "not supported yet"),
-        "ds.use_universal_ckpt": (args.ds.use_universal_ckpt, "the anchor has no universal checkpoint yet"),
-        "actor.optim": (
-            args.actor.optim != "adam",
-            "the anchor follows Adam's fp32 master weights; use adam",
-        ),
-    }
-    found = [f"--{dest} cannot be used with {name}: {why}" for dest, (on, why) in refused.items() if on]
-    if not 1 <= args.ds.zero_stage <= 3:
-        found.append(f"--ds.zero_stage {args.ds.zero_stage} cannot be used with {name}: use 2 or 3")
+    found = [f"--{dest} cannot be used with {name}: {why}" for dest, why in _not_kept(args)]
+    if args.rollout.top_p != 1.0:
+        found.append(
+            f"--rollout.top_p cannot be used with {name}: samples must come from the policy itself, not from its "
+            "truncated distribution; use 1.0"
+        )
     if not args.vllm.num_engines:
         found.append("--vllm.num_engines must be at least 1: samples come from vLLM")
-    if args.actor.policy_loss_type != algorithm.policy_loss:
+    n = args.rollout.n_samples_per_prompt
+    if n < wants.least:
         found.append(
-            f"--actor.policy_loss_type {args.actor.policy_loss_type} contradicts {flags.ESTIMATOR} {name}, whose "
-            f"loss is {algorithm.policy_loss}: drop the flag"
+            f"--rollout.n_samples_per_prompt {n}: {name} compares a prompt's samples with one another and needs "
+            f"at least {wants.least}; 8 is a good number"
         )
-    if args.algo.kl.init_coef > 0:
-        found.append(
-            f"--algo.kl.init_coef {args.algo.kl.init_coef} has no place in {name}, which puts no KL into the "
-            "reward: drop the flag or set it to 0 (bond/kl_ref is reported without it)"
-        )
+    if wants.companions:
+        found += _drawing(args, algorithm)
     if wants.reward_cache:
         penalties = _penalties(args).items()
         found += [f"--{dest} cannot be used with a reward cache: {why}" for dest, (on, why) in penalties if on]
+        if args.train.agent_func_path is not None:
+            found.append("--train.agent_func_path cannot be used with a reward cache: it holds single-turn responses")
     if wants.classifier:
         ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
         if args.critic.num_nodes * args.critic.num_gpus_per_node != ranks:
@@ -290,22 +430,60 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm, given: frozenset
             )
         if args.train.colocate_critic_reward:
             found.append("--train.colocate_critic_reward cannot be used with a learned quantile yet")
-    if wants.trained_companions and algorithm.policy_loss == "ppo":
-        found.append(f"{name} trains on companions, so it needs a policy loss of its own, not the host's ppo")
     baseline = getattr(algorithm.config, "baseline", None)
-    if baseline == "leave_one_out" and args.rollout.n_samples_per_prompt < 2:
+    if baseline == "leave_one_out" and n < 2:
         found.append("--bond.baseline leave_one_out needs --rollout.n_samples_per_prompt 2 or more; or use batch")
-    if baseline == "batch" and args.rollout.batch_size * args.rollout.n_samples_per_prompt < 2:
+    if baseline == "batch" and args.rollout.batch_size * n < 2:
         found.append("--bond.baseline batch needs at least two samples a rollout; use --bond.baseline none")
     return found + _sizes(args, wants.trained_companions)
 
 
+def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
+    """Modes of the host in which samples of other weights cannot be drawn beside the policy's, or trained on."""
+    name = args.algo.advantage.estimator
+    refused = {
+        "train.async_enable": (args.train.async_enable, "anchor and policy share the engines"),
+        "train.partial_rollout_enable": (args.train.partial_rollout_enable, "anchor and policy share the engines"),
+        "vllm.enable_sleep": (args.vllm.enable_sleep, "weights are sent to the engines between two rollouts"),
+        "ds.enable_sleep": (args.ds.enable_sleep, "weights are swapped between two rollouts"),
+        "train.enable_ema": (
+            args.train.enable_ema,
+            "the host would save its average instead of the policy; the anchor is an average already "
+            "(--bond.save_anchor saves it)",
+        ),
+        "train.agent_func_path": (args.train.agent_func_path is not None, "an agent's turns are the host's to draw"),
+        "data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "images are the host's to hand on"),
+        "algo.dynamic_filtering_enable": (args.algo.dynamic_filtering_enable, "prompts and companions would not fit"),
+        "rollout.vllm_generate_batch_size": (
+            args.rollout.vllm_generate_batch_size != args.rollout.batch_size,
+            "it must equal --rollout.batch_size: a step uses all its samples",
+        ),
+        "ds.lora.rank": (args.ds.lora.rank > 0, "the engines cannot be sent its weights"),
+        "ds.packing_samples": (args.ds.packing_samples, "not tried together yet"),
+    }
+    drawn = f"samples of the {algorithm.samples().source} (--bond.n_anchor_samples)"
+    found = [
+        f"--{dest} cannot be used with {name} and {drawn}: {why}. Without such samples it can"
+        for dest, (on, why) in refused.items()
+        if on
+    ]
+    if algorithm.samples().trained_companions and args.actor.policy_loss_type in _HOST_LOSSES:
+        found.append(
+            f"--actor.policy_loss_type {args.actor.policy_loss_type}: {name} trains on companions too, so it needs a "
+            "policy loss of its own, such as jbond: drop the flag"
+        )
+    return found
+
+
 def _sizes(args: SimpleNamespace, companions: int) -> list[str]:
+    """Batches that do not come out even, which the host would meet in the middle of a step."""
     n, batch = args.rollout.n_samples_per_prompt, args.train.batch_size
     samples = args.rollout.batch_size * n
-    ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+    copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
+    ranks = max(1, args.actor.num_nodes * args.actor.num_gpus_per_node // copies)
+    dynamic = args.train.dynamic_batch_enable
     found = []
-    if batch % n:
+    if batch % n and args.actor.policy_loss_type not in _HOST_LOSSES:
         return [
             f"--train.batch_size {batch} must be a multiple of --rollout.n_samples_per_prompt {n}: it counts "
             "samples of the policy, and an optimiser step takes whole prompts"
@@ -315,17 +493,19 @@ def _sizes(args: SimpleNamespace, companions: int) -> list[str]:
             f"--rollout.batch_size {args.rollout.batch_size} x --rollout.n_samples_per_prompt {n} = {samples} "
             f"samples must be a multiple of --train.batch_size {batch}"
         )
-    rows = batch // n * (n + companions)
-    if rows % (ranks * args.train.micro_batch_size):
+    rows = batch // n * (n + companions) if companions else batch
+    micro = 1 if dynamic else args.train.micro_batch_size
+    if rows % (ranks * micro):
+        beside = f" ({batch} samples of the policy and {rows - batch} companions)" if companions else ""
         found.append(
-            f"an optimiser step trains on {rows} responses ({batch} samples of the policy and "
-            f"{rows - batch} companions), which must be a multiple of --train.micro_batch_size "
-            f"{args.train.micro_batch_size} x {ranks} data-parallel ranks"
+            f"an optimiser step trains on {rows} responses{beside}, which must be a multiple of "
+            f"--train.micro_batch_size {micro} x {ranks} data-parallel ranks"
         )
     forward = args.rollout.batch_size * (n + companions)
-    if forward % (ranks * args.rollout.micro_batch_size):
+    micro = 1 if dynamic else args.rollout.micro_batch_size
+    if forward % (ranks * micro):
         found.append(
-            f"a rollout of {forward} responses must be a multiple of --rollout.micro_batch_size "
-            f"{args.rollout.micro_batch_size} x {ranks} data-parallel ranks"
+            f"a rollout of {forward} responses must be a multiple of --rollout.micro_batch_size {micro} x {ranks} "
+            "data-parallel ranks"
         )
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bond_plugin.host import flags
+from bond_plugin.host import batches, flags
 
 #: Per-row target in ``Experience.info``; -1 on rows that are not trained on.
 TARGET = "bond_classifier_target"
@@ -45,6 +45,7 @@ def logits_of(critic: Any, sequences: Tensor, attention_mask: Tensor) -> Tensor:
 
 def training_step(original: Any, self: Any, experience: Any, step: int, loss_batch_info: Any = None) -> dict:
     """One micro-batch of the critic's training: of the classifier's, where there is one."""
+    batches.mark(self, self.critic, step)
     if not wanted(self.args):
         return original(self, experience, step, loss_batch_info)
     args = self.args
@@ -56,10 +57,11 @@ def training_step(original: Any, self: Any, experience: Any, step: int, loss_bat
         logits, torch.where(trained, target, 0.0), reduction="none"
     )
     # DeepSpeed averages over ranks and micro-batches: a row's share is of all policy samples of the step.
-    scale = torch.distributed.get_world_size() * self.strategy.accumulated_gradient / args.train.batch_size
+    scale = torch.distributed.get_world_size() * batches.divisor(self.strategy) / args.train.batch_size
     loss = torch.where(trained, losses, 0.0).sum() * scale
     self.strategy.backward(loss, self.critic, self.critic_optim)
-    self.strategy.optimizer_step(self.critic_optim, self.critic, self.critic_scheduler, name="critic")
+    if batches.ends_step(self, step):
+        self.strategy.optimizer_step(self.critic_optim, self.critic, self.critic_scheduler, name="critic")
     return {
         "bond/classifier_loss": loss.item(),
         "critic_lr": self.critic_scheduler.get_last_lr()[0],

@@ -80,35 +80,73 @@ class _TorchFinder:
 
 @contextmanager
 def flash_attn_stand_in() -> Iterator[None]:
-    """flash-attn as far as an import statement looks, for the duration of one import.
+    """What the host takes from flash-attn, for the duration of one import: packing in torch, no ring attention.
 
     Afterwards ``import flash_attn`` fails again, as it must: the host takes that as the sign to compute
-    log-probabilities without its CUDA kernel.
+    log-probabilities without its CUDA kernel. Packed rows come to transformers with position ids that begin anew at
+    each row and no attention mask, from which it makes a mask itself (``find_packed_sequence_indices``).
     """
-    names = {
-        "flash_attn": (),
-        "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
-        "flash_attn.utils": (),
-        "flash_attn.utils.distributed": ("all_gather",),
+    names: dict[str, dict[str, Any]] = {
+        "flash_attn": {},
+        "flash_attn.bert_padding": {
+            "index_first_axis": _index_first_axis,
+            "pad_input": _pad_input,
+            "rearrange": _rearrange,
+            "unpad_input": _unpad_input,
+        },
+        "flash_attn.utils": {},
+        "flash_attn.utils.distributed": {"all_gather": _no_ring_attention},
     }
     if "flash_attn" in sys.modules:
         yield
         return
-
-    def unavailable(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("flash-attn is not installed: packed samples and ring attention need a GPU")
-
     for name, functions in names.items():
         module = types.ModuleType(name)
         module.__path__ = []
-        for function in functions:
-            setattr(module, function, unavailable)
+        vars(module).update(functions)
         sys.modules[name] = module
     try:
         yield
     finally:
         for name in names:
             sys.modules.pop(name, None)
+
+
+def _unpad_input(rows: Any, mask: Any) -> tuple[Any, Any, Any, int, Any]:
+    """Only the tokens that ``mask`` ``[B, T]`` keeps, row after row.
+
+    Returns:
+        (tokens ``[K, ...]`` of rows ``[B, T, ...]``, their places in ``[B T]``, the rows' bounds among them
+        ``[B + 1]`` int32, the longest row, tokens of each row ``[B]`` int32).
+    """
+    import torch
+
+    kept = mask.bool()
+    lengths = kept.sum(dim=1, dtype=torch.int32)
+    bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    indices = kept.flatten().nonzero().flatten()
+    return rows.flatten(0, 1)[indices], indices, bounds, int(lengths.max()), lengths
+
+
+def _pad_input(tokens: Any, indices: Any, batch: int, length: int) -> Any:
+    """The inverse of :func:`_unpad_input`: tokens ``[K, ...]`` at their places in ``[B, T, ...]``, else zeros."""
+    padded = tokens.new_zeros(batch * length, *tokens.shape[1:]).index_copy(0, indices, tokens)
+    return padded.unflatten(0, (batch, length))
+
+
+def _index_first_axis(tokens: Any, indices: Any) -> Any:
+    return tokens[indices]
+
+
+def _rearrange(rows: Any, pattern: str) -> Any:
+    """The one rearrangement that the host asks for: ``[B, T, ...]`` to ``[B T, ...]``."""
+    if pattern != "b s ... -> (b s) ...":
+        raise NotImplementedError(f"rearranging {pattern!r} needs flash-attn")
+    return rows.flatten(0, 1)
+
+
+def _no_ring_attention(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("flash-attn is not installed: ring attention (--ds.ring_attn_size) needs a GPU")
 
 
 def torch_adam(original: Any, self: Any, optim_dict: Any = None, *, max_norm: Any = None) -> dict:

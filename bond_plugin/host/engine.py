@@ -185,7 +185,7 @@ def _run(job: dict[str, Any], progress: Progress | None) -> Iterator[list[Prompt
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=_environment(),
+            env=_environment(job["model"]),
             encoding="utf-8",
         )
         try:
@@ -214,8 +214,11 @@ def _run(job: dict[str, Any], progress: Progress | None) -> Iterator[list[Prompt
             raise SamplingError(f"sampling from {job['model']} failed (exit status {status}); it ended with:\n{tail}")
 
 
-def _environment() -> dict[str, str]:
-    """The child's environment: this package importable, and without a GPU what vLLM needs, hooks included."""
+def _environment(model: str) -> dict[str, str]:
+    """The child's environment: this package importable, and without a GPU what vLLM needs, hooks included.
+
+    Nothing is looked up elsewhere for a model that is a folder; a name may have to be fetched from the hub first.
+    """
     import torch
 
     variables = dict(os.environ)
@@ -223,8 +226,10 @@ def _environment() -> dict[str, str]:
     variables.pop(DEVICE_VARIABLE, None)
     root = os.fspath(Path(__file__).resolve().parents[2])
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (root, variables.get("PYTHONPATH"))))
-    # Models are folders; and the seed fixes the samples only while the engine lives in the child itself.
-    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    # The seed fixes the samples only while the engine lives in the child itself.
+    defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    if Path(model).is_dir():
+        defaults["HF_HUB_OFFLINE"] = "1"
     if not torch.cuda.is_available():
         defaults |= cpu.ENVIRONMENT | {ACTIVE_VARIABLE: "1", DEVICE_VARIABLE: "cpu"}
     return defaults | variables

@@ -8,6 +8,7 @@ import torch
 
 from bond_plugin.algorithms.base import AdvantageInputs
 from bond_plugin.host import classifier
+from bond_plugin.host.engine import seed
 from bond_plugin.host.rewards import RewardError, finite
 from bond_plugin.host.sampling import Rollout, Rollouts
 
@@ -19,9 +20,124 @@ class EngineGapError(RuntimeError):
     """Trainer and engine do not agree on the log-probabilities of the same tokens."""
 
 
+class Batch:
+    """The rows of a rollout's experiences, as the prompts stand in the rollout, ``n`` rows each.
+
+    Args:
+        experiences: the host's, with ``index``: the places of their rows in the rollout.
+        n: rows a prompt, consecutive in the rollout.
+
+    Raises:
+        RuntimeError: rows of different prompts are mixed up, or a prompt has fewer rows.
+    """
+
+    def __init__(self, experiences: list[Any], n: int) -> None:
+        self.experiences, self.n = experiences, n
+        places = torch.tensor([place for e in experiences for place in e.index])
+        self.size = len(places)
+        self.order = places.argsort()
+        given = [prompt for e in experiences for prompt in e.prompts]
+        prompts = [given[row] for row in self.order]
+        self.prompts = prompts[::n]
+        if self.size % n or prompts != [prompt for prompt in self.prompts for _ in range(n)]:
+            raise RuntimeError(f"samples of different prompts are mixed up: {sorted(set(prompts))}")
+
+    def rows(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """One number a row, ``[B]`` for each experience, as ``[P, n]`` float64."""
+        return torch.cat([v.flatten() for v in values]).double()[self.order].reshape(-1, self.n)
+
+    def tokens(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """One number a token, ``[B, A]`` for each experience, as ``[P, n, A']``: response tokens from the left."""
+        rows: list[torch.Tensor] = []
+        for value, e in zip(values, self.experiences, strict=True):
+            mask = e.action_mask.bool()
+            rows += value.double()[mask].split(mask.sum(dim=-1).tolist())
+        padded = torch.nn.utils.rnn.pad_sequence([rows[i] for i in self.order], batch_first=True)
+        return padded.reshape(-1, self.n, padded.shape[-1])
+
+    def spread(self, advantages: torch.Tensor) -> None:
+        """Give each experience its ``advantages``, from one number a row ``[P, n]`` or a token ``[P, n, A']``.
+
+        Raises:
+            FloatingPointError: one is not finite.
+        """
+        if not torch.isfinite(advantages).all():
+            raise FloatingPointError("an advantage is not finite: a log-probability of the policy or anchor is not")
+        ordered = torch.empty_like(advantages.flatten(0, 1))
+        ordered[self.order] = advantages.flatten(0, 1)
+        start = 0
+        for e in self.experiences:
+            mask = e.action_mask.bool()
+            part = ordered[start : start + len(mask)].float()
+            start += len(mask)
+            e.advantages = torch.zeros(mask.shape)
+            if part.dim() == 1:
+                part = part.unsqueeze(-1).expand(-1, max(mask.shape[-1], 1))
+            e.advantages[mask] = part[torch.arange(part.shape[-1]) < mask.sum(dim=-1, keepdim=True)]
+
+
+def inputs_of(
+    maker: Any,
+    algorithm: Any,
+    batch: Batch,
+    under: dict[str, list[torch.Tensor]],
+    n: int,
+    companion_rewards: torch.Tensor | None = None,
+    classifier_logits: torch.Tensor | None = None,
+) -> AdvantageInputs:
+    """What an algorithm is given of a rollout.
+
+    Args:
+        maker: the host's experience maker.
+        batch: its rows; the first ``n`` of a prompt are the policy's.
+        under: log-probabilities by weights, ``policy`` among them, ``[B, A]`` for each experience.
+        companion_rewards: ``[P, m]``, of all companions; ``None`` without.
+        classifier_logits: as there.
+    """
+    wants, args = algorithm.samples(), maker.args
+    policy = batch.tokens(under["policy"])
+    totals = policy.sum(dim=-1)
+    ratios = {name: policy - batch.tokens(values) for name, values in under.items() if name != "policy"}
+    rewards = batch.rows([e.rewards for e in batch.experiences])[:, :n]
+    if companion_rewards is None:
+        companion_rewards = rewards[:, :0]
+    reference_rewards = behaviour = None
+    if wants.reward_cache:
+        from bond_plugin.host import caching
+
+        reference_rewards = caching.rewards_for(args, batch.prompts)
+    drawn = [e.rollout_log_probs for e in batch.experiences]
+    if args.train.async_enable and all(each is not None for each in drawn):
+        behaviour = (totals - batch.tokens(drawn).sum(dim=-1))[:, :n]
+    source = ratios[wants.source] if wants.source_log_probs else None
+    step = getattr(maker, "bond_step", 0)
+    return AdvantageInputs(
+        rewards=rewards,
+        log_probs=totals[:, :n],
+        companion_rewards=companion_rewards,
+        companion_log_probs=totals[:, n:],
+        source_log_probs=None if source is None else (totals - source.sum(dim=-1))[:, :n],
+        generator=torch.Generator().manual_seed(seed(args.train.seed, step, "advantages")),
+        reference_rewards=reference_rewards,
+        classifier_logits=classifier_logits,
+        source_log_ratios=source,
+        reference_log_ratios=ratios.get("reference"),
+        behaviour_log_ratios=behaviour,
+    )
+
+
+def of_step(inputs: AdvantageInputs, batch: Batch, under: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+    """What is shown of every step, whatever the algorithm."""
+    found = {"reward/policy": inputs.rewards.mean().item()}
+    if inputs.reference_log_ratios is not None:
+        n = inputs.rewards.shape[-1]
+        found["bond/kl_ref"] = inputs.reference_log_ratios[:, :n].sum(dim=-1).mean().item()
+    return found
+
+
 @torch.no_grad()
 def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> list[Any]:
-    """The host's experience maker, for rollouts of ours; other rollouts go the host's way."""
+    """The host's experience maker, for rollouts with companions; other rollouts go the host's way."""
     if not isinstance(rollout_samples, Rollout):
         return original(self, rollout_samples)
     from openrlhf.trainer.ppo_utils.length_penalty import apply_length_penalties
@@ -30,21 +146,20 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     algorithm, wants = rollouts.algorithm, rollouts.wants
     policy, companions = list(rollout_samples), rollout_samples.companions
     prompts = self.args.rollout.batch_size
-    n = len(policy) // prompts
-    _grouped(policy, prompts)
-    _grouped(companions, prompts)
+    n, m = len(policy) // prompts, len(companions) // prompts
+    if any(companions[i].prompts != policy[i // m * n].prompts for i in range(len(companions))):
+        raise RuntimeError("samples of different prompts are mixed up")
 
     _score(self, [*policy, *companions])
     for row in (*policy, *companions):
         row.rewards = row.rewards.float()
     apply_length_penalties([*policy, *companions], self.args)
-    rewards = _finite_rewards(policy).reshape(prompts, n)
-    companion_rewards = _finite_rewards(companions).reshape(prompts, -1)
+    _finite_rewards(policy)
+    companion_rewards = _finite_rewards(companions).reshape(prompts, m)
 
     chosen = torch.zeros(prompts, 0, dtype=torch.long)
     if wants.trained_companions:
         chosen = algorithm.select(companion_rewards, rollouts.generator("select"))
-    m = companion_rewards.shape[-1]
     rows: list[Any] = []
     for p in range(prompts):
         rows += policy[p * n : (p + 1) * n]
@@ -56,86 +171,35 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         experiences = self.make_experience(self.split_rollout_samples(rows))
     finally:
         self.critic_model_group = critics
-    per_prompt = n + chosen.shape[-1]
-
-    def by_prompt(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        values = values.reshape(prompts, per_prompt)
-        return values[:, :n], values[:, n:]
-
-    log_probs, companion_log_probs = by_prompt(sums([e.action_log_probs for e in experiences], experiences))
-    under: dict[str, list[torch.Tensor]] = {"policy": [e.action_log_probs for e in experiences]}
-    of_policy: dict[str, torch.Tensor] = {}
-    for name in _others(algorithm):
-        under[name] = rollouts.log_probs(name, experiences)
-        of_policy[name], _ = by_prompt(sums(under[name], experiences))
-
-    classifier_logits = reference_rewards = None
+    batch = Batch(experiences, n + chosen.shape[-1])
+    under = {"policy": [e.action_log_probs for e in experiences], **getattr(self, "bond_log_probs", {})}
+    logits = None
     if wants.classifier:
-        classifier_logits, _ = by_prompt(torch.cat(rollouts.classifier_logits(experiences)).double())
-    if wants.reward_cache:
-        from bond_plugin.host import caching
+        logits = batch.rows(rollouts.classifier_logits(experiences))[:, :n]
 
-        reference_rewards = caching.rewards_for(self.args, [policy[p * n].prompts[0] for p in range(prompts)])
-
-    found = algorithm.advantages(
-        AdvantageInputs(
-            rewards=rewards,
-            log_probs=log_probs,
-            companion_rewards=companion_rewards,
-            companion_log_probs=companion_log_probs,
-            source_log_probs=of_policy[wants.source] if wants.source_log_probs else None,
-            generator=rollouts.generator("advantages"),
-            reference_rewards=reference_rewards,
-            classifier_logits=classifier_logits,
-        )
-    )
-    if not torch.isfinite(found.advantages).all():
-        raise FloatingPointError("an advantage is not finite: a log-probability of the policy or anchor is not")
-
-    metrics = rollouts.metrics
-    metrics |= found.metrics
-    metrics["reward/policy"] = rewards.mean().item()
-    if m:
-        metrics[f"reward/{wants.source}"] = companion_rewards.mean().item()
-    if "reference" in of_policy:
-        metrics["bond/kl_ref"] = (log_probs - of_policy["reference"]).mean().item()
-    companion_rows = torch.zeros(prompts, per_prompt, dtype=torch.bool)
+    inputs = inputs_of(self, algorithm, batch, under, n, companion_rewards, logits)
+    found = algorithm.advantages(inputs)
+    companion_rows = torch.zeros(prompts, batch.n, dtype=torch.bool)
     companion_rows[:, n:] = True
+    metrics = rollouts.metrics
+    metrics |= {**found.metrics, **of_step(inputs, batch, under)}
+    metrics[f"reward/{wants.source}"] = companion_rewards.mean().item()
     metrics |= _engine_gaps(experiences, under, wants.source, companion_rows.flatten(), algorithm.config)
 
     advantages = found.advantages
     if found.companion_advantages is not None:
-        advantages = torch.cat([advantages, found.companion_advantages], dim=-1)
-    controls: list[torch.Tensor | None] = [None] * len(experiences)
-    if found.companion_baseline is not None:
-        baseline = torch.zeros_like(advantages)
-        baseline[:, n:] = found.companion_baseline
-        controls = _controls(baseline.flatten(), under["policy"], under[wants.source], experiences)
-    targets = torch.full((prompts, per_prompt), -1.0)
+        if found.companion_advantages.dim() != advantages.dim():  # one number a token beside one a row
+            sizes = inputs.source_log_ratios.shape[-1]
+            wide = found.companion_advantages.unsqueeze(-1).expand(-1, -1, sizes)
+            advantages = torch.cat([advantages, wide], dim=1)
+        else:
+            advantages = torch.cat([advantages, found.companion_advantages], dim=1)
+    batch.spread(advantages)
+    targets = torch.full((prompts, batch.n), -1.0)
     if found.classifier_targets is not None:
         targets[:, :n] = found.classifier_targets
     rollouts.policy_samples = policy
-    return _for_training(
-        self, experiences, advantages.flatten(), companion_rows.flatten(), targets.flatten(), controls
-    )
-
-
-def _grouped(rows: list[Any], prompts: int) -> None:
-    """Raises unless equally many consecutive rows answer each prompt: all that follows compares these."""
-    size = len(rows) // prompts
-    for start in range(0, len(rows), max(size, 1)):
-        asked = {row.prompts[0] for row in rows[start : start + size]}
-        if len(asked) != 1 or len(rows) % prompts:
-            raise RuntimeError(f"samples of different prompts are mixed up: {sorted(asked)}")
-
-
-def _others(algorithm: Any) -> list[str]:
-    """Under which other weights the log-probabilities of a rollout are computed."""
-    wants = algorithm.samples()
-    wanted = {wants.source} if wants.source_log_probs else set()
-    if algorithm.config.kl_ref:
-        wanted.add("reference")
-    return sorted(wanted)
+    return _for_training(self, experiences, companion_rows.flatten(), targets.flatten())
 
 
 def _score(maker: Any, rows: list[Any]) -> None:
@@ -164,26 +228,37 @@ def _finite_rewards(rows: list[Any]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def sums(log_probs: list[torch.Tensor], experiences: list[Any]) -> torch.Tensor:
-    """log pi(y) of each row: the sum over its response tokens, ``[rows]`` float64. An empty response has 0."""
-    return torch.cat(
-        [
-            torch.where(e.action_mask.bool(), lp.double(), 0.0).sum(dim=-1)
-            for lp, e in zip(log_probs, experiences, strict=True)
-        ]
-    )
+def engine_gap(
+    experiences: list[Any], trainer: list[torch.Tensor], rows: torch.Tensor, name: str, limit: float | None
+) -> dict[str, float]:
+    """Compare the engine's log-probabilities with the trainer's under the weights ``name``, on some rows.
+
+    ``vllm_kl`` is the host's measure, the mean of log pi_engine - log pi_trainer over tokens; the gap is the mean of
+    its absolute value.
+
+    Raises:
+        EngineGapError: the gap is more than ``limit``, in nats a token.
+    """
+    differences = _differences(experiences, trainer, rows)
+    gap = differences.abs().mean().item()
+    if limit is not None and not gap <= limit:
+        raise EngineGapError(
+            f"bond/engine_gap_{name} is {gap:.3f} nats a token, more than --bond.max_engine_gap {limit}: the "
+            "vLLM engine does not hold the weights it should, or computes very differently from the trainer"
+        )
+    suffix = "" if name == "policy" else f"_{name}"
+    return {f"vllm_kl{suffix}": differences.mean().item(), f"bond/engine_gap_{name}": gap}
 
 
-def _controls(
-    baseline: torch.Tensor, policy: list[torch.Tensor], source: list[torch.Tensor], experiences: list[Any]
-) -> list[torch.Tensor]:
-    """:attr:`LossInputs.control` of each experience: ``baseline`` has one number a row, in their order."""
-    found = []
-    rows = baseline.split([len(e.action_mask) for e in experiences])
-    for part, log_probs, under, e in zip(rows, policy, source, experiences, strict=True):
-        ratio = torch.where(e.action_mask.bool(), log_probs - under, 0.0).clamp(-20, 20).exp()
-        found.append((part.unsqueeze(-1) * ratio * e.action_mask).float())
-    return found
+def _differences(experiences: list[Any], trainer: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """log pi_engine - log pi_trainer of each response token of some rows (``[rows]`` bool), float64."""
+    parts = []
+    for e, log_probs, kept in zip(
+        experiences, trainer, rows.split([len(e.sequences) for e in experiences]), strict=True
+    ):
+        mask = e.action_mask.bool() & kept.unsqueeze(-1)
+        parts.append((e.rollout_log_probs - log_probs)[mask])
+    return torch.cat(parts).double()
 
 
 def _engine_gaps(
@@ -193,49 +268,18 @@ def _engine_gaps(
     companion: torch.Tensor,
     config: Any,
 ) -> dict[str, float]:
-    """Compare the engine's log-probabilities with the trainer's, for the policy and for the companions' source.
-
-    ``vllm_kl`` is the host's measure, the mean of log pi_engine - log pi_trainer over tokens; the gaps are
-    means of its absolute value.
-    """
-
-    def differences(trainer: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-        parts = []
-        start = 0
-        for e, lp in zip(experiences, trainer, strict=True):
-            size = len(e.sequences)
-            mask = e.action_mask.bool() & rows[start : start + size].unsqueeze(-1)
-            parts.append((e.rollout_log_probs - lp)[mask])
-            start += size
-        return torch.cat(parts).double()
-
-    found: dict[str, float] = {}
-    policy = differences(under["policy"], ~companion)
-    found["vllm_kl"] = policy.mean().item()
-    found["bond/engine_gap_policy"] = policy.abs().mean().item()
+    """The gaps of the policy and of what the companions were drawn from."""
+    limit = config.max_engine_gap
+    found = engine_gap(experiences, under["policy"], ~companion, "policy", limit)
     if companion.any() and source in under:
-        other = differences(under[source], companion)
-        found[f"vllm_kl_{source}"] = other.mean().item()
-        found[f"bond/engine_gap_{source}"] = other.abs().mean().item()
+        found |= engine_gap(experiences, under[source], companion, source, limit)
         # How far the policy is from what the companions were drawn from: must exceed the gap once it moved.
-        found[f"bond/{source}_policy_gap"] = differences(under["policy"], companion).abs().mean().item()
-    for name, gap in found.items():
-        if name.startswith("bond/engine_gap") and not gap <= config.max_engine_gap:
-            raise EngineGapError(
-                f"{name} is {gap:.3f} nats a token, more than --bond.max_engine_gap {config.max_engine_gap}: the "
-                "vLLM engine does not hold the weights it should, or computes very differently from the trainer"
-            )
+        away = _differences(experiences, under["policy"], companion).abs().mean().item()
+        found[f"bond/{source}_policy_gap"] = away
     return found
 
 
-def _for_training(
-    maker: Any,
-    experiences: list[Any],
-    advantages: torch.Tensor,
-    companion: torch.Tensor,
-    targets: torch.Tensor,
-    controls: list[torch.Tensor | None],
-) -> list[Any]:
+def _for_training(maker: Any, experiences: list[Any], companion: torch.Tensor, targets: torch.Tensor) -> list[Any]:
     """One experience a data-parallel rank, all of the same number of rows, prompts in order."""
     from openrlhf.trainer.ppo_utils.experience import (
         make_experience_batch,
@@ -245,12 +289,10 @@ def _for_training(
 
     start = 0
     rows: list[Any] = []
-    for e, control in zip(experiences, controls, strict=True):
+    for e in experiences:
         size = len(e.sequences)
         part = slice(start, start + size)
-        e.advantages = advantages[part].float().unsqueeze(-1) * e.action_mask
-        e.returns = control  # the host reads them for its critic alone
-        e.kl = e.values = e.base_action_log_probs = None
+        e.kl = e.values = e.returns = e.base_action_log_probs = None
         e.info = {
             "reward": e.rewards.float(),
             COMPANION: companion[part].float(),

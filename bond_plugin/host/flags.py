@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import os
 import sys
 from dataclasses import Field, dataclass, field
 from types import SimpleNamespace
@@ -60,8 +61,8 @@ def current() -> Invocation | None:
 
 
 def algorithm_class(name: str) -> type[Algorithm] | None:
-    """The algorithm registered under ``name``, or ``None`` if the name is one of the host's own."""
-    if name not in registry.names(registry.ADVANTAGE_ESTIMATORS):
+    """The algorithm ``name``, registered or an import path, or ``None`` if the name is one of the host's own."""
+    if ":" not in name and name not in registry.names(registry.ADVANTAGE_ESTIMATORS):
         return None
     from bond_plugin.algorithms.base import Algorithm  # torch: only where an algorithm is wanted
 
@@ -99,6 +100,15 @@ def transform(args: SimpleNamespace) -> RewardTransform | None:
     """The reward transform that a run's arguments select, in any process; ``None`` for none."""
     name = getattr(getattr(args, "reward", None), "transform", None)
     return None if name is None else _build_transform(name, _settings(args, "bond") + _settings(args, name))
+
+
+def moving_reference(args: SimpleNamespace) -> tuple[float | None, int | None] | None:
+    """``--ref.update``: the moving average's eta and the copy's interval, one of them ``None``; ``None`` for
+    neither.
+    """
+    ref = getattr(args, "ref", None)
+    update = getattr(ref, "update", "none")
+    return {"ema": (ref.eta, None), "periodic": (None, ref.interval)}[update] if update != "none" else None
 
 
 def _settings(args: SimpleNamespace, group: str) -> tuple[tuple[str, Any], ...]:
@@ -141,6 +151,10 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         from_recipe = recipes.read(path) if path else {}
         estimator = _last_value(argv, ESTIMATOR) or from_recipe.get(ESTIMATOR[2:])
         estimator = estimator or parser.get_default(ESTIMATOR[2:])
+        if ":" in estimator:  # an import path: a module in this folder is as good as an installed one
+            if os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())
+            parser._option_string_actions[ESTIMATOR].choices.append(estimator)
         selected = algorithm_class(estimator)
         if selected is not None:
             _add_config_flags(parser, estimator, selected.__module__, selected.Config.options("bond"))
@@ -214,6 +228,8 @@ def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str],
     action.choices = [*(action.choices or ()), *names]
     if names:
         action.help = f"{action.help or ''} From installed plugins: {', '.join(names)}.".strip()
+        if option == ESTIMATOR:
+            action.help += " Or package.module:Class, a subclass of bond_plugin.algorithms.Algorithm."
 
 
 def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) -> None:
@@ -240,6 +256,29 @@ def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) ->
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="auto: cuda if this machine sees a GPU or RAY_ADDRESS names a cluster, else cpu",
+    )
+    group.add_argument(
+        "--bond.strict",
+        action="store_true",
+        help="flags of the script that have no meaning under the algorithm are errors; without, they are set aside, "
+        "and a line at the start names each",
+    )
+    group.add_argument(
+        "--ref.update",
+        choices=("none", "ema", "periodic"),
+        default="none",
+        help="for the host's own estimators: the reference of the KL follows the policy, as its moving average "
+        "or as a copy of it from time to time, instead of staying the initial policy. It is kept beside the "
+        "policy in fp32, so no reference model is loaded",
+    )
+    group.add_argument(
+        "--ref.eta", type=float, default=0.02, help="step of --ref.update ema each optimiser step, in (0, 1]"
+    )
+    group.add_argument(
+        "--ref.interval",
+        type=int,
+        default=50,
+        help="optimiser steps between two copies of --ref.update periodic, >= 1",
     )
     group.add_argument(
         "--bond.save_anchor",

@@ -25,8 +25,10 @@ from typing import Any
 SUPPORTED_HOST = ("0.11.2",)
 
 _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
+_STATES = "openrlhf.utils.deepspeed.deepspeed_utils"
 _TRAINER = "openrlhf.trainer.ppo_trainer:BasePPOTrainer"
 _ACTOR = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
+_LAUNCHER = "openrlhf.trainer.ray.launcher"
 _SAMPLER = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
 _EXECUTOR = "openrlhf.utils.agent:SingleTurnAgentExecutor"
@@ -86,6 +88,12 @@ HOOKS: tuple[Hook, ...] = (
         "self seed full_determinism max_norm micro_train_batch_size train_batch_size zero_stage args",
         "loss:strategy_init",
     ),
+    _hook(
+        f"{_LAUNCHER}:RayActorGroup.__init__",
+        "self num_nodes num_gpus_per_node ray_actor_type pg num_gpus_per_actor duplicate_actors resources "
+        "num_resources_per_node",
+        "log_probs:group_init",
+    ),
     _hook("openrlhf.trainer.ppo_trainer:tqdm", None, "metrics:progress_bar"),
     # The trainer, Ray's single controller.
     _hook(
@@ -107,8 +115,17 @@ HOOKS: tuple[Hook, ...] = (
     _hook(f"{_SAMPLER}.generate_samples", "self generate_kwargs", "sampling:generate_samples"),
     _hook(f"{_SAMPLER}.generate_eval_samples", "self generate_kwargs", "sampling:generate_eval_samples"),
     _hook(f"{_MAKER}.make_experience_batch", "self rollout_samples", "experience:make_experience_batch"),
-    _hook(f"{_MAKER}.compute_advantages_and_returns", "self experiences", "transform:compute_advantages_and_returns"),
+    _hook(f"{_MAKER}._dispatch_forward", "self group sync_condition kwargs", "log_probs:dispatch_forward"),
+    _hook(f"{_MAKER}._flatten_results", "self refs duplicate_factor", "log_probs:flatten_results"),
+    _hook(
+        f"{_MAKER}.compute_advantages_and_returns", "self experiences", "advantages:compute_advantages_and_returns"
+    ),
     # The training workers.
+    _hook(
+        f"{_LAUNCHER}:BaseModelActor.execute_batch",
+        "self method_name all_data start_idx end_idx",
+        "log_probs:execute_batch",
+    ),
     _hook(f"{_STRATEGY}._ds_init_train_model", "self model cfg", "weights:init_train_model"),
     _hook(
         f"{_STRATEGY}.optimizer_step",
@@ -126,6 +143,8 @@ HOOKS: tuple[Hook, ...] = (
         "weights:load_ckpt",
     ),
     _hook(f"{_STRATEGY}.save_model", "self model tokenizer output_dir kwargs", "weights:save_model"),
+    _hook(f"{_STATES}:offload_deepspeed_states", "model pin_memory non_blocking", "weights:offload_states"),
+    _hook(f"{_STATES}:reload_deepspeed_states", "model non_blocking", "weights:reload_states"),
     _hook(
         f"{_ACTOR}.__init__",
         "self strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size "
@@ -138,6 +157,11 @@ HOOKS: tuple[Hook, ...] = (
         "openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step",
         "self experience step loss_batch_info",
         "classifier:training_step",
+    ),
+    _hook(
+        "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.setup_dynamic_batch",
+        "self strategy",
+        "batches:setup_dynamic_batch",
     ),
     # The rollout engines.
     _hook(
@@ -188,6 +212,9 @@ _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's c
 
 _installed: set[str] = set()
 _armed = False
+
+#: Whether this process only checks a command line, so that flash-attn, which runs on GPUs need, may be missing.
+only_checks = False
 
 
 def arm() -> None:
@@ -346,8 +373,10 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         from bond_plugin.host import cpu, on_cpu
 
-        stand_in = on_cpu() and name == cpu.NEEDS_FLASH_ATTN
-        if name in self._looking or not (stand_in or name in _by_module()):
+        if name in self._looking:
+            return None
+        stand_in = name == cpu.NEEDS_FLASH_ATTN and (on_cpu() or _lacks_flash_attn())
+        if not (stand_in or name in _by_module()):
             return None
         self._looking.add(name)
         try:
@@ -357,6 +386,18 @@ class _Finder(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, cpu.flash_attn_stand_in if stand_in else _nothing)
         return spec
+
+
+def _lacks_flash_attn() -> bool:
+    """Whether the host would fail to import on a machine with GPU. Raises :class:`HostMismatch` if it is to train."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        return False
+    if not only_checks:
+        raise HostMismatch(
+            "flash-attn is not installed: pip install flash-attn --no-build-isolation; or --bond.device cpu"
+        )
+    print("bond: note: this machine has no flash-attn, which the run itself needs on a GPU", flush=True)
+    return True
 
 
 @contextmanager

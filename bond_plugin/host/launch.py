@@ -21,6 +21,7 @@ SETUP_HOOK = "bond_plugin.host.load_plugins"
 def run_host(argv: list[str], command: str = "bond train") -> None:
     """Run the host's own command with our hooks: what ``bond train`` does, and up to Ray's start ``bond cache``."""
     settle_device(argv)
+    hooks.only_checks = bool({"--dry-run", "--help", "-h"} & set(argv))
     load_plugins()
     sys.argv = [command, *argv]
     runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=False)
@@ -127,9 +128,18 @@ def _before_ray(run: flags.Invocation) -> None:
     args.bond.device = os.environ[DEVICE_VARIABLE]
     try:
         hooks.check_all()
-        for note in checks.complete(args, run.given, run.critic):
-            print(f"bond: note: {note}", flush=True)
+        notes, aside = checks.complete(args, run.given, run.critic)
         problems = checks.problems(args, run.given)
+        if args.bond.strict:
+            problems += [f"{line} (--bond.strict)" for line in aside]
+        else:
+            notes += aside
+        if run.dry_run and "bond.device" not in run.given:
+            notes += [f"this machine cannot run it: {line}" for line in checks.impediments(args)]
+        else:
+            problems += checks.impediments(args)
+        for note in notes:
+            print(f"bond: note: {note}", flush=True)
         if run.caching:
             problems += caching.refused(args)
         elif not problems:  # its prompts are read, so they must be there
@@ -154,6 +164,8 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
         variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         if "HF_HUB_OFFLINE" in os.environ:
             variables["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
+    if ":" in args.algo.advantage.estimator:  # its module may lie in this folder
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     variables |= given.get("env_vars") or {}
     merged = {**prefork.runtime_env(), **given, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
     # Under `ray job submit`, Ray refuses variables that the job's own runtime_env sets too; those win anyway.
@@ -170,7 +182,8 @@ def gpu_slots(args: SimpleNamespace) -> dict[str, int]:
     colocate_all = args.train.colocate_all
     if not (colocate_all and not args.train.async_enable):
         slots["--vllm.num_engines"] = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
-    if args.algo.kl.init_coef > 0 and not (colocate_all or args.train.colocate_actor_ref):
+    loaded = args.algo.kl.init_coef > 0 and flags.moving_reference(args) is None
+    if loaded and not (colocate_all or args.train.colocate_actor_ref):
         slots["--ref.num_gpus_per_node"] = args.ref.num_nodes * args.ref.num_gpus_per_node
     if colocate_all:
         return slots

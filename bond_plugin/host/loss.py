@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bond_plugin import registry
 from bond_plugin.algorithms.base import LossInputs, LossOutputs
-from bond_plugin.host import checks, classifier, flags, weights
+from bond_plugin.host import batches, checks, classifier, flags, weights
 from bond_plugin.host.experience import COMPANION
 
 
@@ -31,7 +31,8 @@ def rows_per_step(args: SimpleNamespace) -> int:
 def strategy_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """DeepSpeed counts every row it trains on, companions too; ``--train.batch_size`` does not."""
     original(self, *args, **kwargs)
-    if flags.algorithm(self.args) is not None:
+    algorithm = flags.algorithm(self.args)
+    if algorithm is not None and algorithm.samples().companions:
         self.train_batch_size = rows_per_step(self.args)
 
 
@@ -41,7 +42,7 @@ class PromptMeanLoss(nn.Module):
     Args:
         loss: from the group ``openrlhf.policy_losses``.
         args: the run's arguments.
-        micro_batches: micro-batches of an optimiser step on this rank.
+        micro_batches: micro-batches of an optimiser step on this rank, over whose losses DeepSpeed takes the mean.
     """
 
     def __init__(self, loss: Callable[[LossInputs], LossOutputs], args: SimpleNamespace, micro_batches: int) -> None:
@@ -56,14 +57,11 @@ class PromptMeanLoss(nn.Module):
         self._clip = tuple(args.actor.eps_clip_low_high)
         self._on_policy = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
         self._companion: Tensor | None = None
-        self._control: Tensor | None = None
         self.row_losses: Tensor | None = None
 
-    def expect(self, companion: Tensor | None, control: Tensor | None = None) -> None:
-        """Say of the micro-batch that comes next which rows are companions (``[B]`` bool; ``None``: none), and its
-        :attr:`LossInputs.control` (``[B, A]`` or ``None``)."""
+    def expect(self, companion: Tensor | None) -> None:
+        """Say of the micro-batch that comes next which rows are companions: ``[B]`` bool; ``None``: none."""
         self._companion = companion
-        self._control = control
 
     def forward(
         self,
@@ -89,7 +87,6 @@ class PromptMeanLoss(nn.Module):
                 on_policy=self._on_policy,
                 clip_low=self._clip[0],
                 clip_high=self._clip[1],
-                control=self._control,
             )
         )
         share = torch.where(companion, 1.0 / max(self._companion_rows, 1), 1.0 / self._policy_rows)
@@ -107,21 +104,23 @@ def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> N
     name = self.args.actor.policy_loss_type
     if name not in checks._HOST_LOSSES:
         loss = registry.load(registry.POLICY_LOSSES, name)
-        self.actor_loss_fn = PromptMeanLoss(loss, self.args, self.strategy.accumulated_gradient)
+        self.actor_loss_fn = PromptMeanLoss(loss, self.args, batches.divisor(self.strategy))
 
 
-def training_step(original: Any, self: Any, experience: Any, *args: Any, **kwargs: Any) -> dict:
+def training_step(
+    original: Any, self: Any, experience: Any, kl_ctl: float, step: int, loss_batch_info: Any = None
+) -> dict:
     """One micro-batch: hand the loss what it needs to know of the rows; report the loss as it is meant."""
+    batches.mark(self, self.actor, step)
     companion = experience.info.pop(COMPANION, None)
     experience.info.pop(classifier.TARGET, None)
     loss = self.actor_loss_fn
     if not isinstance(loss, PromptMeanLoss):
-        return original(self, experience, *args, **kwargs)
+        return original(self, experience, kl_ctl, step, loss_batch_info)
     if companion is not None:
         companion = torch.as_tensor(companion, device=experience.sequences.device) > 0.5
-    # A control is where the host has returns (see experience.py), on companions alone.
-    loss.expect(companion, experience.returns if companion is not None else None)
-    status = original(self, experience, *args, **kwargs)
+    loss.expect(companion)
+    status = original(self, experience, kl_ctl, step, loss_batch_info)
     # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
     rows = loss._policy_rows + loss._companion_rows
     status["metrics"]["bond/loss"] = loss.row_losses * rows

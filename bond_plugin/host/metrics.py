@@ -69,7 +69,7 @@ class MetricsFile:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one step."""
         if not self._ready:
-            self.resume(0)
+            self.resume(step - 1)
         numbers = {name: _number(value) for name, value in sorted(values.items()) if name != "generated_samples"}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
@@ -92,6 +92,7 @@ def _number(value: Any) -> Any:
 
 def train_step(original: Any, self: Any, rollout_samples: Any, global_step: int) -> tuple[dict, int]:
     """Add what the experience maker measured to what the host reports."""
+    self.experience_maker.bond_step = global_step
     status, step = original(self, rollout_samples, global_step)
     if hasattr(self, "bond"):
         rollouts = self.bond

@@ -7,7 +7,6 @@ the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import pickle
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import ray
 import torch
 
-from bond_plugin.host import classifier, flags, hooks, metrics, weights
+from bond_plugin.host import classifier, flags, hooks, log_probs, metrics, weights
 from bond_plugin.host.engine import seed
 from bond_plugin.host.requests import Requests
 
@@ -38,7 +37,7 @@ class Rollout(list):
 
 
 class Rollouts:
-    """What a trainer knows of its engines and of the step it is in; shared by the hooks of the trainer."""
+    """What a trainer whose algorithm draws companions knows of its engines and step; shared by its hooks."""
 
     def __init__(self, trainer: Any, algorithm: Any) -> None:
         self.algorithm = algorithm
@@ -62,27 +61,18 @@ class Rollouts:
         self.holding = name
         self.metrics[f"timing/sync_{name}"] = time.time() - started
 
-    def log_probs(self, name: str, experiences: list[Any]) -> list[torch.Tensor]:
-        """log pi of the response tokens of each experience under the weights ``name``: ``[B, A]`` each."""
-        batches = [(e.sequences, e.action_mask, e.attention_mask) for e in experiences]
-        return self._timed(f"log_probs_{name}", self.actors, functools.partial(weights.log_probs, name=name), batches)
-
     def classifier_logits(self, experiences: list[Any]) -> list[torch.Tensor]:
         """The classifier's logit of each row of each experience: ``[B]`` each."""
         batches = [(e.sequences, e.attention_mask) for e in experiences]
-        return self._timed("classifier", self.critics, classifier.logits, batches)
-
-    def _timed(self, what: str, group: Any, function: Any, batches: list[Any]) -> list[torch.Tensor]:
-        """Have the workers of a group do ``function(worker, batches=share)``, a consecutive share each."""
         started = time.time()
-        handles = group._actor_handlers
+        handles = self.critics._actor_handlers
         share = -(-len(batches) // len(handles))
         refs = [
-            actor.__ray_call__.remote(function, batches=batches[i * share : (i + 1) * share])
-            for i, actor in enumerate(handles)
+            critic.__ray_call__.remote(classifier.logits, batches=batches[i * share : (i + 1) * share])
+            for i, critic in enumerate(handles)
         ]
         found = [result for part in ray.get(refs) for result in part]
-        self.metrics[f"timing/{what}"] = time.time() - started
+        self.metrics["timing/classifier"] = time.time() - started
         return found
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -118,19 +108,24 @@ def _restore_tokenizer(key: str, payload: bytes) -> Any:
 
 
 def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: Any) -> None:
-    """Attach a :class:`Rollouts` to the trainer, its sampler and its experience maker."""
+    """Put other weights' log-probabilities where the reference model's are; for companions, attach
+    :class:`Rollouts`.
+    """
     original(self, strategy, *args, **kwargs)
     hooks.attach(self, "openrlhf.trainer.ppo_trainer:BasePPOTrainer")
     self.bond_log = metrics.MetricsFile(self.args)
+    if log_probs.wanted(self.args):
+        self.experience_maker.initial_model_group = log_probs.SLOT
     algorithm = flags.algorithm(self.args)
     if algorithm is None:
         return
-    prompts = len(self.prompts_dataloader)
-    if prompts < self.args.rollout.batch_size:
-        raise ValueError(
-            f"--data.prompt_dataset has {prompts} prompts, fewer than one rollout of --rollout.batch_size "
-            f"{self.args.rollout.batch_size}: nothing would be trained"
-        )
+    # The host's way to advantages knows its own names; this one asks for nothing but returns, which ours replace.
+    self.experience_maker.advantage_estimator = "reinforce"
+    loader = getattr(self, "prompts_dataloader", None)  # elsewhere in an asynchronous run
+    if loader is not None and len(loader) < self.args.rollout.batch_size:
+        raise ValueError(_too_few(len(loader), self.args))
+    if not algorithm.samples().companions:
+        return
     self.bond = Rollouts(self, algorithm)
     self.samples_generator.bond = self.bond
     self.experience_maker.bond = self.bond
@@ -140,6 +135,7 @@ def init_checkpoint_states(original: Any, self: Any) -> dict:
     """Resuming: the step, and with it all seeds, go on where the checkpoint was written."""
     states = original(self)
     self.bond_log.resume(states["global_step"])
+    self.experience_maker.bond_step = states["global_step"]
     if hasattr(self, "bond"):
         self.bond.step = states["global_step"]
     return states
@@ -158,7 +154,8 @@ def broadcast_to_vllm(original: Any, self: Any) -> None:
 def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
     """The engines must report log-probabilities of the distribution they sample from, temperature included."""
     run = flags.current()
-    if run is not None and run.args is not None and flags.algorithm(run.args) is not None:
+    algorithm = flags.algorithm(run.args) if run is not None and run.args is not None else None
+    if algorithm is not None and algorithm.samples().companions:
         import inspect
 
         bound = inspect.signature(original).bind(*args, **kwargs)
@@ -176,15 +173,13 @@ def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> l
 
 @torch.no_grad()
 def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
-    """One rollout batch: n samples of the policy and m companions for each prompt.
+    """One rollout batch: the host's, or n samples of the policy and m companions for each prompt.
 
     Returns, as the host's does: the samples, the filter's pass rate (none here), the number of prompts
     taken, and whether the prompts are exhausted.
     """
     if not hasattr(self, "bond"):
-        samples, *rest = original(self, **generate_kwargs)
-        self.bond_metrics = {TOKENS: _tokens(samples)}
-        return samples, *rest
+        return _of_the_policy(original, self, generate_kwargs)
     from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
 
     rollouts: Rollouts = self.bond
@@ -213,6 +208,34 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
         rollouts.hold(rollouts.wants.source)
         companions = _draw(self, rollouts.wants.source, rollouts.wants.companions, prompts, labels, generate_kwargs)
     return Rollout(samples, companions), None, len(prompts), exhausted
+
+
+def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
+    """The host's own rollout. What is left at the end of the data and fills no rollout is no step of ours."""
+    ours = flags.algorithm(self.args) is not None
+    if ours:
+        options = {**options, "min_new_tokens": 0}  # the policy may end at once: a sample is a sample of the policy
+    samples, pass_rate, prompts, exhausted = original(self, **options)
+    self.bond_metrics = {TOKENS: _tokens(samples)}
+    wanted = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
+    if ours and 0 < len(samples) < wanted:
+        if exhausted and not getattr(self, "bond_trained", False):
+            raise ValueError(_too_few(len(samples) // self.args.rollout.n_samples_per_prompt, self.args))
+        print(
+            f"bond: the last {len(samples)} samples of the episode are fewer than --rollout.batch_size x "
+            f"--rollout.n_samples_per_prompt = {wanted} and are not used",
+            flush=True,
+        )
+        samples = []
+    self.bond_trained = getattr(self, "bond_trained", False) or bool(samples)
+    return samples, pass_rate, prompts, exhausted
+
+
+def _too_few(prompts: int, args: Any) -> str:
+    return (
+        f"--data.prompt_dataset has {prompts} prompts, fewer than one rollout of --rollout.batch_size "
+        f"{args.rollout.batch_size}: nothing would be trained"
+    )
 
 
 def _draw(

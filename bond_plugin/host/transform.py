@@ -9,19 +9,15 @@ import torch
 
 from bond_plugin.algorithms.base import TransformInputs
 from bond_plugin.host import flags
-from bond_plugin.host.experience import sums
 from bond_plugin.host.rewards import finite
 
 
-@torch.no_grad()
-def compute_advantages_and_returns(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
+def apply(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     """Put the transformed rewards in the place of the rewards, just before the host makes advantages of them.
 
     ``info["reward"]``, which the host logs, is the reward as it was.
     """
     transform = flags.transform(self.args)
-    if transform is None:
-        return original(self, experiences)
     from bond_plugin.host import caching
 
     rewards = torch.cat([e.rewards.double() for e in experiences])
@@ -30,8 +26,8 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         finite(reward, prompt)
 
     # The host keeps log pi - log pi_ref of each token (its k1 estimate of the KL), not log pi_ref itself.
-    kl = sums([e.kl for e in experiences], experiences)
-    log_probs = sums([e.action_log_probs for e in experiences], experiences)
+    kl = _sums([e.kl for e in experiences], experiences)
+    log_probs = _sums([e.action_log_probs for e in experiences], experiences)
 
     # Each sample by itself: a row needs its own prompt's samples of the reference and nothing else.
     found = transform.transform(
@@ -55,3 +51,9 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
     for e, reward in zip(experiences, as_they_were, strict=True):
         e.info["reward"] = reward  # the host has put there what it was given
     return made
+
+
+def _sums(values: list[torch.Tensor], experiences: list[Any]) -> torch.Tensor:
+    """The sum over each row's response tokens, ``[rows]`` float64. An empty response has 0."""
+    masked = zip(values, experiences, strict=True)
+    return torch.cat([torch.where(e.action_mask.bool(), v.double(), 0.0).sum(dim=-1) for v, e in masked])

@@ -25,6 +25,9 @@ import torch.distributed as dist
 
 from bond_plugin.host import flags
 
+#: Weights that are compared at a time: at 12 bytes each what :meth:`Weights.anchor_distance` needs.
+_PIECE = 2**22
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint does not hold the anchor that this run needs."""
@@ -34,7 +37,8 @@ class Weights:
     """The sets of weights that live beside a DeepSpeed engine's own.
 
     Args:
-        engine: a DeepSpeed engine under ZeRO-1, 2 or 3 whose optimiser is on the device.
+        engine: a DeepSpeed engine under ZeRO-1, 2 or 3. Its fp32 masters may be on the CPU; the kept weights are
+            where they are.
         eta: step of the anchor's moving average, or ``None``.
         keep_reference: whether to keep the weights as they are now.
         interval: instead of an average, the anchor is a copy of the policy, renewed every so many optimiser
@@ -56,8 +60,9 @@ class Weights:
         if eta is not None or interval is not None:
             self._sets["anchor"] = [master.detach().clone() for master in self._sharded.masters()]
         if keep_reference:
-            dtype = next(engine.module.parameters()).dtype
-            self._sets["reference"] = [master.detach().to(dtype) for master in self._sharded.masters()]
+            # Of what is trained: beside adapters the other parameters may be of another type.
+            dtype = next(p for p in engine.module.parameters() if p.requires_grad).dtype
+            self._sets["reference"] = [master.detach().to(dtype, copy=True) for master in self._sharded.masters()]
 
     def __contains__(self, name: str) -> bool:
         return name == "policy" or name in self._sets
@@ -100,11 +105,21 @@ class Weights:
     @torch.no_grad()
     def anchor_distance(self) -> float:
         """The L2 norm of policy minus anchor over all parameters, from the fp32 weights. Collective."""
-        total = torch.zeros((), dtype=torch.float64, device=self._sharded.masters()[0].device)
+        total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for average, master in zip(self._sets["anchor"], self._sharded.masters(), strict=True):
-            total += torch.linalg.vector_norm(master.detach() - average, dtype=torch.float64) ** 2
+            for a, m in zip(average.split(_PIECE), master.detach().split(_PIECE), strict=True):
+                total += (torch.linalg.vector_norm(m - a, dtype=torch.float64) ** 2).to(total.device)
         dist.all_reduce(total)
         return total.sqrt().item()
+
+    @torch.no_grad()
+    def follow_masters(self) -> None:
+        """Keep each part on the device where its masters are: sleeping states are on the CPU, in pinned memory."""
+        for parts in self._sets.values():
+            for i, master in enumerate(self._sharded.masters()):
+                if parts[i].device != master.device:
+                    moved = torch.empty_like(parts[i], device=master.device, pin_memory=master.device.type == "cpu")
+                    parts[i] = moved.copy_(parts[i])
 
     def anchor_state(self) -> dict[str, Any]:
         """This rank's part of the anchor, for a checkpoint."""
@@ -198,13 +213,17 @@ class _Zero3:
 # What is attached to the host's strategy.
 
 
-def of(model: Any) -> Weights | None:
-    """The weights kept beside a prepared model (an ``Actor`` or an engine), if there are any."""
+def engine_of(model: Any) -> Any:
+    """The DeepSpeed engine of a prepared model (an ``Actor`` or an engine)."""
     from openrlhf.models import Actor
 
     # Not by asking for `.model`: an engine hands that on to the model it holds.
-    engine = model.model if isinstance(model, Actor) else model
-    return getattr(engine, "bond_weights", None)
+    return model.model if isinstance(model, Actor) else model
+
+
+def of(model: Any) -> Weights | None:
+    """The weights kept beside a prepared model, if there are any."""
+    return getattr(engine_of(model), "bond_weights", None)
 
 
 def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
@@ -212,15 +231,22 @@ def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
     from openrlhf.models import Actor
 
     prepared = original(self, model, cfg)
-    algorithm = flags.algorithm(self.args)
-    if algorithm is not None and isinstance(model, Actor):
-        wants = algorithm.samples()
-        needed = wants.companions > 0 or wants.source_log_probs
-        reference = algorithm.config.kl_ref or (needed and wants.source == "reference")
-        if reference or wants.anchor:
-            engine = prepared[0].model
-            engine.bond_weights = Weights(engine, wants.anchor_eta, reference, wants.anchor_interval)
+    eta, interval, reference = _kept_beside(self.args)
+    if isinstance(model, Actor) and (reference or eta is not None or interval is not None):
+        engine = prepared[0].model
+        engine.bond_weights = Weights(engine, eta, reference, interval)
     return prepared
+
+
+def _kept_beside(args: Any) -> tuple[float | None, int | None, bool]:
+    """The anchor's ``eta`` and ``interval``, and whether the initial weights are kept."""
+    algorithm = flags.algorithm(args)
+    if algorithm is None:
+        return *(flags.moving_reference(args) or (None, None)), False
+    wants = algorithm.samples()
+    needed = wants.companions > 0 or wants.source_log_probs
+    reference = algorithm.config.kl_ref or wants.reference_log_probs or (needed and wants.source == "reference")
+    return wants.anchor_eta, wants.anchor_interval, reference
 
 
 def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -229,6 +255,25 @@ def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: 
     kept = of(model)
     if kept is not None:
         kept.after_optimizer_step()
+
+
+def offload_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    """Between two trainings (``--ds.enable_sleep``) the kept weights leave the GPU with the masters.
+
+    The host leaves the 16-bit parameters there, for sending them to the engines and for log-probabilities; so other
+    weights can be put in their place (copied from the CPU) and taken out again at any time. Run on CPU alone, where
+    DeepSpeed moves the masters to other memory; that they change their device on a GPU was read in DeepSpeed 0.19.6
+    (``offload_states`` in ``runtime/zero/stage_1_and_2.py`` and ``stage3.py``).
+    """
+    original(model, *args, **kwargs)
+    kept = of(model)
+    if kept is not None:
+        kept.follow_masters()
+
+
+def reload_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    """Before a training: what :func:`offload_states` took away comes back."""
+    offload_states(original, model, *args, **kwargs)
 
 
 def _anchor_file(save_dir: str, tag: str) -> str:
@@ -291,19 +336,6 @@ def broadcast(actor: Any, name: str) -> None:
     """Send the weights ``name`` to the rollout engines, by the host's own way of sending the policy's."""
     with _kept(actor, name).swapped_in(name):
         actor.trainer.broadcast_to_vllm()
-
-
-def log_probs(actor: Any, batches: list[tuple[Any, Any, Any]], name: str) -> list[torch.Tensor]:
-    """log pi of each response token under the weights ``name``.
-
-    Args:
-        batches: (sequences ``[B, T]``, action_mask ``[B, A]``, attention_mask ``[B, T]``) each.
-
-    Returns:
-        ``[B, A]`` each.
-    """
-    with _kept(actor, name).swapped_in(name):
-        return [actor.forward(sequences, action_mask, attention) for sequences, action_mask, attention in batches]
 
 
 def _kept(actor: Any, name: str) -> Weights:

@@ -2,10 +2,11 @@
 
     .venv/bin/python recipes/miniature/noise_scale.py mini --output runs/noise-scale
 
-Responses of the initial policy, which is the reference and the anchor as well, are drawn once and given to all
-methods, 8 for each prompt: each method has as many, companions included (J-BOND 6 + 2, as in bench.yaml). What
-makes weights of them is what `bond train` runs: the algorithms' `select` and `advantages`, the transforms' rewards.
-From the gradients g of independent batches,
+Responses of the policy, by default the initial one, are drawn once and given to all methods, 8 for each prompt: each
+method has as many, companions included (Algorithm 2 of J-BOND 6 + 2). The initial policy is the reference and the
+anchor; `--policy FOLDER` takes a trained one, and then only methods that draw nothing of the anchor are compared.
+What makes weights of the responses is what `bond train` runs: the algorithms' `select` and `advantages`, the
+transforms' rewards. From the gradients g of independent batches,
 
     B = tr Cov(g) / |E g|^2,   in responses: that of a batch times its responses
 
@@ -36,6 +37,7 @@ from torch import Tensor
 from bond_plugin.algorithms.base import AdvantageInputs, Algorithm, TransformInputs
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
+from bond_plugin.algorithms.pooled import Pool, advantages
 from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
 from bond_plugin.bestofn.divergences import centre
 from bond_plugin.cache import read_cache
@@ -45,61 +47,115 @@ NEW_TOKENS = 8
 ROWS = 128  # at a time
 FIRST = "REINFORCE"  # what the others are compared with
 
-#: Of rewards ``[P, 8]``, cached rewards ``[P, M]`` and log pi(y) ``[P, 8]``, all of the initial policy: ``[P, 8]``,
-#: what the gradients of log pi(y) are multiplied by, mean over a prompt's rows of each kind.
-Weights = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a batch.
+
+    Attributes:
+        rewards: ``[P, 8]`` float64.
+        cached: ``[P, M]``, rewards of the initial policy.
+        log_probs: ``[P, 8, A]`` float64, log pi of each token, 0 beyond a response's end.
+        log_ratios: the same, log pi - log pi_ref.
+    """
+
+    rewards: Tensor
+    cached: Tensor
+    log_probs: Tensor
+    log_ratios: Tensor
+
+
+#: ``[P, 8]`` or ``[P, 8, A]``: what gradients of log pi of responses, or of their tokens, are multiplied by in the
+#: mean over prompts.
+Weights = Callable[[Known], Tensor]
 
 
 def of_algorithm(algorithm: Algorithm) -> Weights:
     """The weights of an algorithm that takes its companions from the end of a prompt's responses."""
 
-    def weights(rewards: Tensor, cached: Tensor, log_probs: Tensor) -> Tensor:
+    def weights(known: Known) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         wanted = algorithm.samples()
-        own = rewards.shape[1] - wanted.companions
-        policy, companions = rewards[:, :own], rewards[:, own:]
-        chosen = torch.zeros(len(rewards), 0, dtype=torch.long)
+        own = RESPONSES - wanted.companions
+        policy, companions = known.rewards[:, :own], known.rewards[:, own:]
+        chosen = torch.zeros(len(policy), 0, dtype=torch.long)
         if wanted.trained_companions:
             chosen = algorithm.select(companions, generator) + own
+        rows = torch.cat([torch.arange(own).expand(len(policy), own), chosen], dim=1).unsqueeze(-1)
+        log_ratios = known.log_ratios.take_along_dim(rows, dim=1)
+        totals = known.log_probs.sum(dim=-1)
         made = algorithm.advantages(
             AdvantageInputs(
                 rewards=policy,
-                log_probs=log_probs[:, :own],
+                log_probs=totals[:, :own],
                 companion_rewards=companions,
-                companion_log_probs=log_probs.gather(1, chosen),
-                source_log_probs=log_probs[:, :own],  # the anchor is the policy still
+                companion_log_probs=totals.gather(1, chosen),
+                source_log_probs=totals[:, :own] - log_ratios[:, :own].sum(dim=-1),
                 generator=generator,
+                source_log_ratios=log_ratios,
+                reference_log_ratios=log_ratios,
             )
         )
-        result = torch.zeros_like(rewards)
-        result[:, :own] = made.advantages / own
-        extra = made.companion_advantages
-        if made.companion_baseline is not None:
-            extra = extra - made.companion_baseline  # pi / pi_anchor is 1 still
-        return result.scatter_(1, chosen, extra / max(1, chosen.shape[1]))
+        result = torch.zeros_like(known.log_probs)
+        result[:, :own] = _per_token(made.advantages) / own
+        if chosen.shape[1]:
+            extra = _per_token(made.companion_advantages).expand(*chosen.shape, result.shape[-1])
+            result.scatter_(1, chosen.unsqueeze(-1).expand(extra.shape), extra / chosen.shape[1])
+        return result
 
     return weights
 
 
-def of_reward(change: Callable[[TransformInputs], Tensor]) -> Weights:
+def _per_token(values: Tensor) -> Tensor:
+    return values if values.dim() == 3 else values.unsqueeze(-1)
+
+
+def of_reward(change: Callable[[Known], Tensor]) -> Weights:
     """REINFORCE with a baseline of the prompt's other responses, on a reward that is made of the reward."""
-    return lambda *given: centre(change(TransformInputs(*given)), "leave_one_out") / RESPONSES
+    return lambda known: centre(change(known), "leave_one_out") / RESPONSES
 
 
-def methods(cache: str) -> dict[str, Weights]:
-    """By name; ``cache`` is the file of vBoN's rewards."""
-    one = {"baseline": "leave_one_out"}
-    made: dict[str, Weights] = {FIRST: of_reward(lambda given: given.rewards)}
+def whole_log_ratio(algorithm: JBOND) -> Weights:
+    """The pooled form with the log-ratio of the whole response in all of its tokens."""
+
+    def weights(known: Known) -> Tensor:
+        cfg, totals = algorithm.config, known.log_probs.sum(dim=-1)
+        none = known.rewards[:, :0]
+        generator = torch.Generator()
+        pool = Pool.of(
+            AdvantageInputs(known.rewards, totals, none, none, None, generator, source_log_ratios=known.log_ratios)
+        )
+        tilts = (part(cfg.n, cfg.normalised) for part in (pool.tilt, pool.log_tilt))
+        return advantages(pool, *tilts, n=cfg.n, beta=cfg.beta, to_go=False).advantages / RESPONSES
+
+    return weights
+
+
+def methods(cache: str, moved: bool = False) -> dict[str, Weights]:
+    """By name; ``cache`` is the file of vBoN's rewards, ``moved`` says that the policy is not the anchor any more."""
+    made: dict[str, Weights] = {FIRST: of_reward(lambda known: known.rewards)}
+    for n, beta in ((2, 0), (2, 0.5), (2, 1), (4, 0.5)):
+        for normalised in (False, True):
+            name = f"pooled J-BOND, N = {n}, beta {beta:g}" + (", normalised" if normalised else "")
+            made[name] = of_algorithm(JBOND(JBONDConfig(n=n, beta=beta, normalised=normalised)))
+    if moved:
+        for beta in (0.5, 1):
+            pooled = JBOND(JBONDConfig(beta=beta))
+            made[f"pooled J-BOND, N = 2, beta {beta:g}, whole log-ratio"] = whole_log_ratio(pooled)
+        return made
     for n in (4, 16):
         vbon = VBoN(VBoNConfig(n=n, reward_cache=cache))
-        made[f"vBoN, N = {n}"] = of_reward(lambda given, vbon=vbon: vbon.transform(given).rewards)
+
+        def transformed(known: Known, vbon: VBoN = vbon) -> Tensor:
+            return vbon.transform(TransformInputs(known.rewards, known.cached, known.log_probs.sum(dim=-1))).rewards
+
+        made[f"vBoN, N = {n}"] = of_reward(transformed)
+    one = {"baseline": "leave_one_out"}
     made |= {
-        f"J-BOND, beta {beta:g}": of_algorithm(JBOND(JBONDConfig(beta=beta, **one))) for beta in (0, 0.5, 0.9, 1)
+        f"J-BOND, Algorithm 2, beta {beta:g}": of_algorithm(JBOND(JBONDConfig(beta=beta, n_anchor_samples=2, **one)))
+        for beta in (0, 0.5, 0.9, 1)
     }
-    made |= {
-        f"J-BOND, beta {beta:g}, baseline": of_algorithm(JBOND(JBONDConfig(beta=beta, forward_baseline=True, **one)))
-        for beta in (0, 0.5, 0.9)
-    }
+    made["J-BOND, 6 + 2 pooled, beta 0.5"] = of_algorithm(JBOND(JBONDConfig(n_anchor_samples=2, estimator="pooled")))
     settings = {"n_anchor_samples": 4, "anchor": "ema", **one}
     made |= {
         f"BOND, n = {n}, 4 + 4, beta {beta:g}": of_algorithm(BOND(BONDConfig(n=n, beta=beta, **settings)))
@@ -189,7 +245,7 @@ class Drawn:
         self.texts = [tokenizer.decode(row[kept]) for row, kept in rows]
 
     def log_probs(self, model: Any, rows: Tensor) -> Tensor:
-        """log pi(y) of whole responses, for the numbers ``[n]`` of some rows: ``[n]``."""
+        """log pi of each token of the response, for the numbers ``[n]`` of some rows: ``[n, NEW_TOKENS]``."""
         mask, steps = self.mask[rows], self.trained.shape[1]
         logits = model(
             input_ids=self.ids[rows],
@@ -199,12 +255,19 @@ class Drawn:
             use_cache=False,
         ).logits[:, :-1]
         chosen = logits.log_softmax(dim=-1).gather(-1, self.ids[rows][:, -steps:, None])[..., 0]
-        return (chosen * self.trained[rows]).sum(dim=-1)
+        return chosen * self.trained[rows]
+
+    def all_log_probs(self, model: Any) -> Tensor:
+        """The same of all rows, prompt by prompt, without gradient: ``[P, 8, NEW_TOKENS]`` float64."""
+        with torch.inference_mode():
+            found = [self.log_probs(model, rows) for rows in torch.arange(len(self.ids)).split(ROWS)]
+        return torch.cat(found).double().clone().reshape(-1, RESPONSES, self.trained.shape[1])
 
     def gradient(self, model: Any, weights: Tensor) -> Tensor:
-        """Of sum_i weights[i] log pi(y_i), ``[rows]``; flat."""
+        """Of the sum of weights x log pi, ``[rows]`` of responses or ``[rows, NEW_TOKENS]`` of tokens; flat."""
         model.zero_grad()
-        for rows in weights.nonzero()[:, 0].split(ROWS):
+        weights = _per_token(weights.unsqueeze(0))[0]
+        for rows in weights.any(dim=-1).nonzero()[:, 0].split(ROWS):
             (self.log_probs(model, rows) * weights[rows]).sum().backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
@@ -214,6 +277,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="folder that prepare.py made")
     parser.add_argument("--cache", type=Path, help="file of vBoN's rewards (default: DIRECTORY/rewards-8.jsonl)")
+    parser.add_argument("--policy", type=Path, help="folder of a trained policy (default: the initial policy)")
     parser.add_argument("--batches", type=positive, default=16, help="independent ones, 3 or more (default: 16)")
     parser.add_argument("--prompts", type=positive, default=64, help="a batch, 8 responses each (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and samples (default: 0)")
@@ -222,6 +286,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     given.cache = given.cache or given.directory / "rewards-8.jsonl"
     if given.batches < 3:
         parser.error("--batches must be at least 3: a noise scale compares batches, and leaves out each in turn")
+    if given.policy is not None and not (given.policy / "config.json").exists():
+        parser.error(f"--policy {given.policy} is no folder of a model")
     for path, made_by in ((given.directory / "model", "prepare.py"), (given.cache, "`bond cache`, see bench.yaml")):
         if not path.exists():
             parser.error(f"{path} is not there: it is made by {made_by}")
@@ -237,6 +303,9 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.directory / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(given.directory / "model", dtype=torch.float32).eval()
+    initial = model
+    if given.policy is not None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(given.policy, dtype=torch.float32).eval()
     cache = read_cache(given.cache)
     prompts = cache.prompts
     if given.batches * given.prompts > len(prompts):
@@ -247,25 +316,24 @@ def main(arguments: list[str] | None = None) -> None:
     random.Random(given.seed).shuffle(prompts)
     os.environ["BOND_REVIEWS_DIR"] = str(given.directory)  # where the classifier is, see reward.py
 
-    named = methods(str(given.cache))
+    named = methods(str(given.cache), moved=given.policy is not None)
     gradients: dict[str, list[Tensor]] = {name: [] for name in named}
     started = time.monotonic()
     for batch in range(given.batches):
         chosen = prompts[batch * given.prompts : (batch + 1) * given.prompts]
         drawn = Drawn(model, tokenizer, chosen)
         scores = classifier.reward_func(drawn.texts, drawn.texts, [""] * len(drawn.texts))["rewards"]
-        with torch.inference_mode():
-            log_probs = [drawn.log_probs(model, rows) for rows in torch.arange(len(drawn.ids)).split(ROWS)]
-        shape = len(chosen), RESPONSES
-        known = scores.double().reshape(shape), cache.rewards(chosen), torch.cat(log_probs).double().reshape(shape)
+        log_probs = drawn.all_log_probs(model)
+        log_ratios = log_probs - (drawn.all_log_probs(initial) if initial is not model else log_probs)
+        known = Known(scores.double().reshape(-1, RESPONSES), cache.rewards(chosen), log_probs, log_ratios)
         for name, weights in named.items():
-            gradients[name].append(drawn.gradient(model, (weights(*known) / len(chosen)).reshape(-1)))
+            gradients[name].append(drawn.gradient(model, (weights(known) / len(chosen)).flatten(0, 1)))
         left = (time.monotonic() - started) / (batch + 1) * (given.batches - batch - 1)
         print(f"batch {batch + 1} of {given.batches}, about {left:.0f} s left", file=sys.stderr)
 
     products = {name: ((every := torch.stack(found)) @ every.T).double() for name, found in gradients.items()}
     rows = []
-    print(f"{'method':28} {'noise scale':>13}  signal to noise beside {FIRST}'s")
+    print(f"{'method':48} {'noise scale':>13}  signal to noise beside {FIRST}'s")
     for name, each in products.items():
         found, beside = noise_scale(each), compare(each, products[FIRST])
         scale = given.prompts * RESPONSES / found.ratio if beside else None
@@ -275,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
             if beside
             else "no signal told: more --batches"
         )
-        print(f"{name:28} {told}")
+        print(f"{name:48} {told}")
     given.output.mkdir(parents=True, exist_ok=True)
     write_rows(given.output / "noise_scale.jsonl", rows)
 

@@ -1,0 +1,241 @@
+"""The pooled form of Best-of-N distillation: every sample is compared with every other. Ours, not the papers'.
+
+BOND and J-BOND (arXiv 2407.14622) draw samples of the anchor to learn from. The same target can be had from the
+policy's own samples and log pi_anchor of them. Of S samples y_1 ... y_S of a prompt, n from the policy and m from the
+anchor (m = 0 is the usual case), each has the weights
+
+    a_i = pi_anchor(y_i) / q(y_i),   p_i = pi(y_i) / q(y_i),   q = (n pi + m pi_anchor) / S
+
+(the balance heuristic, Veach & Guibas 1995; with m = 0: p_i = 1, a_i = pi_anchor / pi). With ĝ an estimate of
+g = pi_BoN / pi_anchor and log ĝ one of its logarithm from the other samples (see :mod:`bond_plugin.bestofn.pooled`),
+token t of y_i is trained with the advantage
+
+    A_it = (1 - beta) (a_i ĝ_i - p_i)                              forward KL; E[p grad log pi] = 0 is its baseline
+         + beta p_i (log ĝ_i - B - (L_it - mean of others))        backward KL
+         - gamma p_i (L_it - mean of others)                       KL(pi || pi_anchor), Eq. 19
+         - gamma_ref p_i (L'_it - mean of others)                  KL(pi || pi_ref)
+
+where L_it = sum_{s >= t} log pi(y_is) - log pi_anchor(y_is) is a reward-to-go: what came before a token does not
+depend on it. L' is the same with the initial policy. The mean over the prompt's other samples, at the same token,
+does not depend on y_i. For log ĝ that would be wrong: ranks within a prompt depend on one another, and subtracting
+the others' mean multiplies the rank part by S / (S - 1) against the KL, which is another target. B is the mean over
+other prompts; with one prompt it is what the mean is where the policy is the anchor, -(N - 1) k / (k + 1) with
+k = S - 1.
+
+Samples of an earlier policy mu (asynchronous training): the weights of the *others* are relative to mu; the sample's
+own pi / mu is left to the host's importance-sampling correction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, flag
+from bond_plugin.bestofn.divergences import leave_one_out_mean
+from bond_plugin.bestofn.pooled import (
+    effective_sample_size,
+    harmonic_log_quantile,
+    mixture_weights,
+    pooled_tilt,
+)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The S = n + m samples of each of P prompts.
+
+    Attributes:
+        n: how many are of the policy; these come first.
+        rewards, log_probs: ``[P, S]``, log pi of whole responses.
+        log_ratios: ``[P, S, A]``, log pi - log pi_anchor of each token.
+        reference_log_ratios: the same to the initial policy, or ``None``.
+        weights: ``[P, S]``, a.
+        own_anchor, own_policy: ``[P, S]``, a and p as a sample's own coefficients (mu left out, see above).
+    """
+
+    n: int
+    rewards: Tensor
+    log_probs: Tensor
+    log_ratios: Tensor
+    reference_log_ratios: Tensor | None
+    weights: Tensor
+    own_anchor: Tensor
+    own_policy: Tensor
+
+    @classmethod
+    def of(cls, batch: AdvantageInputs) -> Pool:
+        """Raises ``ValueError`` without log-ratios to the anchor, or where companions were left out."""
+        if batch.source_log_ratios is None:
+            raise ValueError("the pooled form needs log pi_anchor of each token of the samples")
+        rewards = torch.cat([batch.rewards, batch.companion_rewards], dim=-1)
+        if batch.source_log_ratios.shape[:2] != rewards.shape:
+            raise ValueError("the pooled form takes all samples of the anchor, in their order")
+        n = batch.rewards.shape[-1]
+        log_ratio = batch.source_log_ratios.sum(dim=-1)
+        moved = torch.zeros_like(log_ratio)
+        if batch.behaviour_log_ratios is not None:
+            moved[:, :n] = batch.behaviour_log_ratios
+        weights, policy = mixture_weights(moved, moved - log_ratio, n)
+        if batch.behaviour_log_ratios is None:
+            own_anchor, own_policy = weights, policy
+        else:
+            own_anchor, own_policy = mixture_weights(torch.zeros_like(moved), -log_ratio, n)
+        return cls(
+            n=n,
+            rewards=rewards,
+            log_probs=torch.cat([batch.log_probs, batch.companion_log_probs], dim=-1),
+            log_ratios=batch.source_log_ratios,
+            reference_log_ratios=batch.reference_log_ratios,
+            weights=weights,
+            own_anchor=own_anchor,
+            own_policy=own_policy,
+        )
+
+    def tilt(self, n: int, normalised: bool) -> Tensor:
+        """ĝ of Best-of-``n``, ``[P, S]``."""
+        return pooled_tilt(self.rewards, self.weights, n, normalised)
+
+    def log_tilt(self, n: int, normalised: bool) -> Tensor:
+        """log ĝ of Best-of-``n`` but for the constant log n, ``[P, S]``: (n - 1) log F."""
+        return (n - 1) * harmonic_log_quantile(self.rewards, self.weights, normalised)
+
+
+def advantages(
+    pool: Pool,
+    tilt: Tensor,
+    log_tilt: Tensor,
+    *,
+    n: int,
+    beta: float,
+    gamma: float = 0.0,
+    gamma_ref: float = 0.0,
+    centred: bool = True,
+    to_go: bool = True,
+) -> AdvantageOutputs:
+    """The advantages A_it of the head of this file.
+
+    Args:
+        pool: see there.
+        tilt, log_tilt: ``[P, S]``, ĝ, and log ĝ up to a constant.
+        n: N of Best-of-N.
+        beta, gamma, gamma_ref: see above.
+        centred: whether baselines are subtracted from the backward parts.
+        to_go: ``False`` gives all tokens the log-ratio of the whole response: the same expectation with more noise.
+
+    Raises:
+        ValueError: ``gamma_ref`` without log-ratios to the initial policy.
+    """
+
+    def parts(log_ratios: Tensor) -> Tensor:
+        if not to_go:
+            log_ratios = log_ratios.sum(dim=-1, keepdim=True)
+        return own.unsqueeze(-1) * _to_go(log_ratios, own, centred)
+
+    own, size = pool.own_policy, pool.rewards.shape[-1]
+    base = _other_prompts(log_tilt, own, n) if centred else 0.0
+    each = (1 - beta) * (pool.own_anchor * tilt - own) + beta * own * (log_tilt - base)
+    found = each.unsqueeze(-1) - (beta + gamma) * parts(pool.log_ratios)
+    if gamma_ref:
+        if pool.reference_log_ratios is None:
+            raise ValueError("gamma_ref needs log pi_ref of each token of the samples")
+        found = found - gamma_ref * parts(pool.reference_log_ratios)
+
+    policy, anchor = slice(0, pool.n), slice(pool.n, None)
+    m = size - pool.n
+    pairs = pool.tilt(2, normalised=True)[:, policy] / 2
+    metrics = {
+        "bond/win_rate": pairs.mean().item(),
+        "bond/log_quantile": log_tilt[:, policy].mean().item() / max(n - 1, 1),
+        "bond/kl_anchor": pool.log_ratios.sum(dim=-1)[:, policy].mean().item(),
+        "bond/forward_nll": -(pool.own_anchor * tilt * pool.log_probs).mean().item(),
+        "bond/ess": effective_sample_size(pool.weights).mean().item(),
+    }
+    # The host's mean over a prompt's rows is one over n of the policy's plus one over m of the anchor's.
+    found = found.expand(pool.log_ratios.shape)
+    return AdvantageOutputs(
+        advantages=found[:, policy] * (pool.n / size),
+        companion_advantages=found[:, anchor] * (m / size) if m else None,
+        metrics=metrics,
+    )
+
+
+def _other_prompts(values: Tensor, weights: Tensor, n: int) -> Tensor | float:
+    """``[P, 1]``: the weighted mean of ``[P, S]`` values over the samples of all other prompts."""
+    others = values.shape[-1] - 1
+    if len(values) == 1:
+        return -(n - 1) * others / (others + 1)
+    return leave_one_out_mean((values * weights).mean(dim=-1)).unsqueeze(-1)
+
+
+def _to_go(log_ratios: Tensor, weights: Tensor, centred: bool) -> Tensor:
+    """``[P, S, A]``: the sum from each token on, less the weighted mean of the prompt's other samples' there."""
+    to_go = log_ratios.flip(-1).cumsum(dim=-1).flip(-1)
+    if not centred or to_go.shape[1] < 2:
+        return to_go
+    weighted = weights.unsqueeze(-1) * to_go
+    total = weights.sum(dim=1, keepdim=True)
+    rest = (total - weights).clamp(min=1e-300).unsqueeze(-1)
+    return to_go - (weighted.sum(dim=1, keepdim=True) - weighted) / rest
+
+
+def pulled(advantages: Tensor, batch: AdvantageInputs, gamma_ref: float) -> Tensor:
+    """``[P, n]`` advantages with the pull to the initial policy, ``[P, n, A]``; as they are for ``gamma_ref`` 0."""
+    if not gamma_ref:
+        return advantages
+    if batch.reference_log_ratios is None:
+        raise ValueError("gamma_ref needs log pi_ref of each token of the samples")
+    to_ref = batch.reference_log_ratios[:, : advantages.shape[-1]]
+    pull = _to_go(to_ref, torch.ones_like(advantages), centred=True)
+    return advantages.unsqueeze(-1) - gamma_ref * pull
+
+
+def everyone(companion_rewards: Tensor) -> Tensor:
+    """The selection of all companions in their order: ``[P, m]`` rewards to ``[P, m]`` indices."""
+    return torch.arange(companion_rewards.shape[-1]).expand(companion_rewards.shape)
+
+
+def least(n: int, m: int) -> int:
+    """How many samples of the policy the pooled form of Best-of-``n`` takes with ``m`` samples of the anchor."""
+    return max(n - m, 1 if m else 2)
+
+
+def normalised_flag() -> Any:
+    """The field ``normalised``."""
+    return flag(
+        False,
+        "pooled form: divide by the weights of the other samples instead of by their number. Bounded, but its target "
+        "lies beyond Best-of-N, the further the smaller bond/ess is and the fewer samples a prompt has",
+    )
+
+
+def min_ess_flag() -> Any:
+    """The field ``min_ess``."""
+    return flag(
+        0.2,
+        "pooled form: say so once when bond/ess, the share of effective samples, falls below this; in [0, 1]",
+    )
+
+
+def check(beta: float, coefficients: dict[str, float]) -> None:
+    """Raises ``ValueError`` for a ``beta`` outside [0, 1] or a negative coefficient, naming the flag."""
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"--bond.beta must lie in [0, 1], got {beta}")
+    for name, value in coefficients.items():
+        if not (value >= 0.0 and math.isfinite(value)):
+            raise ValueError(f"--bond.{name} must be at least 0, got {value}")
+
+
+def check_flags(config: Any) -> None:
+    """Raises ``ValueError`` for settings of a config that do not go with the pooled form."""
+    if not 0.0 <= config.min_ess <= 1.0:
+        raise ValueError(f"--bond.min_ess must lie in [0, 1], got {config.min_ess}")
+    if config.baseline == "leave_one_out":
+        raise ValueError(
+            "--bond.baseline leave_one_out would change the pooled form's target (ranks within a prompt depend "
+            "on one another): use batch, where the log-ratio has the prompt's other samples for its baseline anyway"
+        )

@@ -1,0 +1,279 @@
+"""Best-of-N of a source distribution estimated from all samples of a prompt, each compared with all others.
+
+A prompt has S samples: n of the behaviour policy mu, m = S - n of the source, whose Best-of-N is the target (an
+anchor, or the reference). m = 0 needs no sample of the source at all, only its log-probabilities. All samples
+count as drawn from the mixture q = (n mu + m source) / S and are weighted by a = source / q (balance heuristic,
+Veach and Guibas 1995). The estimators are ours. Everything about a sample is told by *which subsets of the others
+it beats*, so that each is a ratio of elementary symmetric polynomials e_j of weights, the coefficients of
+prod_i (1 + a_i x). They are built for all samples at once by a scan over the sorted rewards, as logarithms: all
+terms are positive, nothing cancels, and no range of weights overflows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bond_plugin.bestofn.distribution import quantiles
+
+_CHUNK = 2**22  # coefficients that are held at once
+
+
+def mixture_weights(policy_ratio: Tensor, source_ratio: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """What each sample counts for an expectation under the source, and under the policy (balance heuristic).
+
+        a = source / q,    p = pi / q,    q = (n mu + m source) / S
+
+    At m > 0, a <= S / m, whatever the policy. The mean of ``a * f(y)`` over the S samples is unbiased for the
+    mean of f under the source, that of ``p * f(y)`` for the mean under the policy.
+
+    What compares samples with each other is exact for m = 0 only. For m > 0 the *others* of a sample are not the
+    mixture q, because n and m are fixed: by enumeration at n = m, :func:`pooled_tilt` and the gradient made of it
+    have a bias as 1 / (S - 1) for N = 2, for N = 3 within 3 % of that, and the log-quantile of 0.069, 0.052, 0.033
+    nats at S = 4, 8, 16 for the lowest generation, 0.013, 0.005, 0.003 for the best. None where source = mu.
+
+    Args:
+        policy_ratio: ``[P, S]``, log pi(y) - log mu(y) of every sample; zeros where mu is the policy.
+        source_ratio: ``[P, S]``, log source(y) - log mu(y) of every sample. ``-inf`` where the source has no mass.
+        n: how many of the S samples were drawn from mu, 1 <= n <= S; the rest from the source.
+
+    Returns:
+        (a, p), ``[P, S]`` float64, >= 0. At n = S, a = exp(source_ratio) and p = exp(policy_ratio).
+
+    Raises:
+        ValueError: shapes that differ, n out of range, a ratio that is NaN or +inf, or a weight beyond float64.
+    """
+    if policy_ratio.dim() != 2 or policy_ratio.shape != source_ratio.shape:
+        raise ValueError(
+            f"mixture_weights needs policy_ratio and source_ratio [P, S], got {tuple(policy_ratio.shape)} and "
+            f"{tuple(source_ratio.shape)}"
+        )
+    size = policy_ratio.shape[-1]
+    if not 1 <= n <= size:
+        raise ValueError(f"mixture_weights needs 1 <= n <= samples, got n = {n} with {size} samples")
+    policy, source = policy_ratio.detach().double(), source_ratio.detach().double()
+    if not ((policy < math.inf) & (source < math.inf)).all():
+        raise ValueError("mixture_weights needs log-ratios that are numbers below infinity")
+    mixture = torch.zeros_like(source)  # log q - log mu
+    if n < size:
+        mixture = torch.logaddexp(mixture + math.log(n / size), source + math.log((size - n) / size))
+    a, p = (source - mixture).exp(), (policy - mixture).exp()
+    if not (torch.isfinite(a) & torch.isfinite(p)).all():
+        raise ValueError("mixture_weights: a weight overflows float64, the distributions are too far apart")
+    return a, p
+
+
+def pooled_tilt(rewards: Tensor, weights: Tensor, n: int, normalised: bool = False) -> Tensor:
+    """Best-of-N over source at every sample, pi_BoN(y) / source(y), from the prompt's other samples.
+
+        N  sum over subsets J of N - 1 others, none better than i, of prod_{j in J} a_j / (1 + ties of i in J)
+
+    divided by C(S - 1, N - 1). With the samples independent and of one distribution (m = 0) it is unbiased for
+    g_N(y_i) = (p_<=^N - p_<^N) / (p_<= - p_<), Theorem 1 of arXiv 2407.14622 with ties broken at random, given y_i.
+
+    Args:
+        rewards: ``[P, S]``, finite.
+        weights: ``[P, S]``, a of :func:`mixture_weights`, finite and >= 0.
+        n: N of Best-of-N, 2 <= N <= S.
+        normalised: divide by the sum of the products over *all* subsets of N - 1 others. The result is then
+            in [0, N] and does not depend on the weights' scale, but it has a bias as 1 / S. By enumeration for
+            weights of 2, 2/3 and 4/5, where g is up to N: at S = 4, 8, 16 at most 0.053, 0.025, 0.012 for N = 2
+            and 0.176, 0.098, 0.050 for N = 3.
+
+    Returns:
+        ``[P, S]`` float64, >= 0. 0 where fewer than N - 1 others have a positive weight.
+
+    Raises:
+        ValueError: shapes, rewards, weights or n out of range.
+    """
+    rewards, weights = _checked(rewards, weights, "pooled_tilt")
+    size = rewards.shape[-1]
+    if not 2 <= n <= size:
+        raise ValueError(f"pooled_tilt needs 2 <= n <= samples, got n = {n} with {size} samples")
+    return _subset_series(rewards, weights, [0.0] * (n - 1) + [float(n)], normalised)
+
+
+def harmonic_log_quantile(rewards: Tensor, weights: Tensor | None = None, normalised: bool = True) -> Tensor:
+    """The log of each sample's quantile under the source, from its rank among the prompt's other samples.
+
+        H_c - H_k,    c = samples below i among the k = S - 1 others,    H_j = 1 + 1/2 + ... + 1/j
+
+    Its expectation given y_i is -sum_{j=1..k} (1 - F)^j / j, the Taylor series of log F cut at k: always finite,
+    with no floor to choose. Equals count as the mean over their random orders. With weights it is
+    -sum_j (1 / j) e_j(weights of those above i) / C(k, j), for the same series.
+
+    Ranks within a prompt are not independent: their sum is fixed. Without weights, subtracting the leave-one-out mean
+    only multiplies the result by S / (S - 1), up to a constant, and so changes its proportion to anything it
+    is added to. Subtract a constant instead: the mean is -k / (k + 1).
+
+    Args:
+        rewards: ``[P, S]``, finite, S >= 2.
+        weights: ``[P, S]``, a of :func:`mixture_weights`, finite and >= 0; ``None``: all one.
+        normalised: divide by e_j of all others instead of C(k, j). The result is then in [-H_k, 0] and does
+            not depend on the weights' scale; samples of weight zero are as if they were not there. Against the
+            series this has a bias as 1 / S at a fixed F, which goes through S F and so falls late at the lowest
+            ranks. By enumeration for weights of 2, 2/3 and 4/5, at S = 8, 16, 32: 0.024, 0.012, 0.006 nats for
+            the best generation, 0.115, 0.125, 0.108 for the lowest, with F < 0.2. Unused without weights.
+
+    Returns:
+        ``[P, S]`` float64, in nats, <= 0. With weights in time O(S^3) a prompt: 2 s for 512 prompts of 64 samples
+        on one core.
+
+    Raises:
+        ValueError: shapes, rewards or weights out of range, or fewer than two samples.
+    """
+    rewards, weights = _checked(rewards, weights, "harmonic_log_quantile")
+    k = rewards.shape[-1] - 1
+    if weights is None:
+        lower, equal = _counts(rewards, rewards)
+        return _harmonic(lower, equal - 1, k)
+    return _subset_series(-rewards, weights, [0.0] + [-1 / j for j in range(1, k + 1)], normalised)
+
+
+def harmonic_log_quantile_among(rewards: Tensor, samples: Tensor) -> Tensor:
+    """As :func:`harmonic_log_quantile`, of rewards that are placed among k separate samples of the source.
+
+    Args:
+        rewards: ``[P, n]``, finite. The placed samples themselves are not among ``samples``.
+        samples: ``[P, k]``, rewards of independent samples of the source for the same prompts, finite, k >= 1.
+
+    Returns:
+        ``[P, n]`` float64, in [-H_k, 0], in nats.
+
+    Raises:
+        ValueError: shapes that do not fit, no samples, or a reward that is not finite.
+    """
+    if rewards.dim() != 2 or samples.dim() != 2 or len(rewards) != len(samples) or samples.shape[-1] < 1:
+        raise ValueError(
+            f"harmonic_log_quantile_among needs rewards [P, n] and samples [P, k], k >= 1, got "
+            f"{tuple(rewards.shape)} and {tuple(samples.shape)}"
+        )
+    if not (torch.isfinite(rewards).all() and torch.isfinite(samples).all()):
+        raise ValueError("harmonic_log_quantile_among needs finite rewards")
+    return _harmonic(*_counts(rewards, samples), samples.shape[-1])
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """(sum a)^2 / sum a^2 / S: the share of a prompt's samples that its weights leave (Kish 1965).
+
+    Args:
+        weights: ``[P, S]``, finite and >= 0, S >= 1.
+
+    Returns:
+        ``[P]`` float64, in [1 / S, 1]; 0 where all weights are zero.
+
+    Raises:
+        ValueError: another shape, or a weight that is negative or not finite.
+    """
+    if weights.dim() != 2 or weights.shape[-1] < 1:
+        raise ValueError(f"effective_sample_size needs weights [P, S], got {tuple(weights.shape)}")
+    weights = _checked_weights(weights, "effective_sample_size")
+    largest = weights.amax(dim=-1, keepdim=True)
+    scaled = weights / torch.where(largest > 0, largest, 1.0)
+    # The largest is 1 now, so that the clamp changes nothing but 0 / 0.
+    return scaled.sum(dim=-1).square() / scaled.square().sum(dim=-1).clamp(min=1) / weights.shape[-1]
+
+
+def _harmonic(lower: Tensor, equal: Tensor, k: int) -> Tensor:
+    """The mean of H_c over c = lower .. lower + equal, minus H_k; by sum_{c=0..m} H_c = (m + 1) H_m - m."""
+    count = torch.arange(1, k + 1, dtype=torch.float64, device=lower.device)
+    table = torch.cat([count.new_zeros(1), count.reciprocal().cumsum(dim=0)])
+    high = table[lower + equal]
+    return high - table[-1] + (lower * (high - table[lower]) - equal) / (equal + 1)
+
+
+def _counts(rewards: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """How many samples are lower, and how many are equal; int64 in the shape of ``rewards``."""
+    low, high = (quantile * samples.shape[-1] for quantile in quantiles(rewards, samples))
+    return low.round().long(), (high - low).round().long()
+
+
+def _subset_series(rewards: Tensor, weights: Tensor, coefficients: list[float], normalised: bool) -> Tensor:
+    """sum_j coefficients[j] times the weighted share of the subsets of j others of which none is better than i.
+
+    A subset with t ties of i counts 1 / (1 + t), the probability that i comes first among them. ``[P, S]``.
+    """
+    rows = max(1, _CHUNK // (rewards.shape[-1] * len(coefficients)))
+    blocks = zip(rewards.split(rows), weights.split(rows), strict=True)
+    return torch.cat([_subset_series_block(*block, coefficients, normalised) for block in blocks])
+
+
+def _subset_series_block(rewards: Tensor, weights: Tensor, coefficients: list[float], normalised: bool) -> Tensor:
+    degree, others = len(coefficients) - 1, rewards.shape[-1] - 1
+    ordered, index = rewards.sort(dim=-1)
+    logs = weights.gather(-1, index).log()
+    level, _ = _counts(ordered, ordered)  # the position of the level's first sample
+    everyone = torch.zeros_like(level)
+    before, after = _before(logs, everyone, degree), _after(logs, everyone, degree)
+    ties = _multiply(_before(logs, level, degree), _after(logs, level, degree), degree)
+    t = torch.arange(1, len(ties) + 1, dtype=torch.float64, device=ties.device)
+    below = before.gather(-1, level.expand(before.shape))
+    beaten = _multiply(below, ties - t.log().view(-1, 1, 1), degree)
+    if normalised:
+        total = _multiply(before, after, degree)
+    else:
+        total = ties.new_tensor([math.log(math.comb(others, j)) for j in range(degree + 1)]).view(-1, 1, 1)
+    shares = torch.where(total > -math.inf, (beaten - total).exp(), 0.0)
+    series = (shares * shares.new_tensor(coefficients).view(-1, 1, 1)).sum(dim=0)
+    return series.gather(-1, index.argsort(dim=-1))
+
+
+def _before(logs: Tensor, segment: Tensor, degree: int) -> Tensor:
+    """log e_j, j <= degree, of the weights of all samples before each one in its segment.
+
+    A scan by doubling (Hillis and Steele 1986): after each step an entry holds the product of the last 1, 2, 4, ...
+    factors 1 + a x up to its own, as far as they belong to its segment.
+
+    Args:
+        logs: ``[P, S]``, log a in the order of the samples.
+        segment: ``[P, S]``, which segment each sample belongs to; segments are contiguous.
+
+    Returns:
+        ``[degree + 1, P, S]``, or fewer coefficients where no segment is long enough to have them.
+    """
+    products, shift = torch.stack([torch.zeros_like(logs), logs]), 1
+    while (same := segment[:, shift:] == segment[:, :-shift]).any():
+        joined = _multiply(products[..., :-shift], products[..., shift:], degree)
+        products = torch.cat([products, products.new_full((len(joined) - len(products), *logs.shape), -math.inf)])
+        joined = torch.where(same, joined, products[..., shift:])
+        products = torch.cat([products[..., :shift], joined], dim=-1)
+        shift *= 2
+    one = torch.full_like(products[..., :1], -math.inf)  # the polynomial of no sample
+    one[0] = 0.0
+    same = segment[:, 1:] == segment[:, :-1]
+    return torch.cat([one, torch.where(same, products[..., :-1], one)], dim=-1)
+
+
+def _after(logs: Tensor, segment: Tensor, degree: int) -> Tensor:
+    return _before(logs.flip(-1), segment.flip(-1), degree).flip(-1)
+
+
+def _multiply(a: Tensor, b: Tensor, degree: int) -> Tensor:
+    """The product of polynomials with positive coefficients, given and returned as logs ``[degree + 1, ...]``."""
+    if len(a) > len(b):
+        a, b = b, a
+    width = min(len(a) + len(b) - 1, degree + 1)
+    product = torch.full((width, *a.shape[1:]), -math.inf, dtype=a.dtype, device=a.device)
+    for power, coefficient in enumerate(a[:width]):
+        place = product[power : power + len(b)]
+        torch.logaddexp(place, coefficient + b[: len(place)], out=place)
+    return product
+
+
+def _checked(rewards: Tensor, weights: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
+    if rewards.dim() != 2 or (weights is not None and weights.shape != rewards.shape):
+        found = tuple(rewards.shape) if weights is None else f"{tuple(rewards.shape)} and {tuple(weights.shape)}"
+        raise ValueError(f"{name} needs rewards [P, S], and weights of the same shape, got {found}")
+    if rewards.shape[-1] < 2:
+        raise ValueError(f"{name} needs at least two samples a prompt, got {rewards.shape[-1]}")
+    if not torch.isfinite(rewards).all():
+        raise ValueError(f"{name} needs finite rewards")
+    return rewards.detach().double(), None if weights is None else _checked_weights(weights, name)
+
+
+def _checked_weights(weights: Tensor, name: str) -> Tensor:
+    if not ((weights >= 0) & (weights < math.inf)).all():
+        raise ValueError(f"{name} needs weights that are finite and not negative")
+    return weights.detach().double()

@@ -1,0 +1,59 @@
+"""Advantages of algorithms that draw nothing but the policy's samples, and rewards of transforms.
+
+Rollouts, reward models, penalties, statistics, log-probabilities, replay and loss are the host's: what is ours stands
+behind :func:`compute_advantages_and_returns`. Algorithms that draw from other weights have a way of their own
+(:mod:`bond_plugin.host.experience`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bond_plugin.host import flags, transform
+from bond_plugin.host.experience import Batch, engine_gap, inputs_of, of_step
+from bond_plugin.host.rewards import finite
+
+
+@torch.no_grad()
+def compute_advantages_and_returns(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
+    """Let the host do its part (rewards, penalties, statistics, returns), and put our advantages in."""
+    if flags.transform(self.args) is not None:
+        return transform.apply(original, self, experiences)
+    algorithm = flags.algorithm(self.args)
+    if algorithm is None:
+        return original(self, experiences)
+    experiences = original(self, experiences)
+    batch = Batch(experiences, self.args.rollout.n_samples_per_prompt)
+    for e in experiences:
+        for reward, prompt in zip(e.rewards.tolist(), e.prompts, strict=True):
+            finite(reward, prompt)
+    under = {"policy": [e.action_log_probs for e in experiences], **getattr(self, "bond_log_probs", {})}
+    inputs = inputs_of(self, algorithm, batch, under, batch.n)
+    found = algorithm.advantages(inputs)
+    batch.spread(found.advantages)
+
+    self.bond_metrics = {**found.metrics, **of_step(inputs, batch, under)}
+    if all(e.rollout_log_probs is not None for e in experiences):
+        rows = torch.ones(batch.size, dtype=torch.bool)
+        # An asynchronous run's samples are an earlier policy's: there the gap is no sign of a broken engine.
+        limit = None if self.args.train.async_enable else algorithm.config.max_engine_gap
+        self.bond_metrics |= engine_gap(experiences, under["policy"], rows, "policy", limit)
+    _warn_of_few(self, algorithm)
+    return experiences
+
+
+def _warn_of_few(maker: Any, algorithm: Any) -> None:
+    """Say once that the weights have degenerated."""
+    share, least = maker.bond_metrics.get("bond/ess"), getattr(algorithm.config, "min_ess", 0.0)
+    if share is None or share >= least or getattr(maker, "bond_warned", False):
+        return
+    maker.bond_warned = True
+    print(
+        f"bond: warning: bond/ess is {share:.2f}, below --bond.min_ess {least}: the policy is so far from the "
+        f"anchor that {share:.0%} of a prompt's samples do the work. Let the anchor follow faster (a larger "
+        "--bond.eta, or a smaller --bond.anchor_interval), draw samples of it too (--bond.n_anchor_samples), or "
+        "compare with a --bond.reward_cache",
+        flush=True,
+    )

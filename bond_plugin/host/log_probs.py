@@ -1,0 +1,90 @@
+"""Log-probabilities under other weights, from the policy's own workers: no reference model on any GPU.
+
+The host asks the policy's workers for log-probabilities, and then those of its reference model. Here the first call
+brings all that are wanted: each worker computes its share under the policy, swaps other weights in and computes it
+again (:class:`~bond_plugin.host.weights.Weights`), so sequences travel once. What stands in the reference model's
+place is :data:`SLOT`, which has the answer already. Splitting, ring attention's copies, images and colocation are the
+host's.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bond_plugin.host import flags, weights
+
+#: In the place of a group of workers: answered from what the policy's workers have sent.
+SLOT = "the policy's workers"
+
+
+class UnderWeights(NamedTuple):
+    """What a worker says of one micro-batch: ``[B, A]`` log-probabilities under the policy and other weights."""
+
+    policy: Tensor
+    others: dict[str, Tensor]
+
+
+def wanted(args: SimpleNamespace) -> tuple[str, ...]:
+    """Under which other weights, ``anchor`` or ``reference``, a run wants log-probabilities; in any process."""
+    algorithm = flags.algorithm(args)
+    if algorithm is None:
+        return ("anchor",) if flags.moving_reference(args) else ()
+    wants = algorithm.samples()
+    names = {wants.source} if wants.source_log_probs else set()
+    if wants.reference_log_probs or algorithm.config.kl_ref:
+        names.add("reference")
+    return tuple(sorted(names))
+
+
+def in_slot(args: SimpleNamespace) -> str | None:
+    """Which of these stand where the host has its reference model's: the anchor, if there is one."""
+    names = wanted(args)
+    algorithm = flags.algorithm(args)
+    if algorithm is not None and algorithm.samples().source_log_probs:
+        return algorithm.samples().source
+    return names[0] if names else None
+
+
+def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, start_idx: int, end_idx: int) -> list:
+    """A worker's share of a call: the policy's forward passes also under the other weights that are wanted."""
+    found = original(self, method_name, all_data, start_idx, end_idx)
+    kept = weights.of(getattr(self, "actor", None))
+    names = wanted(self.strategy.args) if kept is not None and method_name == "forward" else ()
+    if not names:
+        return found
+    others: dict[str, list[Tensor]] = {}
+    for name in names:
+        with kept.swapped_in(name):
+            others[name] = original(self, method_name, all_data, start_idx, end_idx)
+    return [UnderWeights(policy, {name: others[name][i] for name in names}) for i, policy in enumerate(found)]
+
+
+def dispatch_forward(original: Any, self: Any, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
+    """The experience maker's calls; :data:`SLOT` needs none."""
+    return SLOT if group is SLOT else original(self, group, sync_condition, **kwargs)
+
+
+def flatten_results(original: Any, self: Any, refs: Any, duplicate_factor: int) -> list:
+    """The experience maker's results: keep what came along with the policy's, and give :data:`SLOT`'s answer."""
+    if refs is SLOT:
+        return self.bond_log_probs[in_slot(self.args)]
+    found = original(self, refs, duplicate_factor)
+    if found and isinstance(found[0], UnderWeights):
+        self.bond_log_probs = {name: [each.others[name] for each in found] for name in found[0].others}
+        found = [each.policy for each in found]
+    return found
+
+
+def group_init(original: Any, self: Any, num_nodes: int, num_gpus_per_node: int, ray_actor_type: Any, *args: Any,
+               **kwargs: Any) -> None:  # fmt: skip
+    """A group of the host's workers; of reference models there are none where a moving reference takes the place."""
+    from openrlhf.trainer.ray.launcher import ReferenceModelActor
+
+    run = flags.current()
+    if ray_actor_type is ReferenceModelActor and run is not None and flags.moving_reference(run.args):
+        self._actor_handlers = []
+        return
+    original(self, num_nodes, num_gpus_per_node, ray_actor_type, *args, **kwargs)

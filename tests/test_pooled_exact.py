@@ -1,0 +1,242 @@
+"""The pooled form on a policy small enough to enumerate: its expected gradient is that of its objective.
+
+Two tokens of two letters after one another, four responses; all batches of two prompts with two or three samples each
+are summed over, in float64, through what training runs: ``advantages`` and the host's own loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bond_plugin.algorithms.base import AdvantageInputs
+from bond_plugin.algorithms.bond import BOND, BONDConfig
+from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
+from bond_plugin.algorithms.pooled import Pool, advantages
+
+# (first token, second token); the second is drawn given the first.
+RESPONSES = torch.tensor(list(itertools.product((0, 1), (0, 1))))
+STRICT = torch.tensor([2.0, 0.0, 3.0, 1.0], dtype=torch.float64)
+TIED = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+
+
+def tokens_of(logits: Tensor) -> Tensor:
+    """``[4, 2]``: log pi of each response's tokens; ``logits`` ``[3, 2]``, of the beginning and after each token."""
+    table = logits.log_softmax(-1)
+    first, second = RESPONSES[:, 0], RESPONSES[:, 1]
+    return torch.stack([table[0][first], table[1 + first, second]], dim=-1)
+
+
+def table(seed: int, scale: float = 0.7) -> Tensor:
+    return scale * torch.randn(3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+POLICY, ANCHOR, INITIAL = table(1).requires_grad_(), table(2), table(3)
+
+
+def batches(prompts: int, samples: int) -> tuple[Tensor, Tensor]:
+    """All batches ``[batches, P, S]`` and their probabilities under the policy."""
+    index = torch.cartesian_prod(*[torch.arange(4)] * (prompts * samples)).reshape(-1, prompts, samples)
+    log_pi = tokens_of(POLICY.detach()).sum(-1)
+    return index, log_pi[index].sum(dim=(1, 2)).exp()
+
+
+def inputs(index: Tensor, rewards: Tensor) -> AdvantageInputs:
+    """One batch, ``[P, S]``."""
+    policy = tokens_of(POLICY.detach())[index]
+    none = torch.zeros(len(index), 0, dtype=torch.float64)
+    return AdvantageInputs(
+        rewards=rewards[index],
+        log_probs=policy.sum(-1),
+        companion_rewards=none,
+        companion_log_probs=none,
+        source_log_probs=None,
+        generator=torch.Generator().manual_seed(0),
+        source_log_ratios=policy - tokens_of(ANCHOR)[index],
+        reference_log_ratios=policy - tokens_of(INITIAL)[index],
+    )
+
+
+def expected(make: object, rewards: Tensor, samples: int = 2, prompts: int = 2) -> Tensor:
+    """The gradient of mean over prompts and samples of -A log pi, in expectation: ``[3, 2]``."""
+    index, weight = batches(prompts, samples)
+    coefficient = torch.zeros(4, 2, dtype=torch.float64)
+    for batch, probability in zip(index, weight, strict=True):
+        found = make(inputs(batch, rewards)).advantages
+        coefficient.index_add_(0, batch.flatten(), probability * found.flatten(0, 1) / batch.numel())
+    return torch.autograd.grad(-(coefficient * tokens_of(POLICY)).sum(), POLICY)[0]
+
+
+def best_of(n: int, rewards: Tensor) -> Tensor:
+    """``[4]``: log pi_BoN of the anchor, ties in proportion to the anchor (Theorem 1 of arXiv 2407.14622)."""
+    anchor = tokens_of(ANCHOR).sum(-1).exp()
+    below = (anchor * (rewards.unsqueeze(1) > rewards)).sum(-1)
+    level = (anchor * (rewards.unsqueeze(1) == rewards)).sum(-1)
+    return (((below + level) ** n - below**n) / level * anchor).log()
+
+
+def series(samples: int, rewards: Tensor) -> Tensor:
+    """``[4]``: E[log F̂ | y] from k = S - 1 others, -sum_j (1 - F)^j / j, the mean over random orders of equals."""
+    anchor = tokens_of(ANCHOR).sum(-1).exp()
+    above = (anchor * (rewards.unsqueeze(1) < rewards)).sum(-1)
+    level = (anchor * (rewards.unsqueeze(1) == rewards)).sum(-1)
+    total = torch.zeros(4, dtype=torch.float64)
+    for j in range(1, samples):
+        total -= ((above + level) ** (j + 1) - above ** (j + 1)) / ((j + 1) * level) / j
+    return total
+
+
+def wanted(n: int, rewards: Tensor, samples: int, beta: float, gamma: float = 0.0, gamma_ref: float = 0.0) -> Tensor:
+    """The gradient of (1 - beta) KL(BoN || pi) + beta E_pi[log pi / anchor - (N - 1) log F] + the two other KLs."""
+    log_pi = tokens_of(POLICY).sum(-1)
+    to_anchor = log_pi - tokens_of(ANCHOR).sum(-1)
+    pi, target = log_pi.exp(), best_of(n, rewards)
+    value = (1 - beta) * (target.exp() * (target - log_pi)).sum()
+    value = value + beta * (pi * (to_anchor - (n - 1) * series(samples, rewards))).sum()
+    value = value + gamma * (pi * to_anchor).sum()
+    value = value + gamma_ref * (pi * (log_pi - tokens_of(INITIAL).sum(-1))).sum()
+    return torch.autograd.grad(value, POLICY)[0]
+
+
+@pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
+@pytest.mark.parametrize(
+    ("beta", "gamma", "gamma_ref"),
+    [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.5, 0.0, 0.0), (0.3, 2.0, 0.0), (0.5, 0.0, 0.7)],
+    ids=["forward", "backward", "jeffreys", "gamma", "gamma_ref"],
+)
+@pytest.mark.parametrize("baseline", ["batch", "none"])
+def test_expected_gradient_is_that_of_the_objective(
+    rewards: Tensor, beta: float, gamma: float, gamma_ref: float, baseline: str
+) -> None:
+    config = JBONDConfig(beta=beta, gamma=gamma, gamma_ref=gamma_ref, baseline=baseline)
+    found = expected(JBOND(config).advantages, rewards)
+    torch.testing.assert_close(found, wanted(2, rewards, 2, beta, gamma, gamma_ref), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_more_samples_and_larger_n(n: int) -> None:
+    config = JBONDConfig(n=n, beta=0.5)
+    found = expected(JBOND(config).advantages, STRICT, samples=3, prompts=1)
+    torch.testing.assert_close(found, wanted(n, STRICT, 3, 0.5), rtol=1e-10, atol=1e-12)
+    ours = BOND(BONDConfig(n=n, n_anchor_samples=0, beta=0.5, anchor="ema"))
+    torch.testing.assert_close(expected(ours.advantages, STRICT, samples=3, prompts=1), found, rtol=1e-10, atol=1e-12)
+
+
+def test_a_single_prompt_has_a_constant_for_its_baseline() -> None:
+    config = JBONDConfig(beta=1.0)
+    found = expected(JBOND(config).advantages, STRICT, samples=3, prompts=1)
+    torch.testing.assert_close(found, wanted(2, STRICT, 3, 1.0), rtol=1e-10, atol=1e-12)
+
+
+def test_what_came_before_a_token_does_not_depend_on_it() -> None:
+    """The log-ratio's reward-to-go has the expectation of the whole log-ratio, and is something else."""
+
+    def of(to_go: bool) -> object:
+        def make(batch: AdvantageInputs) -> object:
+            pool = Pool.of(batch)
+            return advantages(pool, pool.tilt(2, False), pool.log_tilt(2, False), n=2, beta=0.5, to_go=to_go)
+
+        return make
+
+    torch.testing.assert_close(expected(of(True), STRICT), expected(of(False), STRICT), rtol=1e-10, atol=1e-12)
+    batch = inputs(torch.tensor([[0, 3], [1, 2]]), STRICT)
+    assert not torch.allclose(of(True)(batch).advantages, of(False)(batch).advantages)
+
+
+def test_self_normalised_weights_have_a_bias_that_falls_with_the_samples() -> None:
+    def bias(samples: int) -> float:
+        exact = wanted(2, STRICT, samples, 0.0)
+        config = JBONDConfig(beta=0.0, normalised=True)
+        return (expected(JBOND(config).advantages, STRICT, samples, prompts=1) - exact).norm().item()
+
+    two, four = bias(2), bias(4)
+    assert 0 < four < 0.6 * two
+
+
+def test_samples_of_an_earlier_policy_count_by_their_own_distribution() -> None:
+    """mu drew the samples: others weigh pi_anchor / mu, and a sample's own pi / mu is left to the host."""
+    log_mu = tokens_of(table(4)).sum(-1)
+    index, _ = batches(1, 2)
+    policy = tokens_of(POLICY.detach())
+    coefficient = torch.zeros(4, 2, dtype=torch.float64)
+    for batch in index:
+        given = inputs(batch, STRICT)
+        moved = policy.sum(-1)[batch] - log_mu[batch]
+        given = AdvantageInputs(**{**vars(given), "behaviour_log_ratios": moved})
+        config = JBONDConfig(beta=0.0)
+        found = JBOND(config).advantages(given).advantages * moved.exp().unsqueeze(-1)  # the host's part, untruncated
+        coefficient.index_add_(0, batch.flatten(), log_mu[batch].sum().exp() * found.flatten(0, 1) / 2)
+    found = torch.autograd.grad(-(coefficient * tokens_of(POLICY)).sum(), POLICY)[0]
+    torch.testing.assert_close(found, wanted(2, STRICT, 2, 0.0), rtol=1e-10, atol=1e-12)
+
+
+def test_ess_is_one_where_the_policy_is_the_anchor_and_less_where_it_is_not() -> None:
+    batch = inputs(torch.tensor([[0, 3, 1], [1, 2, 3]]), STRICT)
+    ess = JBOND(JBONDConfig()).advantages(batch).metrics["bond/ess"]
+    assert 0 < ess < 1
+    same = AdvantageInputs(**{**vars(batch), "source_log_ratios": torch.zeros_like(batch.source_log_ratios)})
+    found = JBOND(JBONDConfig()).advantages(same).metrics
+    assert found["bond/ess"] == pytest.approx(1.0)
+    assert found["bond/win_rate"] == pytest.approx(0.5) and found["bond/kl_anchor"] == 0
+
+
+def test_samples_of_the_anchor_join_by_the_balance_heuristic() -> None:
+    """Two of the policy and two of the anchor: near the exact gradient, which one draw of each kind is not."""
+    config = JBONDConfig(n_anchor_samples=2, estimator="pooled", beta=0.5)
+    algorithm = JBOND(config)
+    wants = algorithm.samples()
+    assert (wants.companions, wants.trained_companions, wants.least) == (2, 2, 1)
+    index = torch.cartesian_prod(*[torch.arange(4)] * 4)
+    log_pi, log_anchor = tokens_of(POLICY.detach()).sum(-1), tokens_of(ANCHOR).sum(-1)
+    coefficient = torch.zeros(4, 2, dtype=torch.float64)
+    for row in index:
+        y, a = row[None, :2], row[None, 2:]
+        assert algorithm.select(STRICT[a], torch.Generator()).tolist() == [[0, 1]]
+        both = inputs(row[None], STRICT)
+        found = algorithm.advantages(
+            AdvantageInputs(
+                rewards=STRICT[y],
+                log_probs=log_pi[y],
+                companion_rewards=STRICT[a],
+                companion_log_probs=log_pi[a],
+                source_log_probs=log_anchor[y],
+                generator=torch.Generator(),
+                source_log_ratios=both.source_log_ratios,
+            )
+        )
+        probability = (log_pi[y].sum() + log_anchor[a].sum()).exp()
+        coefficient.index_add_(
+            0, y[0], probability * found.advantages[0] / 2
+        )  # the host's mean over each kind of row
+        coefficient.index_add_(0, a[0], probability * found.companion_advantages[0] / 2)
+    found = torch.autograd.grad(-(coefficient * tokens_of(POLICY)).sum(), POLICY)[0].flatten()
+    exact = wanted(2, STRICT, 4, 0.5).flatten()
+    assert torch.nn.functional.cosine_similarity(found, exact, dim=0) > 0.98
+    assert found.norm() == pytest.approx(exact.norm().item(), rel=0.25)
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"baseline": "leave_one_out"}, "change the pooled form's target"),
+    ({"n_anchor_samples": 1}, "--bond.n_anchor_samples"),
+    ({"estimator": "paper"}, "--bond.n_anchor_samples"),
+    ({"n": 1}, "--bond.n "),
+    ({"n": 4, "n_anchor_samples": 2}, "drop --bond.n"),
+    ({"ties": "textbook"}, "--bond.n_anchor_samples 2"),
+    ({"gamma_ref": -1.0}, "--bond.gamma_ref"),
+    ({"min_ess": 2.0}, "--bond.min_ess"),
+])  # fmt: skip
+def test_settings_that_do_not_fit(settings: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        JBONDConfig(**settings)
+
+
+def test_the_loss_is_the_hosts_own_unless_samples_of_the_anchor_are_trained_on() -> None:
+    assert JBOND(JBONDConfig()).policy_loss == "ppo"
+    assert JBOND(JBONDConfig(n_anchor_samples=2)).policy_loss == "jbond"
+    assert BOND(BONDConfig(n_anchor_samples=0)).policy_loss == "ppo"
+    assert BOND(BONDConfig()).policy_loss == "jbond"
+    assert math.isclose(JBONDConfig().beta, 0.5)
