@@ -6,6 +6,7 @@ import argparse
 import ast
 import difflib
 import importlib.resources
+import os
 import re
 import sys
 from pathlib import Path
@@ -59,20 +60,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this file; .yaml may be left out")
     parser.add_argument("--path", action="store_true", help="print the folder that holds them")
     args = parser.parse_args(argv)
-    if args.path:
+    try:
+        return run(args.name, args.path)
+    except BrokenPipeError:  # `bond recipes | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(wanted: str | None, path: bool) -> int:
+    """Print the folder, the file ``wanted``, or the list; returns the exit status."""
+    if path:
         print(folder())
         return 0
     files = found()
-    if args.name is None:
+    if wanted is None:
         width = max(map(len, files))
-        print("\n".join(f"{name:<{width}}  {purpose(path)}" for name, path in files.items()))
+        print("\n".join(f"{name:<{width}}  {purpose(file)}" for name, file in files.items()), flush=True)
         return 0
-    name = args.name if args.name in files else f"{args.name}.yaml"
+    name = wanted if wanted in files else f"{wanted}.yaml"
     if name not in files:
         known = {short: file for file in reversed(files) for short in (Path(file).stem, file)}
-        close = difflib.get_close_matches(args.name, known, n=1, cutoff=0.4)
+        close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
         hint = f"; did you mean '{known[close[0]]}'?" if close else ""
-        print(f"bond recipes: error: no recipe '{args.name}'{hint} (`bond recipes` lists them)", file=sys.stderr)
+        print(f"bond recipes: error: no recipe '{wanted}'{hint} (`bond recipes` lists them)", file=sys.stderr)
         return 2
     content = files[name].read_bytes()
     sys.stdout.buffer.write(content)
