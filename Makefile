@@ -1,8 +1,8 @@
 # The two commands of the README: make train, make test. Both make the environment (.venv) if it is missing.
 
-# OpenRLHF 0.11.2 is published for Python 3.11.
-PYTHON ?= $(shell for p in python3.11 python3 python; do \
-  $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+# OpenRLHF 0.11.2 is published for Python 3.10 to 3.12.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
+  $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 DEMO ?= demo
 RUN ?= runs/jbond
@@ -13,19 +13,23 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export BOND_REVIEWS_DIR ?= $(abspath $(DEMO))
 
-.PHONY: help env train test lint clean
+NEEDS_PYTHON = test -n "$(PYTHON)" || \
+  { echo "Python 3.10, 3.11 or 3.12 is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+
+.PHONY: help env train test wheel lint clean
 help:
 	@echo "make train   train SmolLM2-135M with J-BOND on movie reviews (CPU), and show before and after"
 	@echo "make test    run all tests"
 	@echo "make env     make the environment in $(VENV) (both others do it when it is missing)"
+	@echo "make wheel   build the package into dist/, for machines without a clone"
 	@echo "make lint    check the style"
-	@echo "make clean   remove the environment, the demo data and the runs"
+	@echo "make clean   remove the environment, the wheel, the demo data and the runs"
 
 env: $(READY)
 
 # In three steps, because the host's own requirements name flash-attn, which needs CUDA to build.
 $(READY): setup.cfg
-	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@$(NEEDS_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e ".[cpu,demo,maths,test]"
@@ -52,9 +56,16 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m e2e
 
+# build/ is setuptools' own, and what lies there from an earlier build would go into the wheel.
+wheel:
+	@$(NEEDS_PYTHON)
+	rm -rf build dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO) runs
+	rm -rf $(VENV) $(DEMO) runs build dist

@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise RecipeError(f"--recipe {path}: no such file")
+        raise RecipeError(f"--recipe {path}: no such file; `bond recipes` prints those of the package")
     try:
         content = yaml.load(path.read_text(), Loader=strict_loader(yaml))
     except yaml.YAMLError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, Tiny, recipe_for, to_argv
+from conftest import REPOSITORY, Run, Tiny, recipe_for, to_argv
 from test_distributed import launch
 
 
@@ -29,6 +29,14 @@ def test_packed_rows_are_computed_as_padded_ones(packing: dict, model: str, dtyp
     print(found)
     assert set(found) == ({"log_probs", "entropy", "gradient"} if "policy" in model else {"values", "gradient"})
     assert max(found.values()) < (1e-5 if dtype == "fp32" else 2e-2)
+
+
+def test_a_flash_attn_that_is_installed_is_left_alone_on_cpu(tiny: Tiny, tmp_path: Path) -> None:
+    """As on a machine with GPUs under --bond.device cpu: its kernels would fail there, so none may be imported."""
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('flash-attn was imported')")
+    launch("packing.py", 1, tiny.model, tmp_path / "out.json", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
 
 
 KINDS = {

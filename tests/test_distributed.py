@@ -15,8 +15,8 @@ from conftest import clean_environment
 WORKERS = Path(__file__).parent / "workers"
 
 
-def launch(script: str, ranks: int, *arguments: object) -> None:
-    """Run a worker in ``ranks`` processes and wait for all."""
+def launch(script: str, ranks: int, *arguments: object, device: str = "cpu", **environment: str) -> None:
+    """Run a worker in ``ranks`` processes and wait for all; with ``cuda`` each has a GPU of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -25,11 +25,13 @@ def launch(script: str, ranks: int, *arguments: object) -> None:
             [sys.executable, str(WORKERS / script), *map(str, arguments)],
             env=clean_environment(
                 RANK=str(rank),
-                LOCAL_RANK="0",
+                LOCAL_RANK=str(rank) if device == "cuda" else "0",
+                BOND_DEVICE=device,
                 WORLD_SIZE=str(ranks),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
                 OMP_NUM_THREADS="1",
+                **environment,
             ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

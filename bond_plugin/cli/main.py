@@ -13,6 +13,7 @@ COMMANDS = {
     "cache": ("bond_plugin.cli.cache", "score samples of the initial policy once, for --bond.reward_cache"),
     "evaluate": ("bond_plugin.cli.evaluate", "compare two models on held-out prompts: reward, win rate, KL"),
     "bench": ("bond_plugin.cli.bench", "compare algorithms: reward and win rate against KL, with a report"),
+    "recipes": ("bond_plugin.cli.recipes", "list the recipes that come with the package, or print one"),
     "lab": ("bond_plugin.cli.lab", "run every algorithm where Best-of-N is known exactly: a minute, no GPU"),
 }
 
@@ -28,6 +29,7 @@ examples:
   bond train --recipe recipes/reviews/jbond-cpu.yaml
   bond train --algo.advantage.estimator jbond <the flags of openrlhf.cli.train_ppo_ray>
   bond train --recipe FILE.yaml --bond.beta 0.25 --dry-run
+  cp -r "$(bond recipes --path)" recipes      the recipes, where there is no clone
 
 `bond COMMAND --help` explains a command's flags; `bond --version` prints the version.
 """

@@ -97,7 +97,7 @@ def flash_attn_stand_in() -> Iterator[None]:
         "flash_attn.utils": {},
         "flash_attn.utils.distributed": {"all_gather": _no_ring_attention},
     }
-    if "flash_attn" in sys.modules:
+    if sys.modules.get("flash_attn") is not None:
         yield
         return
     for name, functions in names.items():
@@ -110,6 +110,7 @@ def flash_attn_stand_in() -> Iterator[None]:
     finally:
         for name in names:
             sys.modules.pop(name, None)
+        sys.modules["flash_attn"] = None  # where it is installed too: its kernels are for GPUs alone
 
 
 def _unpad_input(rows: Any, mask: Any) -> tuple[Any, Any, Any, int, Any]:

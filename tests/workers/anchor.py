@@ -9,12 +9,9 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-os.environ["BOND_DEVICE"] = "cpu"
-from bond_plugin.host import cpu, hooks
+from device import BACKEND, DEVICE
 
-os.environ.update(cpu.ENVIRONMENT)
-hooks.arm()
-
+# isort: split
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -24,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bond_plugin.host.weights import CheckpointError, Weights, _anchor_file, load_ckpt, save_ckpt
 
 ETA, LR = 0.02, 3e-6
-deepspeed.init_distributed("gloo")
+deepspeed.init_distributed(BACKEND)
 
 
 class Late:
@@ -42,7 +39,7 @@ GATHER = deepspeed.comm.all_gather_into_tensor
 
 
 def gather_late(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-    return Late(*args, **kwargs) if async_op else GATHER(*args, **kwargs)
+    return Late(*args, **kwargs) if async_op and BACKEND == "gloo" else GATHER(*args, async_op=async_op, **kwargs)
 
 
 def measure(stage: int, steps: int) -> dict:
@@ -83,7 +80,7 @@ def measure(stage: int, steps: int) -> dict:
     exact = {name: value.clone() for name, value in start.items()}
     naive = {name: value.to(torch.bfloat16) for name, value in start.items()}  # as the host averages
     data = torch.Generator().manual_seed(1 + dist.get_rank())
-    batches = [torch.randint(0, 32, (2, 16), generator=data) for _ in range(8)]  # to be learned by heart
+    batches = [torch.randint(0, 32, (2, 16), generator=data).to(DEVICE) for _ in range(8)]  # to be learned by heart
     for step in range(steps):
         for half in range(2):
             ids = batches[(2 * step + half) % len(batches)]

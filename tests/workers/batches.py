@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from common import arguments, optimiser
+from device import DEVICE
 
 # isort: split
 import torch
@@ -114,6 +115,10 @@ def run(kind: str, stage: int, mode: str) -> dict:
         })
     )  # fmt: skip
     found: dict[str, Any] = {"gradient": None, "backward": 0, "rates": []}
+    if "critic" not in kind and not dynamic:
+        with torch.no_grad():
+            given = (part.to(DEVICE) for part in (rows.sequences, rows.action_mask, rows.attention_mask))
+            found["log_probs"] = model(*given).cpu()
     step, backward = engine.step, engine.backward
 
     def counted(*a: Any, **k: Any) -> Any:
@@ -124,7 +129,7 @@ def run(kind: str, stage: int, mode: str) -> dict:
         if engine.is_gradient_accumulation_boundary():
             found["gradient"] = torch.cat(
                 [safe_get_full_grad(p).flatten().clone() for p in engine.module.parameters()]
-            )
+            ).cpu()
             found["rates"].append(scheduler.get_last_lr()[0])
         return step(*a, **k)
 

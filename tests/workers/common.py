@@ -2,16 +2,13 @@
 
 import contextlib
 import io
-import os
 from types import SimpleNamespace
 
-os.environ["BOND_DEVICE"] = "cpu"
-from bond_plugin.host import cpu, flags, hooks
+import device  # noqa: F401, before anything of the host
 
-os.environ.update(cpu.ENVIRONMENT)
-hooks.arm()
-
+# isort: split
 from bond_plugin.cli import train
+from bond_plugin.host import flags
 
 
 def arguments(argv: list[str]) -> SimpleNamespace:

@@ -11,6 +11,7 @@ import os
 import sys
 
 from common import arguments, optimiser
+from device import DEVICE
 
 # isort: split
 import deepspeed
@@ -86,7 +87,7 @@ def run(what: str, stage: int) -> dict:
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            ids = torch.randint(2, 28, (2, 16), generator=data)
+            ids = torch.randint(2, 28, (2, 16), generator=data).to(DEVICE)
             if what == "tp":
                 dist.broadcast(ids, 0)
             loss = engine(input_ids=ids, labels=ids).loss
@@ -113,6 +114,7 @@ def run(what: str, stage: int) -> dict:
             "reference": same(reference, start16),
             "restored": same(before, between) and same(before, full()),
             "base": same(base, full(frozen)),
+            "device": kept._sets["anchor"][0].device.type,
         }
 
     train(STEPS)
