@@ -1,4 +1,4 @@
-"""The host's own policy loss beside the mean over prompts: on-policy they have one gradient, up to a factor a step."""
+"""The host's own policy loss beside the mean over prompts: on-policy one gradient, up to a factor a step."""
 
 from __future__ import annotations
 
