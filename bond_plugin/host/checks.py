@@ -195,7 +195,7 @@ def impediments(args: SimpleNamespace) -> list[str]:
 
 def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
-    found = [*_files(args), *_groups(args)]
+    found = [*_files(args), *_groups(args), *_beyond_the_host(args)]
     algorithm = flags.algorithm(args)
     loss = args.actor.policy_loss_type
     if loss not in _HOST_LOSSES:
@@ -209,6 +209,21 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     if flags.moving_reference(args) is not None:
         found += _moving_reference(args, algorithm is not None, transform is not None)
     return found
+
+
+def _beyond_the_host(args: SimpleNamespace) -> list[str]:
+    """What this host, or DeepSpeed or vLLM under it, stops at with any estimator, much later and with less said."""
+    refused = {
+        "ds.lora.rank": (
+            args.ds.lora.rank > 0 and args.vllm.num_engines,
+            "OpenRLHF sends the engines the adapters' names, which vLLM does not know; train all weights",
+        ),
+        "actor.optim muon": (
+            args.actor.optim == "muon" and args.ds.zero_stage == 3,
+            "DeepSpeed has none beside ZeRO-3's reduce_scatter, which the host switches on; use --ds.zero_stage 2",
+        ),
+    }
+    return [f"--{dest} cannot be used: {why}" for dest, (on, why) in refused.items() if on]
 
 
 def _groups(args: SimpleNamespace) -> list[str]:
@@ -373,10 +388,6 @@ def _reward_file(path: str) -> list[str]:
 def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
     """Modes in which a loss of ours would not be the loss it says."""
     refused = {
-        "train.dynamic_batch_enable": (
-            args.train.dynamic_batch_enable,
-            "under ZeRO-1/2 the host keeps only the last micro-batch's gradient",
-        ),
         "ds.ring_attn_size": (args.ds.ring_attn_size > 1, "not supported yet"),
         "ds.tensor_parallel_size": (args.ds.tensor_parallel_size > 1, "not supported yet"),
         "actor.dual_clip": (args.actor.dual_clip is not None, "this loss has no dual clip"),
@@ -458,8 +469,10 @@ def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
             args.rollout.vllm_generate_batch_size != args.rollout.batch_size,
             "it must equal --rollout.batch_size: a step uses all its samples",
         ),
-        "ds.lora.rank": (args.ds.lora.rank > 0, "the engines cannot be sent its weights"),
-        "ds.packing_samples": (args.ds.packing_samples, "not tried together yet"),
+        "train.dynamic_batch_enable": (
+            args.train.dynamic_batch_enable,
+            "policy and companions are told apart by their places, which it changes",
+        ),
     }
     drawn = f"samples of the {algorithm.samples().source} (--bond.n_anchor_samples)"
     found = [
