@@ -31,9 +31,11 @@ from bond_plugin.algorithms.base import (
     TransformInputs,
     TransformOutputs,
 )
+from bond_plugin.algorithms.bond import BOND
 from bond_plugin.algorithms.vbon import VBoN
 from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities
-from bond_plugin.bestofn.divergences import centre
+from bond_plugin.bestofn.divergences import backward_kl, centre
+from bond_plugin.bestofn.pooled import harmonic_log_quantile_among
 
 VOCABULARY, LENGTH, EOS = 4, 3, 0
 POLICIES = ("full", "restricted")
@@ -654,6 +656,23 @@ class VBoNByN(VBoN):
         return replace(found, rewards=found.rewards * (self.config.n - 1) / self.config.n)
 
 
+class HarmonicVBoN(VBoN):
+    """log F by the harmonic estimate, :func:`~bond_plugin.bestofn.harmonic_log_quantile_among`."""
+
+    def transform(self, batch: TransformInputs) -> TransformOutputs:
+        found = super().transform(batch)
+        return replace(found, rewards=harmonic_log_quantile_among(batch.rewards, batch.reference_rewards))
+
+
+class HarmonicBOND(BOND):
+    """BOND with a reward cache and log F by the harmonic estimate, for beta = 1."""
+
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        log_quantile = harmonic_log_quantile_among(batch.rewards, batch.reference_rewards)
+        log_ratio = batch.log_probs - batch.source_log_probs
+        return AdvantageOutputs(-backward_kl(log_ratio, (self.config.n - 1) * log_quantile, "batch").weights)
+
+
 # The programme of `bond lab`.
 
 
@@ -783,6 +802,11 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
     def bond(**settings: object) -> Method:
         return build("bond", **{"n": N, "beta": 1.0, **settings})
 
+    def cached(method: type[BOND]) -> Method:
+        return method(BOND.Config(n=N, beta=1.0, reward_cache=CACHE))
+
+    harmonic = HarmonicVBoN(VBoN.Config(n=N, reward_cache=CACHE))
+
     def paper(**settings: object) -> Method:
         return build("jbond", eta=0.01, n_anchor_samples=2, **settings)
 
@@ -799,6 +823,9 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
         _Entry("vbon exact, by 1/N", VBoNByN(VBoN.Config(n=N, bound="exact", reward_cache=CACHE))),
         _Entry("vbon tied", build("vbon", n=N, bound="tied")),
         _Entry("vbon l1", build("vbon", n=N, bound="l1")),
+        _Entry("vbon l1, harmonic", harmonic),
+        _Entry("bond beta 1, cached", cached(BOND)),
+        _Entry("bond beta 1, cached, harmonic", cached(HarmonicBOND)),
         _Entry("bond n 2, periodic", iterative, passing=True, steps=_PERIOD * _ROUNDS),
         _Entry("bond n 2, ema 0.01", bond(n=2, beta=0.5, anchor="ema", eta=0.01), passing=True, steps=200),
         _Entry("bond beta 1, pooled", bond(n_anchor_samples=0)),
@@ -822,6 +849,9 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
         _Entry("vbon tied", build("vbon", n=N, bound="tied")),
         _Entry("vbon exact", build("vbon", n=N, bound="exact")),
         _Entry("vbon l1", build("vbon", n=N, bound="l1")),
+        _Entry("vbon l1, harmonic", harmonic),
+        _Entry("bond beta 1, cached", cached(BOND)),
+        _Entry("bond beta 1, cached, harmonic", cached(HarmonicBOND)),
         _Entry("jbond paper, ties expected", paper(), passing=True, steps=200),
         _Entry("jbond paper, ties textbook", paper(ties="textbook"), passing=True, steps=200),
         _Entry("jbond pooled", build("jbond", eta=0.01), passing=True, steps=200),

@@ -407,7 +407,7 @@ def test_without_flags_everything_is_run(
     found = json.loads((folder / "lab" / "lab.json").read_text())
     assert set(found["tables"]) == {"full", "restricted", "tied"}
     assert [r["n"] for r in found["rounds"]] == [2, 4, 8, 16]
-    assert len(found["estimators"]) == 14
+    assert len(found["estimators"]) == 17
     row = found["tables"]["full"]["rows"][2]
     assert row["point"]["jeffreys"] == pytest.approx((row["point"]["kl_to_bon"] + row["point"]["kl_from_bon"]) / 2)
     assert len(row["trajectory"]) == 3

@@ -80,14 +80,11 @@ def best_of(n: int, rewards: Tensor) -> Tensor:
 
 
 def series(samples: int, rewards: Tensor) -> Tensor:
-    """``[4]``: E[log F̂ | y] from k = S - 1 others, -sum_j (1 - F)^j / j, the mean over random orders of equals."""
+    """``[4]``: E[log F̂ | y] from k = S - 1 others: -sum_j (1 - F)^j / j, one half of the equals below."""
     anchor = tokens_of(ANCHOR).sum(-1).exp()
     above = (anchor * (rewards.unsqueeze(1) < rewards)).sum(-1)
     level = (anchor * (rewards.unsqueeze(1) == rewards)).sum(-1)
-    total = torch.zeros(4, dtype=torch.float64)
-    for j in range(1, samples):
-        total -= ((above + level) ** (j + 1) - above ** (j + 1)) / ((j + 1) * level) / j
-    return total
+    return -sum((above + level / 2) ** j / j for j in range(1, samples))
 
 
 def wanted(n: int, rewards: Tensor, samples: int, beta: float, gamma: float = 0.0, gamma_ref: float = 0.0) -> Tensor:

@@ -101,8 +101,8 @@ class Pool:
         return pooled_tilt(self.rewards, self.weights, n, normalised)
 
     def log_tilt(self, n: int, normalised: bool) -> Tensor:
-        """log ĝ of Best-of-``n`` but for the constant log n, ``[P, S]``: (n - 1) log F."""
-        return (n - 1) * harmonic_log_quantile(self.rewards, self.weights, normalised)
+        """log ĝ of Best-of-``n`` but for the constant log n, ``[P, S]``: (n - 1) log F, half of equals below."""
+        return (n - 1) * harmonic_log_quantile(self.rewards, self.weights, normalised, ties="half")
 
 
 def advantages(

@@ -29,6 +29,11 @@ def mixture_weights(policy_ratio: Tensor, source_ratio: Tensor, n: int) -> tuple
     At m > 0, a <= S / m, whatever the policy. The mean of ``a * f(y)`` over the S samples is unbiased for the
     mean of f under the source, that of ``p * f(y)`` for the mean under the policy.
 
+    What compares samples with each other is exact for m = 0 only. For m > 0 the *others* of a sample are not the
+    mixture q, because n and m are fixed: by enumeration at n = m, :func:`pooled_tilt` and the gradient made of it
+    have a bias as 1 / (S - 1) for N = 2, for N = 3 within 3 % of that, and the log-quantile of 0.069, 0.052, 0.033
+    nats at S = 4, 8, 16 for the lowest generation, 0.013, 0.005, 0.003 for the best. None where source = mu.
+
     Args:
         policy_ratio: ``[P, S]``, log pi(y) - log mu(y) of every sample; zeros where mu is the policy.
         source_ratio: ``[P, S]``, log source(y) - log mu(y) of every sample. ``-inf`` where the source has no mass.
@@ -73,7 +78,9 @@ def pooled_tilt(rewards: Tensor, weights: Tensor, n: int, normalised: bool = Fal
         weights: ``[P, S]``, a of :func:`mixture_weights`, finite and >= 0.
         n: N of Best-of-N, 2 <= N <= S.
         normalised: divide by the sum of the products over *all* subsets of N - 1 others. The result is then
-            in [0, N] and does not depend on the weights' scale.
+            in [0, N] and does not depend on the weights' scale, but it has a bias as 1 / S. By enumeration for
+            weights of 2, 2/3 and 4/5, where g is up to N: at S = 4, 8, 16 at most 0.053, 0.025, 0.012 for N = 2
+            and 0.176, 0.098, 0.050 for N = 3.
 
     Returns:
         ``[P, S]`` float64, >= 0. 0 where fewer than N - 1 others have a positive weight.
@@ -88,14 +95,20 @@ def pooled_tilt(rewards: Tensor, weights: Tensor, n: int, normalised: bool = Fal
     return _subset_series(rewards, weights, [0.0] * (n - 1) + [float(n)], normalised)
 
 
-def harmonic_log_quantile(rewards: Tensor, weights: Tensor | None = None, normalised: bool = True) -> Tensor:
+def harmonic_log_quantile(
+    rewards: Tensor, weights: Tensor | None = None, normalised: bool = True, ties: str = "ordered"
+) -> Tensor:
     """The log of each sample's quantile under the source, from its rank among the prompt's other samples.
 
         H_c - H_k,    c = samples below i among the k = S - 1 others,    H_j = 1 + 1/2 + ... + 1/j
 
     Its expectation given y_i is -sum_{j=1..k} (1 - F)^j / j, the Taylor series of log F cut at k: always finite,
-    with no floor to choose. Equals count as the mean over their random orders. With weights it is
-    -sum_j (1 / j) e_j(weights of those above i) / C(k, j), for the same series.
+    with no floor to choose. With weights it is -sum_j (1 / j) e_j(weights of those above i) / C(k, j), for the same
+    series.
+
+    Equals: ``ordered`` is the mean over their random orders, E[log F] with F uniform in [p_<, p_<=]. ``half`` counts
+    an equal as half a sample above, which gives the series of log (p_< + p_<=) / 2: of log g_2 / 2 itself, where the
+    mean of logs lies below the log of the mean that Best-of-N weighs a level by. For 0/1 rewards that is up to a nat.
 
     Ranks within a prompt are not independent: their sum is fixed. Without weights, subtracting the leave-one-out mean
     only multiplies the result by S / (S - 1), up to a constant, and so changes its proportion to anything it
@@ -105,21 +118,30 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor | None = None, normal
         rewards: ``[P, S]``, finite, S >= 2.
         weights: ``[P, S]``, a of :func:`mixture_weights`, finite and >= 0; ``None``: all one.
         normalised: divide by e_j of all others instead of C(k, j). The result is then in [-H_k, 0] and does
-            not depend on the weights' scale; samples of weight zero are as if they were not there. Makes no
-            difference without weights.
+            not depend on the weights' scale; samples of weight zero are as if they were not there. Against the
+            series this has a bias as 1 / S at a fixed F, which goes through S F and so falls late at the lowest
+            ranks. By enumeration for weights of 2, 2/3 and 4/5, at S = 8, 16, 32: 0.024, 0.012, 0.006 nats for
+            the best generation, 0.115, 0.125, 0.108 for the lowest, with F < 0.2. Unused without weights.
+        ties: ``ordered`` or ``half``.
 
     Returns:
-        ``[P, S]`` float64, in nats, <= 0.
+        ``[P, S]`` float64, in nats, <= 0. With weights in time O(S^3) a prompt: 2 s for 512 prompts of 64 samples
+        on one core.
 
     Raises:
-        ValueError: shapes, rewards or weights out of range, or fewer than two samples.
+        ValueError: shapes, rewards or weights out of range, fewer than two samples, or unknown ``ties``.
     """
     rewards, weights = _checked(rewards, weights, "harmonic_log_quantile")
+    if ties not in ("ordered", "half"):
+        raise ValueError(f"ties must be 'ordered' or 'half', got {ties!r}")
     k = rewards.shape[-1] - 1
     if weights is None:
-        lower, equal = _counts(rewards, rewards)
-        return _harmonic(lower, equal - 1, k)
-    return _subset_series(-rewards, weights, [0.0] + [-1 / j for j in range(1, k + 1)], normalised)
+        if ties == "ordered":
+            lower, equal = _counts(rewards, rewards)
+            return _harmonic(lower, equal - 1, k)
+        weights = torch.ones_like(rewards)
+    series = [0.0] + [-1 / j for j in range(1, k + 1)]
+    return _subset_series(-rewards, weights, series, normalised, halves=ties == "half")
 
 
 def harmonic_log_quantile_among(rewards: Tensor, samples: Tensor) -> Tensor:
@@ -180,17 +202,22 @@ def _counts(rewards: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     return low.round().long(), (high - low).round().long()
 
 
-def _subset_series(rewards: Tensor, weights: Tensor, coefficients: list[float], normalised: bool) -> Tensor:
+def _subset_series(
+    rewards: Tensor, weights: Tensor, coefficients: list[float], normalised: bool, halves: bool = False
+) -> Tensor:
     """sum_j coefficients[j] times the weighted share of the subsets of j others of which none is better than i.
 
-    A subset with t ties of i counts 1 / (1 + t), the probability that i comes first among them. ``[P, S]``.
+    A subset with t ties of i counts 1 / (1 + t), the probability that i comes first among them; with ``halves``
+    2^-t. ``[P, S]``.
     """
     rows = max(1, _CHUNK // (rewards.shape[-1] * len(coefficients)))
     blocks = zip(rewards.split(rows), weights.split(rows), strict=True)
-    return torch.cat([_subset_series_block(*block, coefficients, normalised) for block in blocks])
+    return torch.cat([_subset_series_block(*block, coefficients, normalised, halves) for block in blocks])
 
 
-def _subset_series_block(rewards: Tensor, weights: Tensor, coefficients: list[float], normalised: bool) -> Tensor:
+def _subset_series_block(
+    rewards: Tensor, weights: Tensor, coefficients: list[float], normalised: bool, halves: bool
+) -> Tensor:
     degree, others = len(coefficients) - 1, rewards.shape[-1] - 1
     ordered, index = rewards.sort(dim=-1)
     logs = weights.gather(-1, index).log()
@@ -198,9 +225,10 @@ def _subset_series_block(rewards: Tensor, weights: Tensor, coefficients: list[fl
     everyone = torch.zeros_like(level)
     before, after = _before(logs, everyone, degree), _after(logs, everyone, degree)
     ties = _multiply(_before(logs, level, degree), _after(logs, level, degree), degree)
-    t = torch.arange(1, len(ties) + 1, dtype=torch.float64, device=ties.device)
+    t = torch.arange(len(ties), dtype=torch.float64, device=ties.device)
+    counted = t * math.log(2) if halves else t.log1p()
     below = before.gather(-1, level.expand(before.shape))
-    beaten = _multiply(below, ties - t.log().view(-1, 1, 1), degree)
+    beaten = _multiply(below, ties - counted.view(-1, 1, 1), degree)
     if normalised:
         total = _multiply(before, after, degree)
     else:

@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)  # the tensors are small: more threads are slower, and could change the last digit
     try:
         if method is None:
-            say("training 28 policies and measuring 14 estimators")
+            say("training policies, then measuring estimators; about a minute")
             report = lab.programme(args.seed, say)
         else:
             training, n = _settings(args, method)

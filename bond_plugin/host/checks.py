@@ -195,7 +195,7 @@ def impediments(args: SimpleNamespace) -> list[str]:
 
 def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
-    found = [*_files(args), *_groups(args), *_beyond_the_host(args)]
+    found = [*_files(args), *_groups(args), *_host_cannot(args)]
     algorithm = flags.algorithm(args)
     loss = args.actor.policy_loss_type
     if loss not in _HOST_LOSSES:
@@ -211,19 +211,25 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     return found
 
 
-def _beyond_the_host(args: SimpleNamespace) -> list[str]:
-    """What this host, or DeepSpeed or vLLM under it, stops at with any estimator, much later and with less said."""
-    refused = {
-        "ds.lora.rank": (
+def _host_cannot(args: SimpleNamespace) -> list[str]:
+    """What ends in the middle of a run whatever the estimator, in OpenRLHF 0.11.2 with DeepSpeed 0.19."""
+    muon, stage = args.actor.optim == "muon", args.ds.zero_stage
+    cannot = {
+        "--ds.lora.rank": (
             args.ds.lora.rank > 0 and args.vllm.num_engines,
-            "OpenRLHF sends the engines the adapters' names, which vLLM does not know; train all weights",
+            "the host sends the engines adapters under names that vLLM does not know: train without",
         ),
-        "actor.optim muon": (
-            args.actor.optim == "muon" and args.ds.zero_stage == 3,
-            "DeepSpeed has none beside ZeRO-3's reduce_scatter, which the host switches on; use --ds.zero_stage 2",
+        "--actor.optim muon with --ds.zero_stage 3": (muon and stage == 3, "DeepSpeed refuses it: use stage 1 or 2"),
+        "--actor.optim muon with --ds.adam_offload": (
+            muon and args.ds.adam_offload,
+            "DeepSpeed refuses it: drop the offload",
+        ),
+        "--ds.tensor_parallel_size with --ds.zero_stage 3": (
+            args.ds.tensor_parallel_size > 1 and stage == 3,
+            "transformers refuses it: use stage 2",
         ),
     }
-    return [f"--{dest} cannot be used: {why}" for dest, (on, why) in refused.items() if on]
+    return [f"{flag} cannot run: {why}" for flag, (on, why) in cannot.items() if on]
 
 
 def _groups(args: SimpleNamespace) -> list[str]:
@@ -468,10 +474,6 @@ def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
         "rollout.vllm_generate_batch_size": (
             args.rollout.vllm_generate_batch_size != args.rollout.batch_size,
             "it must equal --rollout.batch_size: a step uses all its samples",
-        ),
-        "train.dynamic_batch_enable": (
-            args.train.dynamic_batch_enable,
-            "policy and companions are told apart by their places, which it changes",
         ),
     }
     drawn = f"samples of the {algorithm.samples().source} (--bond.n_anchor_samples)"

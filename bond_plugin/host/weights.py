@@ -106,9 +106,21 @@ class Weights:
     def anchor_distance(self) -> float:
         """The L2 norm of policy minus anchor over all parameters, from the fp32 weights. Collective."""
         total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
-        for average, master in zip(self._sets["anchor"], self._sharded.masters(), strict=True):
-            for a, m in zip(average.split(_PIECE), master.detach().split(_PIECE), strict=True):
-                total += (torch.linalg.vector_norm(m - a, dtype=torch.float64) ** 2).to(total.device)
+
+        def add(part: int, start: int, length: int, times: float) -> None:
+            pairs = (self._sets["anchor"][part], self._sharded.masters()[part].detach())
+            pieces = zip(*(one.narrow(0, start, length).split(_PIECE) for one in pairs), strict=True)
+            for average, master in pieces:
+                norm = torch.linalg.vector_norm(master - average, dtype=torch.float64)
+                total.add_((norm**2).to(total.device), alpha=times)
+
+        for part, average in enumerate(self._sets["anchor"]):
+            add(part, 0, len(average), 1.0)
+        # Under tensor parallelism some parameters (norms, say) are whole on each rank: they count once.
+        ranks = self._engine.autotp_size()
+        if ranks > 1:  # which transformers does not allow under ZeRO-3
+            for part, start, length in self._sharded.replicated():
+                add(part, start, length, 1.0 / ranks - 1.0)
         dist.all_reduce(total)
         return total.sqrt().item()
 
@@ -171,6 +183,17 @@ class _Zero12:
 
     def masters(self) -> list[torch.Tensor]:
         return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def replicated(self) -> Iterator[tuple[int, int, int]]:
+        """(part, start, length) of what each rank of a tensor-parallel group has the same of."""
+        from deepspeed.runtime.utils import is_model_parallel_parameter
+
+        for group, params in enumerate(self._optimizer.bit16_groups):
+            for param in params:
+                mapping = getattr(param, "_hp_mapping", None)  # None: another data-parallel rank has it
+                if mapping is not None and not is_model_parallel_parameter(param):
+                    place = mapping.get_hp_fragment_address()
+                    yield group, place.start, place.numel
 
     @torch.no_grad()
     def load(self, parts: list[torch.Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 usage: kept.py FLAGS.json OUT.json WHAT:ZERO_STAGE ...
 
-WHAT is adam, muon or lora, or sleep: Adam with its states taken off the device between two trainings.
+WHAT is adam, muon or lora; tp: Adam under tensor parallelism of all ranks; or sleep: Adam with its states taken off
+the device between two trainings.
 """
 
 import json
@@ -15,6 +16,7 @@ from common import arguments, optimiser
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import safe_get_full_fp32_param
 from openrlhf.models import Actor
 from openrlhf.trainer.ray.ppo_actor import offload_deepspeed_states, reload_deepspeed_states
@@ -46,12 +48,11 @@ class Largest(TorchDispatchMode):
 def run(what: str, stage: int) -> dict:
     args = arguments(argv)
     args.ds.zero_stage = stage
-    strategy = DeepspeedStrategy(
-        seed=0, micro_train_batch_size=2, train_batch_size=2 * dist.get_world_size() if dist.is_initialized() else 2,
-        zero_stage=stage, args=args,
-    )  # fmt: skip
+    ranks = int(os.environ["WORLD_SIZE"])
+    args.ds.tensor_parallel_size = ranks if what == "tp" else 1
+    strategy = DeepspeedStrategy(seed=0, micro_train_batch_size=2, zero_stage=stage, args=args)
+    strategy.train_batch_size = 2 * ranks // args.ds.tensor_parallel_size  # no accumulation
     strategy.setup_distributed()
-    strategy.train_batch_size = 2 * dist.get_world_size()
     torch.manual_seed(0)
     actor = Actor(
         args.actor.model_name_or_path,
@@ -86,6 +87,8 @@ def run(what: str, stage: int) -> dict:
     def train(steps: int) -> None:
         for _ in range(steps):
             ids = torch.randint(2, 28, (2, 16), generator=data)
+            if what == "tp":
+                dist.broadcast(ids, 0)
             loss = engine(input_ids=ids, labels=ids).loss
             strategy.backward(loss, actor, None)
             strategy.optimizer_step(None, actor, None)
@@ -126,7 +129,14 @@ def run(what: str, stage: int) -> dict:
         found["swaps"].append(swaps())
 
     now = masters()
-    found["distance_exact"] = sum(((now[n] - exact[n]) ** 2).sum() for n in exact).sqrt().item()
+    squares = {name: ((now[name] - exact[name]) ** 2).sum() for name in exact}
+    split = [name for name in squares if is_model_parallel_parameter(params[name])]
+    parts = (
+        torch.stack([squares.pop(name) for name in split]).sum() if split else torch.zeros((), dtype=torch.float64)
+    )
+    dist.all_reduce(parts)  # each rank has other parts of these, and the same of the rest
+    found["distance_exact"] = (parts + sum(squares.values())).sqrt().item()
+    found["split"] = len(split)
     found["distance"] = kept.anchor_distance()
     weights._PIECE, whole = PIECE, weights._PIECE
     with Largest() as seen:

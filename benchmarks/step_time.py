@@ -1,0 +1,97 @@
+"""What a step costs: pooled J-BOND beside the host's REINFORCE++ with a reference model, on the same samples.
+
+    .venv/bin/python benchmarks/step_time.py --recipe recipes/reviews/jbond-cpu.yaml
+
+Both are `bond train` with the recipe's model, prompts, reward and sizes, in turn, several rounds, so that a machine
+that gets slower meets both. The first step of a run (caches, compilation) does not count. Prints the median seconds
+of each part of a step and the ratio of the medians, with the smallest and the largest ratio of a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+HOST = ["--algo.advantage.estimator", "reinforce_baseline", "--algo.kl.init_coef", "0.01"]
+OURS = ["--algo.advantage.estimator", "jbond", "--bond.eta", "0.1"]
+METHODS = {
+    "REINFORCE++ with a reference model": HOST,
+    "J-BOND": [*OURS, "--no-bond.kl_ref"],
+    "J-BOND, bond/kl_ref reported": OURS,
+    "J-BOND, gamma_ref": [*OURS, "--bond.gamma_ref", "0.1"],
+}
+FIRST = next(iter(METHODS))
+PARTS = ("timing/step_total", "timing/generation", "timing/make_experience", "timing/ppo_train", "timing/broadcast")
+
+
+def without_algorithm(recipe: Path, folder: Path) -> Path:
+    """The recipe without its own algorithm, so that each method can name its own."""
+    import yaml
+
+    found = yaml.safe_load(recipe.read_text())
+    found.pop("algo", None)
+    found["bond"] = {"device": found.get("bond", {}).get("device", "auto")}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(found))
+    return path
+
+
+def run(name: str, flags: list[str], recipe: Path, folder: Path, steps: int, batch: int) -> dict[str, list[float]]:
+    """The parts of the steps of one run but its first, in seconds."""
+    sizes = ["--data.max_samples", str(steps * batch), "--train.num_episodes", "1"]
+    output = ["--ckpt.output_dir", str(folder), "--ckpt.path", str(folder / "checkpoints")]
+    command = [sys.executable, "-m", "bond_plugin", "train", "--recipe", str(recipe), *flags, *sizes, *output]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+    if status:
+        raise SystemExit(f"{name} failed (exit status {status}), see {folder / 'log.txt'}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
+    return {part: [row[part] for row in rows] for part in PARTS}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run all methods in turn, print the table, write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/reviews/jbond-cpu.yaml"))
+    parser.add_argument("--rounds", type=int, default=3, help="how often each method runs (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="of a run, the first not counted (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=METHODS, help=f"some of the methods, beside {FIRST}")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/step-time"))
+    given = parser.parse_args(arguments)
+    if given.steps < 2 or given.rounds < 1:
+        parser.error("--steps must be at least 2 and --rounds at least 1")
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+    import yaml
+
+    batch = yaml.safe_load(given.recipe.read_text())["rollout"]["batch_size"]
+    recipe = without_algorithm(given.recipe, given.output_dir)
+    chosen = {name: flags for name, flags in METHODS.items() if name == FIRST or given.only in (None, [name])
+              or name in (given.only or ())}  # fmt: skip
+    rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in chosen}
+    for turn in range(given.rounds):
+        for place, (name, flags) in enumerate(chosen.items()):
+            print(f"round {turn + 1} of {given.rounds}: {name}", file=sys.stderr, flush=True)
+            folder = given.output_dir / f"{turn}-{place}"
+            rounds[name].append(run(name, flags, recipe, folder, given.steps, batch))
+
+    total, found = PARTS[0], []
+    print(
+        f"{'seconds, median':36}" + "".join(f"{part.partition('/')[2]:>17}" for part in PARTS) + "   ratio [rounds]"
+    )
+    for name, turns in rounds.items():
+        parts = {part: median(x for turn in turns for x in turn[part]) for part in PARTS}
+        first = median(x for turn in rounds[FIRST] for x in turn[total])
+        ratios = [median(a[total]) / median(b[total]) for a, b in zip(turns, rounds[FIRST], strict=True)]
+        found.append({"method": name, "seconds": parts, "ratio": parts[total] / first, "rounds": ratios})
+        print(f"{name:36}" + "".join(f"{parts[part]:17.2f}" for part in PARTS)
+              + f"   {parts[total] / first:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]")  # fmt: skip
+    (given.output_dir / "step_time.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

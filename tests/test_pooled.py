@@ -1,0 +1,658 @@
+"""The pooled estimators against brute force in fractions, and their expectations by enumeration of all draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bond_plugin.bestofn import (
+    bon_log_probs,
+    effective_sample_size,
+    harmonic_log_quantile,
+    harmonic_log_quantile_among,
+    leave_one_out_mean,
+    level_probabilities,
+    log_bon_ratio,
+    mixture_weights,
+    pooled,
+    pooled_tilt,
+)
+
+
+def examples(count: int) -> settings:
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def f64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+# --- brute force over subsets and over orders -----------------------------------------------------------------------
+
+Prompt = tuple[list[int], list[Fraction]]
+
+
+@st.composite
+def prompts(draw: st.DrawFn, most: int = 7, zeros: bool = False) -> Prompt:
+    """Rewards of few levels, and weights."""
+    size = draw(st.integers(2, most))
+    levels = draw(st.sampled_from([0, 1, 2, 9]))
+    rewards = draw(st.lists(st.integers(0, levels), min_size=size, max_size=size))
+    weights = draw(st.lists(st.integers(0 if zeros else 1, 40), min_size=size, max_size=size))
+    return rewards, [Fraction(weight, 8) for weight in weights]
+
+
+def tensors(prompt: Prompt) -> tuple[Tensor, Tensor]:
+    return f64([prompt[0]]), f64([[float(weight) for weight in prompt[1]]])
+
+
+def symmetric(weights: Sequence[Fraction], j: int) -> Fraction:
+    return sum((math.prod(subset, start=Fraction(1)) for subset in itertools.combinations(weights, j)), Fraction())
+
+
+def tilt_by_subsets(prompt: Prompt, n: int, normalised: bool) -> list[Fraction]:
+    rewards, weights = prompt
+    found = []
+    for i, mine in enumerate(rewards):
+        others = [j for j in range(len(rewards)) if j != i]
+        total = Fraction()
+        for subset in itertools.combinations(others, n - 1):
+            if all(rewards[j] <= mine for j in subset):
+                ties = sum(rewards[j] == mine for j in subset)
+                total += math.prod(weights[j] for j in subset) / (1 + ties)
+        whole = symmetric([weights[j] for j in others], n - 1) if normalised else math.comb(len(others), n - 1)
+        found.append(n * total / whole if whole else Fraction())
+    return found
+
+
+def log_quantile_by_orders(prompt: Prompt, normalised: bool) -> list[Fraction]:
+    """The mean over all orders of the samples at i's level."""
+    rewards, weights = prompt
+    found = []
+    for i, mine in enumerate(rewards):
+        others = [weight for j, weight in enumerate(weights) if j != i]
+        better = [j for j, reward in enumerate(rewards) if reward > mine]
+        whole = [symmetric(others, j) if normalised else math.comb(len(others), j) for j in range(len(rewards))]
+
+        @cache
+        def series(above: frozenset[int], whole: list = whole) -> Fraction:  # type: ignore[type-arg]
+            higher = [weights[j] for j in above]
+            return -sum((symmetric(higher, j) / whole[j] / j for j in range(1, len(whole)) if whole[j]), Fraction())
+
+        orders = list(itertools.permutations(j for j, reward in enumerate(rewards) if reward == mine))
+        total = sum((series(frozenset([*better, *order[order.index(i) + 1 :]])) for order in orders), Fraction())
+        found.append(total / len(orders))
+    return found
+
+
+@given(prompts(zeros=True), st.integers(2, 7), st.booleans())
+@examples(150)
+def test_tilt_is_the_sum_over_all_subsets(prompt: Prompt, n: int, normalised: bool) -> None:
+    n = min(n, len(prompt[0]))
+    found = pooled_tilt(*tensors(prompt), n, normalised)
+    close(found, f64([[float(g) for g in tilt_by_subsets(prompt, n, normalised)]]))
+
+
+@given(prompts(most=6, zeros=True), st.booleans())
+@examples(100)
+def test_log_quantile_is_the_mean_over_all_orders(prompt: Prompt, normalised: bool) -> None:
+    found = harmonic_log_quantile(*tensors(prompt), normalised)
+    close(found, f64([[float(g) for g in log_quantile_by_orders(prompt, normalised)]]))
+
+
+@pytest.mark.parametrize("rewards", [[1] * 7, [0, 1, 1, 1, 1, 1, 2], [3, 1, 1, 2, 3, 3, 0]])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_log_quantile_of_seven_samples_of_which_many_tie(rewards: list[int], normalised: bool) -> None:
+    prompt = rewards, [Fraction(weight, 4) for weight in (3, 9, 1, 4, 16, 2, 6)]
+    wanted = f64([[float(g) for g in log_quantile_by_orders(prompt, normalised)]])
+    close(harmonic_log_quantile(*tensors(prompt), normalised), wanted)
+
+
+@given(prompts())
+@examples(60)
+def test_without_weights_the_log_quantile_is_a_difference_of_harmonic_numbers(prompt: Prompt) -> None:
+    rewards, _ = prompt
+    wanted = f64([[float(g) for g in log_quantile_by_orders((rewards, [Fraction(1)] * len(rewards)), True)]])
+    values = f64([rewards])
+    close(harmonic_log_quantile(values), wanted)
+    for scale, normalised in ((1.0, True), (1.0, False), (2.5, True)):
+        close(harmonic_log_quantile(values, torch.full_like(values, scale), normalised), wanted)
+    # ranks' sum is fixed: so is their mean, in whatever order the samples lie
+    k = len(rewards) - 1
+    assert harmonic_log_quantile(values).mean().item() == pytest.approx(-k / (k + 1), abs=1e-12)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.lists(st.integers(0, 3), min_size=1, max_size=6))
+@examples(80)
+def test_placed_among_others_each_reward_is_alone_with_them(rewards: list[int], samples: list[int]) -> None:
+    found = harmonic_log_quantile_among(f64([rewards]), f64([samples]))
+    assert found.shape == (1, len(rewards))
+    for mine, value in zip(rewards, found[0].tolist(), strict=True):
+        wanted = log_quantile_by_orders(([mine, *samples], [Fraction(1)] * (1 + len(samples))), True)[0]
+        assert value == pytest.approx(float(wanted), abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [49, 98, 103, 107, 1000])
+def test_shares_of_any_number_of_samples_are_counts_again(size: int) -> None:
+    """1 / 49 * 49 is below 1 in float64."""
+    table = f64([0.0, *itertools.accumulate(1 / j for j in range(1, size + 1))])
+    ranks = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    close(harmonic_log_quantile(ranks.unsqueeze(0))[0], table[ranks] - table[size - 1], 1e-14)
+    placed = torch.arange(size + 1) - 0.5
+    close(harmonic_log_quantile_among(placed.unsqueeze(0), ranks.unsqueeze(0))[0], table - table[size], 1e-14)
+    close(pooled_tilt(ranks.unsqueeze(0), torch.ones(1, size), 2)[0], 2 * ranks.double() / (size - 1))
+
+
+def test_prompts_are_computed_each_for_itself_also_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards, weights = torch.randint(4, (7, 9), generator=generator), torch.rand(7, 9, generator=generator)
+    calls: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda r, a: pooled_tilt(r, a, 3),
+        lambda r, a: pooled_tilt(r, a, 9, normalised=True),
+        lambda r, a: harmonic_log_quantile(r, a),
+        lambda r, a: harmonic_log_quantile(r, a, normalised=False),
+        lambda r, a: harmonic_log_quantile(r),
+        lambda r, a: harmonic_log_quantile_among(r[:, :2], r[:, 2:]),
+    ]
+    together = [call(rewards, weights) for call in calls]
+    monkeypatch.setattr(pooled, "_CHUNK", 100)  # one to three prompts a block
+    order = torch.randperm(9, generator=generator)
+    for call, whole in zip(calls, together, strict=True):
+        close(call(rewards, weights), whole, 1e-14)
+        for row in range(7):
+            close(call(rewards[row : row + 1], weights[row : row + 1]), whole[row : row + 1], 1e-13)
+    for call, whole in zip(calls[:-1], together, strict=False):
+        close(call(rewards[:, order], weights[:, order]), whole[:, order])
+
+
+@pytest.mark.parametrize("size", [12, 24])
+def test_weights_of_any_range_neither_overflow_nor_vanish(size: int) -> None:
+    """Each weight a power of two between 2^-1000 and 2^1000: products far beyond float64 either way."""
+    generator = torch.Generator().manual_seed(size)
+    powers = torch.randint(-1000, 1001, (size,), generator=generator)
+    rewards = torch.randint(6, (1, size), generator=generator).double()
+    weights = torch.ldexp(torch.ones(1, size, dtype=torch.float64), powers)
+    exact = [Fraction(weight) for weight in weights[0].tolist()]
+
+    def polynomial(members: list[int]) -> list[Fraction]:
+        found = [Fraction(1)]
+        for j in members:
+            padded = [*found, Fraction()]
+            found = [high + exact[j] * low for high, low in zip(padded, [Fraction(), *found], strict=True)]
+        return found
+
+    values = rewards[0].tolist()
+    tilts: dict[int, list[float]] = {n: [] for n in (2, 5, size)}
+    log_quantiles = []
+    for i, mine in enumerate(values):
+        others = [j for j in range(size) if j != i]
+        total = polynomial(others)
+        ties = polynomial([j for j in others if values[j] == mine])
+        sides = [polynomial([j for j in others if side(values[j], mine)]) for side in (float.__lt__, float.__gt__)]
+        below, above = (
+            [
+                sum(side[j - t] * e / (1 + t) for t, e in enumerate(ties) if 0 <= j - t < len(side))
+                for j in range(size)
+            ]
+            for side in sides
+        )
+        for n, found in tilts.items():
+            found.append(float(n * below[n - 1] / total[n - 1]))
+        log_quantiles.append(float(-sum(above[j] / total[j] / j for j in range(1, size))))
+    for n, wanted in tilts.items():
+        close(pooled_tilt(rewards, weights, n, normalised=True), f64([wanted]), 1e-11)
+    close(harmonic_log_quantile(rewards, weights), f64([log_quantiles]), 1e-11)
+
+
+@given(prompts(), st.integers(2, 7), st.floats(-200, 200))
+@examples(60)
+def test_normalised_forms_stay_in_their_range_and_do_not_see_the_scale(prompt: Prompt, n: int, power: float) -> None:
+    rewards, weights = tensors(prompt)
+    n = min(n, rewards.shape[-1])
+    tilt, log_quantile = pooled_tilt(rewards, weights, n, True), harmonic_log_quantile(rewards, weights)
+    assert ((tilt >= 0) & (tilt <= n + 1e-12)).all()
+    lowest = -sum(1 / j for j in range(1, rewards.shape[-1]))
+    assert ((log_quantile <= 0) & (log_quantile >= lowest - 1e-12)).all()
+    close(pooled_tilt(rewards, weights * 10.0**power, n, True), tilt, 1e-10)
+    close(harmonic_log_quantile(rewards, weights * 10.0**power), log_quantile, 1e-10)
+
+
+def test_samples_of_weight_zero_are_as_if_they_were_not_there() -> None:
+    rewards, weights = f64([[3, 1, 2, 2, 5]]), f64([[2.0, 0.0, 1.0, 3.0, 0.0]])
+    kept = [0, 2, 3]
+    for call in (
+        harmonic_log_quantile,
+        lambda r, a: pooled_tilt(r, a, 2, True),
+        lambda r, a: pooled_tilt(r, a, 3, True),
+    ):
+        close(call(rewards, weights)[:, kept], call(rewards[:, kept], weights[:, kept]))
+    nothing = torch.zeros_like(weights)
+    for normalised in (True, False):
+        assert pooled_tilt(rewards, nothing, 2, normalised).eq(0).all()
+        assert harmonic_log_quantile(rewards, nothing, normalised).eq(0).all()
+
+
+# --- expectations, by enumeration of all draws ----------------------------------------------------------------------
+
+# Three generations: how often the policy, the source of Best-of-N and another behaviour policy draw each of them.
+POLICY, SOURCE, BEHAVIOUR = f64([0.2, 0.3, 0.5]), f64([0.4, 0.2, 0.4]), f64([0.3, 0.4, 0.3])
+STRICT, TIED = f64([1.0, 0.0, 2.0]), f64([1.0, 0.0, 1.0])
+REWARDS = pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
+
+
+def all_draws(laws: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All sequences of independent draws, one of each law, ``[R, S]``, and their probabilities ``[R]``."""
+    draws = torch.cartesian_prod(*[torch.arange(len(law)) for law in laws]).reshape(-1, len(laws))
+    return draws, math.prod(law[draws[:, i]] for i, law in enumerate(laws))
+
+
+def weights_of(n: int, m: int, mu: Tensor = POLICY) -> Tensor:
+    """a of each generation, by its definition."""
+    return SOURCE / ((n * mu + m * SOURCE) / (n + m))
+
+
+def expectations(
+    estimate: Estimator, rewards: Tensor, n: int, m: int = 0, own: int = 0, mu: Tensor = POLICY
+) -> Tensor:
+    """E[estimate of sample ``own`` | its generation], one a generation; n samples of mu, m of the source."""
+    laws = [mu] * n + [SOURCE] * m
+    del laws[own]
+    others, probability = all_draws(laws)
+    weight, found = weights_of(n, m, mu), []
+    for y in range(len(rewards)):
+        draws = torch.cat([others[:, :own], torch.full_like(others[:, :1], y), others[:, own:]], dim=-1)
+        found.append((estimate(rewards[draws], weight[draws])[:, own] * probability).sum())
+    return torch.stack(found)
+
+
+def by_types(estimate: Estimator, rewards: Tensor, size: int, mu: Tensor = POLICY, source: Tensor = SOURCE) -> Tensor:
+    """As :func:`expectations` at m = 0, of many samples: how often each generation occurs is all that matters."""
+    kinds = len(rewards)
+    others = torch.tensor(list(itertools.combinations_with_replacement(range(kinds), size - 1)))
+    counts = torch.nn.functional.one_hot(others, kinds).sum(dim=1).double()
+    log_probability = math.lgamma(size) - torch.lgamma(counts + 1).sum(dim=-1) + (counts * mu.log()).sum(dim=-1)
+    weight, found = source / mu, []
+    for y in range(kinds):
+        draws = torch.cat([torch.full_like(others[:, :1], y), others], dim=-1)
+        found.append((estimate(rewards[draws], weight[draws])[:, 0] * log_probability.exp()).sum())
+    return torch.stack(found)
+
+
+def tilt(n: int, normalised: bool = False) -> Estimator:
+    return lambda rewards, weights: pooled_tilt(rewards, weights, n, normalised)
+
+
+def log_quantile(normalised: bool) -> Estimator:
+    return lambda rewards, weights: harmonic_log_quantile(rewards, weights, normalised)
+
+
+def unweighted(rewards: Tensor, weights: Tensor) -> Tensor:
+    return harmonic_log_quantile(rewards)
+
+
+def apart(rewards: Tensor, weights: Tensor) -> Tensor:
+    return harmonic_log_quantile_among(rewards[:, :1], rewards[:, 1:])
+
+
+def exact_tilt(rewards: Tensor, n: int) -> Tensor:
+    return log_bon_ratio(*level_probabilities(SOURCE, rewards), n).exp()
+
+
+def exact_series(rewards: Tensor, k: int, source: Tensor = SOURCE) -> Tensor:
+    """-sum_{j<=k} E[(1 - F)^j] / j, with F uniform between p_< and p_<=, where a random order of ties puts it."""
+    low, high = level_probabilities(source, rewards)
+    powers = [((1 - low) ** (j + 1) - (1 - high) ** (j + 1)) / (j + 1) / (high - low) for j in range(1, k + 1)]
+    return -sum(power / j for j, power in enumerate(powers, start=1))
+
+
+@REWARDS
+@pytest.mark.parametrize(("n", "size"), [(2, 2), (2, 5), (3, 3), (3, 6), (4, 4), (4, 6)])
+def test_tilt_is_unbiased(rewards: Tensor, n: int, size: int) -> None:
+    close(expectations(tilt(n), rewards, size), exact_tilt(rewards, n))
+    # whichever sample of the prompt, and whichever distribution the samples are from
+    close(expectations(tilt(n), rewards, size, own=size - 1, mu=BEHAVIOUR), exact_tilt(rewards, n))
+    for normalised in (True, False):
+        close(expectations(tilt(n, normalised), rewards, size, mu=SOURCE), exact_tilt(rewards, n))
+
+
+@REWARDS
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_log_quantile_has_the_taylor_series_for_its_expectation(rewards: Tensor, size: int) -> None:
+    wanted = exact_series(rewards, size - 1)
+    close(expectations(log_quantile(normalised=False), rewards, size), wanted)
+    close(expectations(log_quantile(normalised=False), rewards, size, own=size - 1, mu=BEHAVIOUR), wanted)
+    # samples of the source itself: without weights, apart, normalised
+    for estimate in (unweighted, apart, log_quantile(normalised=True)):
+        close(expectations(estimate, rewards, size, mu=SOURCE), wanted)
+
+
+def test_series_of_a_reward_that_ties_with_nothing_is_that_of_the_log() -> None:
+    """-sum_{j<=k} (1 - F)^j / j to the letter, and near log F for many samples."""
+    for k, tolerance in ((1, 0.9), (3, 0.4), (10, 0.03)):
+        draws, probability = all_draws([f64([0.3, 0.7])] * k)
+        found = (
+            apart(torch.cat([torch.ones(len(draws), 1), f64([0.0, 2.0])[draws]], dim=-1), draws)[:, 0] * probability
+        ).sum()
+        assert found.item() == pytest.approx(-sum(0.7**j / j for j in range(1, k + 1)), abs=1e-12)
+        assert found.item() == pytest.approx(math.log(0.3), abs=tolerance)
+
+
+@REWARDS
+@pytest.mark.parametrize("of_mu", [True, False], ids=["of mu", "of the source"])
+def test_a_mixture_of_fixed_numbers_has_a_bias_of_one_over_s(rewards: Tensor, of_mu: bool) -> None:
+    """With n samples of mu and m of the source, what is exact and what is not.
+
+    Exact: means of ``a * f`` over all samples (another test). Not exact: the others of a sample of mu are n - 1 and
+    m, not n and m. So for N = 2 E[g_i | y_i] - g = 2 (F - E_own[a 1[below]]) / (S - 1), where ties count half and
+    the own distribution is that of sample i. At equal shares that is as 1 / (S - 1), and for N = 3 nearly so. The
+    quantile's bias does that only for generations well above the lowest. None of it where the source is mu.
+    """
+    law = BEHAVIOUR if of_mu else SOURCE
+    below = (rewards < rewards.unsqueeze(-1)).double() + 0.5 * (rewards == rewards.unsqueeze(-1)).double()
+    biases: dict[str, list[Tensor]] = {"2": [], "3": [], "log": []}
+    for half in (2, 4):
+        size = 2 * half
+        own = 0 if of_mu else size - 1
+        mixed = partial(expectations, rewards=rewards, n=half, m=half, own=own, mu=BEHAVIOUR)
+        biases["2"].append(mixed(tilt(2)) - exact_tilt(rewards, 2))
+        close(biases["2"][-1], 2 * (below @ SOURCE - below @ (law * weights_of(1, 1, BEHAVIOUR))) / (size - 1))
+        biases["3"].append(mixed(tilt(3)) - exact_tilt(rewards, 3))
+        biases["log"].append(mixed(log_quantile(normalised=False)) - exact_series(rewards, size - 1))
+    small, large = biases["3"]
+    assert (small.abs() > 1e-3).all() and ((large / small).sub(3 / 7).abs() < 0.01).all()
+    small, large = biases["log"]
+    assert (small.abs() > 0.01).all() and (large.abs() < 0.9 * small.abs()).all()
+    assert large[2] / small[2] == pytest.approx(0.5, abs=0.1)
+    for estimate, wanted in ((tilt(3), exact_tilt(rewards, 3)), (log_quantile(False), exact_series(rewards, 3))):
+        close(expectations(estimate, rewards, 2, 2, 0 if of_mu else 3, SOURCE), wanted)
+
+
+@REWARDS
+def test_bias_of_the_normalised_forms(rewards: Tensor) -> None:
+    """The figures are those of the docstrings (strict order). The quantile's falls late at the lowest level."""
+    for n, figures in ((2, [0.053, 0.025, 0.012]), (3, [0.176, 0.098, 0.050])):
+        biases = [by_types(tilt(n, True), rewards, size) - exact_tilt(rewards, n) for size in (4, 8, 16)]
+        assert all((now.abs() < 0.62 * then.abs()).all() for then, now in itertools.pairwise(biases[-2:]))
+        largest = [bias.abs().max().item() for bias in biases]
+        assert all(0.4 < now / then < 0.6 for then, now in itertools.pairwise(largest))
+        if rewards is STRICT:
+            assert largest == pytest.approx(figures, abs=5e-4)
+    biases = [by_types(log_quantile(True), rewards, size) - exact_series(rewards, size - 1) for size in (8, 16, 32)]
+    best = [bias[2].item() for bias in biases]
+    assert all(0.4 < now / then < 0.65 for then, now in itertools.pairwise(best))
+    if rewards is STRICT:
+        assert best == pytest.approx([-0.024, -0.012, -0.006], abs=5e-4)
+        assert [bias[1].item() for bias in biases] == pytest.approx([0.115, 0.125, 0.108], abs=5e-4)
+
+
+def test_bias_of_the_normalised_quantile_at_the_lowest_level_falls_in_the_end() -> None:
+    """Two generations of which the source draws the lower with probability 0.2, the policy with 0.3."""
+    policy, source, rewards = f64([0.3, 0.7]), f64([0.2, 0.8]), f64([0.0, 1.0])
+    biases = [
+        by_types(log_quantile(True), rewards, size, policy, source) - exact_series(rewards, size - 1, source)
+        for size in (16, 32, 64)
+    ]
+    assert [bias[0].item() for bias in biases] == pytest.approx([0.104, 0.087, 0.062], abs=5e-4)
+    assert [bias[1].item() for bias in biases] == pytest.approx([0.0177, 0.0089, 0.0045], abs=5e-5)
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+SCORE = torch.eye(3, dtype=torch.float64) - POLICY  # grad log pi(y) by the logits, one row a generation
+
+
+def mean_gradient(coefficients: Estimator, rewards: Tensor, n: int, m: int = 0, mu: Tensor = POLICY) -> Tensor:
+    """E[sum_i coefficient_i grad log pi(y_i) / S] over all draws; called with rewards and generations, [R, S]."""
+    draws, probability = all_draws([mu] * n + [SOURCE] * m)
+    each = (coefficients(rewards[draws], draws).unsqueeze(-1) * SCORE[draws]).mean(dim=1)
+    return (probability.unsqueeze(-1) * each).sum(dim=0)
+
+
+def forward_coefficients(big_n: int, n: int, mu: Tensor) -> Estimator:
+    def coefficients(rewards: Tensor, draws: Tensor) -> Tensor:
+        a, p = mixture_weights((POLICY / mu).log()[draws], (SOURCE / mu).log()[draws], n)
+        return a * pooled_tilt(rewards, a, big_n) - p
+
+    return coefficients
+
+
+def forward_gradient(rewards: Tensor, big_n: int) -> Tensor:
+    """The gradient of KL(pi_BoN || pi) by the logits of the policy."""
+    logits = POLICY.log().requires_grad_()
+    log_bon = bon_log_probs(SOURCE.log(), rewards, big_n)
+    kl = (log_bon.exp() * (log_bon - logits.log_softmax(dim=-1))).sum()
+    return torch.autograd.grad(kl, logits)[0]
+
+
+@REWARDS
+@pytest.mark.parametrize(("big_n", "size"), [(2, 2), (2, 4), (3, 3), (3, 5)])
+@pytest.mark.parametrize("mu", [POLICY, BEHAVIOUR], ids=["on policy", "off policy"])
+def test_forward_gradient_is_exact(rewards: Tensor, big_n: int, size: int, mu: Tensor) -> None:
+    wanted = -forward_gradient(rewards, big_n)
+    assert wanted.abs().max() > 0.03
+    close(mean_gradient(forward_coefficients(big_n, size, mu), rewards, size, mu=mu), wanted)
+
+
+@REWARDS
+def test_forward_gradient_of_a_mixture_is_off_by_one_over_s(rewards: Tensor) -> None:
+    wanted = -forward_gradient(rewards, 2)
+    errors = []
+    for half in (1, 2, 4):
+        found = mean_gradient(forward_coefficients(2, half, BEHAVIOUR), rewards, half, half, BEHAVIOUR)
+        errors.append((found - wanted) * (2 * half - 1))
+    assert 1e-3 < errors[0].abs().max() < 0.1
+    for error in errors[1:]:
+        close(error, errors[0])
+
+
+@REWARDS
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_only_a_constant_may_be_subtracted_from_ranks(rewards: Tensor, size: int) -> None:
+    """The leave-one-out mean makes the gradient of the rank part S / (S - 1) times as long as it is."""
+    ranks = lambda rewards, draws: harmonic_log_quantile(rewards)  # noqa: E731
+    plain = mean_gradient(ranks, rewards, size)
+    close(plain, (POLICY * exact_series(rewards, size - 1, POLICY)) @ SCORE)
+    centred = mean_gradient(lambda r, d: ranks(r, d) - leave_one_out_mean(ranks(r, d), dim=-1), rewards, size)
+    close(centred, plain * size / (size - 1))
+    assert (centred - plain).abs().max() > 0.02
+    close(mean_gradient(lambda r, d: ranks(r, d) + (size - 1) / size, rewards, size), plain)
+
+    # with weights it is no multiple, but no less wrong; of what a sample has by itself it is right
+    weight = SOURCE / POLICY
+    weighted = lambda rewards, draws: harmonic_log_quantile(rewards, weight[draws], normalised=False)  # noqa: E731
+    plain = mean_gradient(weighted, rewards, size)
+    close(plain, (POLICY * exact_series(rewards, size - 1)) @ SCORE)
+    centred = mean_gradient(lambda r, d: weighted(r, d) - leave_one_out_mean(weighted(r, d), dim=-1), rewards, size)
+    assert (centred - plain).abs().max() > 0.02
+    close(mean_gradient(lambda r, d: weighted(r, d) + 0.7, rewards, size), plain)
+    own = lambda rewards, draws: -weight.log()[draws]  # noqa: E731
+    centred = mean_gradient(lambda r, d: own(r, d) - leave_one_out_mean(own(r, d), dim=-1), rewards, size)
+    close(centred, mean_gradient(own, rewards, size))
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 0), (3, 1), (1, 5)])
+def test_weights_carry_expectations_over_to_the_source_and_to_the_policy(n: int, m: int) -> None:
+    generations = torch.arange(3).repeat(n + m).reshape(3, -1)
+    a, p = mixture_weights((POLICY / BEHAVIOUR).log()[generations], (SOURCE / BEHAVIOUR).log()[generations], n)
+    close(a, weights_of(n, m, BEHAVIOUR)[generations])
+    mixture = (n * BEHAVIOUR + m * SOURCE) / (n + m)
+    flat = generations.flatten()
+    for weight, law in ((a, SOURCE), (p, POLICY)):
+        by_generation = torch.zeros(3).double().scatter(0, flat, weight.flatten())
+        close(mixture * by_generation, law)
+
+
+def test_weights_of_the_policys_own_samples() -> None:
+    ratio = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, p = mixture_weights(torch.zeros_like(ratio), ratio, 4)
+    assert torch.equal(a, ratio.exp()) and torch.equal(p, torch.ones_like(ratio))
+
+
+@given(st.lists(st.floats(-2000, 2000), min_size=2, max_size=8), st.integers(1, 7))
+@examples(60)
+def test_weights_of_a_mixture_are_bounded_by_it(ratios: list[float], n: int) -> None:
+    source, size = f64([ratios]), len(ratios)
+    n = min(n, size - 1)
+    a, p = mixture_weights(torch.zeros_like(source), source, n)
+    assert (a <= size / (size - n) * (1 + 1e-12)).all() and (p <= size / n * (1 + 1e-12)).all()
+    # q = (n mu + m source) / S: the shares of both sum to one
+    close((n * p + (size - n) * a) / size, torch.ones_like(a))
+    nothing, whole = mixture_weights(torch.zeros(1, size), torch.full((1, size), -math.inf), n)
+    assert nothing.eq(0).all()
+    close(whole, torch.full_like(whole, size / n))
+
+
+@given(st.lists(st.floats(-300, 300), min_size=1, max_size=9), st.floats(-300, 300))
+@examples(60)
+def test_effective_sample_size_is_a_share(logs: list[float], scale: float) -> None:
+    size = len(logs)
+    found = effective_sample_size(f64([logs, [scale] * size, [scale] + [-math.inf] * (size - 1)]).exp())
+    assert 1 / size - 1e-12 <= found[0] <= 1 + 1e-12
+    assert found[1:].tolist() == pytest.approx([1.0, 1 / size], abs=1e-12)
+
+
+def test_effective_sample_size_by_hand() -> None:
+    found = effective_sample_size(f64([[1.0, 2.0, 3.0, 0.0], [0.0] * 4]))
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([36 / 14 / 4, 0.0], abs=1e-15)
+
+
+# --- size, devices, and what is refused -----------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("call", "factor"),
+    [
+        (lambda r, a: mixture_weights(-a, a, 3)[0], 1),
+        (lambda r, a: pooled_tilt(r, a, 2), 3),
+        (lambda r, a: pooled_tilt(r, a, 4, True), 5),
+        (lambda r, a: harmonic_log_quantile(r), 1),
+        (lambda r, a: harmonic_log_quantile_among(r, a), 1),
+        (lambda r, a: effective_sample_size(a), 1),
+    ],
+    ids=["mixture_weights", "tilt 2", "tilt 4", "log_quantile", "among", "effective_sample_size"],
+)
+def test_memory_is_linear_in_samples(call: Estimator, factor: int) -> None:
+    rewards, weights = torch.rand(2, 2, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with Largest() as largest:
+        call(rewards, weights)
+    assert largest.entries >= 999 and largest.entries <= factor * 1001
+
+
+def test_a_million_samples() -> None:
+    rewards = torch.rand(20_000, 64, generator=torch.Generator().manual_seed(0))
+    found = harmonic_log_quantile(rewards)
+    assert found.shape == rewards.shape
+    assert found.mean().item() == pytest.approx(-63 / 64, abs=1e-9)
+    found = pooled_tilt(rewards, torch.ones_like(rewards), 2)
+    assert found.mean().item() == pytest.approx(1.0, abs=1e-9)  # of two, one is the best
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_is_made_on_a_device_that_nobody_named(device: str) -> None:
+    rewards, weights = torch.randint(4, (3, 6), device=device), torch.rand(3, 6, device=device)
+    with torch.device("meta"):
+        found = [
+            *mixture_weights(weights, -weights, 4),
+            pooled_tilt(rewards, weights, 3),
+            pooled_tilt(rewards, weights, 3, normalised=True),
+            harmonic_log_quantile(rewards),
+            harmonic_log_quantile(rewards, weights),
+            harmonic_log_quantile(rewards, weights, normalised=False),
+            harmonic_log_quantile_among(rewards, weights),
+            effective_sample_size(weights),
+        ]
+    assert {value.device.type for value in found} == {device}
+    assert {value.dtype for value in found} == {torch.float64}
+    assert all(value.isfinite().all() for value in found)
+
+
+def test_nothing_is_differentiated() -> None:
+    values = torch.rand(2, 4, requires_grad=True)
+    found = [pooled_tilt(values, values, 2), harmonic_log_quantile(values, values), effective_sample_size(values)]
+    found += [*mixture_weights(values, values, 2), harmonic_log_quantile_among(values, values)]
+    assert not any(value.requires_grad for value in found)
+
+
+ZERO, NAN, ENDLESS = torch.zeros(2, 3), torch.full((2, 3), math.nan), torch.full((2, 3), math.inf)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mixture_weights(ZERO, torch.zeros(2, 4), 2), r"\[P, S\], got \(2, 3\) and \(2, 4\)"),
+        (lambda: mixture_weights(ZERO[0], ZERO[0], 2), r"\[P, S\], got \(3,\) and \(3,\)"),
+        (lambda: mixture_weights(ZERO, ZERO, 0), "1 <= n <= samples, got n = 0 with 3"),
+        (lambda: mixture_weights(ZERO, ZERO, 4), "n = 4 with 3"),
+        (lambda: mixture_weights(NAN, ZERO, 2), "numbers below infinity"),
+        (lambda: mixture_weights(ZERO, NAN, 2), "numbers below infinity"),
+        (lambda: mixture_weights(ENDLESS, ZERO, 2), "numbers below infinity"),
+        (lambda: mixture_weights(ZERO, ENDLESS, 2), "numbers below infinity"),
+        (lambda: mixture_weights(ZERO, ZERO + 710, 3), "overflows float64"),
+        (lambda: mixture_weights(ZERO + 710, ZERO, 3), "overflows float64"),
+        (lambda: pooled_tilt(ZERO, torch.zeros(2, 4), 2), r"pooled_tilt needs .* \[P, S\].*\(2, 3\) and \(2, 4\)"),
+        (lambda: pooled_tilt(ZERO[0], ZERO[0], 2), r"\[P, S\]"),
+        (lambda: pooled_tilt(ZERO[:, :1], ZERO[:, :1], 2), "at least two samples a prompt, got 1"),
+        (lambda: pooled_tilt(ZERO, ZERO, 1), "2 <= n <= samples, got n = 1 with 3"),
+        (lambda: pooled_tilt(ZERO, ZERO, 4), "n = 4 with 3"),
+        (lambda: pooled_tilt(NAN, ZERO, 2), "finite rewards"),
+        (lambda: pooled_tilt(-ENDLESS, ZERO, 2), "finite rewards"),
+        (lambda: pooled_tilt(ZERO, ZERO - 1, 2), "finite and not negative"),
+        (lambda: pooled_tilt(ZERO, NAN, 2), "finite and not negative"),
+        (lambda: pooled_tilt(ZERO, ENDLESS, 2), "finite and not negative"),
+        (lambda: harmonic_log_quantile(ZERO[0]), r"\[P, S\].*got \(3,\)"),
+        (lambda: harmonic_log_quantile(ZERO, ZERO[:1]), r"\(2, 3\) and \(1, 3\)"),
+        (lambda: harmonic_log_quantile(ZERO[:, :1]), "at least two samples a prompt, got 1"),
+        (lambda: harmonic_log_quantile(ENDLESS), "finite rewards"),
+        (lambda: harmonic_log_quantile(ZERO, -ENDLESS), "finite and not negative"),
+        (lambda: harmonic_log_quantile_among(ZERO, torch.zeros(3, 3)), r"got \(2, 3\) and \(3, 3\)"),
+        (lambda: harmonic_log_quantile_among(ZERO[0], ZERO), r"got \(3,\) and \(2, 3\)"),
+        (lambda: harmonic_log_quantile_among(ZERO, ZERO[:, :0]), r"k >= 1, got \(2, 3\) and \(2, 0\)"),
+        (lambda: harmonic_log_quantile_among(NAN, ZERO), "finite rewards"),
+        (lambda: harmonic_log_quantile_among(ZERO, ENDLESS), "finite rewards"),
+        (lambda: effective_sample_size(ZERO[0]), r"\[P, S\], got \(3,\)"),
+        (lambda: effective_sample_size(ZERO[:, :0]), r"got \(2, 0\)"),
+        (lambda: effective_sample_size(NAN), "finite and not negative"),
+        (lambda: effective_sample_size(ZERO - 1), "finite and not negative"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
