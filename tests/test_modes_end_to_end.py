@@ -204,7 +204,10 @@ class Mine(JBOND):
 
 
 def test_import_path_and_a_constant_reward_teaches_nothing(bond: Callable[..., Run], tmp_path: Path) -> None:
-    """All samples tie and the policy is its anchor: every advantage is 0, so the policy stays where it is."""
+    """All samples tie and the policy is its anchor: every advantage is 0, so the policy stays where it is.
+
+    Beside it runs the host's own moving average, which it saves instead of the policy.
+    """
     (tmp_path / "mymodule.py").write_text(MINE)
     reward = tmp_path / "reward.py"
     reward.write_text(
@@ -212,7 +215,14 @@ def test_import_path_and_a_constant_reward_teaches_nothing(bond: Callable[..., R
     )
     done = bond(
         tmp_path,
-        {**POOLED, "algo.advantage.estimator": "mymodule:Mine", "bond.mine": 7.0, "reward.remote_url": str(reward)},
+        {
+            **POOLED,
+            "algo.advantage.estimator": "mymodule:Mine",
+            "bond.mine": 7.0,
+            "reward.remote_url": str(reward),
+            "train.enable_ema": True,
+            "train.colocate_actor_ref": True,
+        },
     )
     assert len(done.metrics) == 3
     for step in done.metrics:
@@ -221,6 +231,7 @@ def test_import_path_and_a_constant_reward_teaches_nothing(bond: Callable[..., R
         assert step["bond/kl_anchor"] == step["bond/kl_ref"] == 0
         assert step["bond/win_rate"] == pytest.approx(0.5)
         assert step["bond/ess"] == pytest.approx(1)
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 SEEDED = '''
@@ -293,6 +304,26 @@ def test_two_ranks_and_dynamic_batches_give_the_numbers_of_one_rank(bond: Callab
             assert other[1][name] == pytest.approx(one[1][name], rel=0.1, abs=3e-2), name
     assert one[1]["bond/ess"] < 1
     assert one[1]["bond/kl_anchor"] > 0
+
+
+def test_samples_of_the_anchor_in_dynamic_batches_on_two_ranks(bond: Callable[..., Run], tmp_path: Path) -> None:
+    """Micro-batches by tokens mix policy and anchor up: each row keeps what is its own."""
+    done = bond(
+        tmp_path,
+        {
+            "actor.num_gpus_per_node": 2,
+            "rollout.n_samples_per_prompt": 2,
+            "train.batch_size": 32,
+            "train.dynamic_batch_enable": True,
+            "train.max_tokens_per_gpu": 64,
+        },
+    )
+    for step in sound(done, 3):
+        assert step["bond/engine_gap_policy"] < 2e-2
+        assert step["bond/engine_gap_anchor"] < 2e-2
+        assert step["rollout/num_samples"] == 32
+        assert step["reward"] == pytest.approx(step["reward/policy"], abs=1e-3)  # of the rows that are the policy's
+    assert done.metrics[-1]["bond/anchor_policy_gap"] > 4 * done.metrics[-1]["bond/engine_gap_anchor"]
 
 
 @pytest.mark.parametrize(("flags", "at_reference"), [
