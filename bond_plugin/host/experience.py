@@ -33,9 +33,9 @@ class Batch:
 
     def __init__(self, experiences: list[Any], n: int) -> None:
         self.experiences, self.n = experiences, n
-        places = torch.tensor([place for e in experiences for place in e.index])
-        self.size = len(places)
-        self.order = places.argsort()
+        self._places = torch.tensor([place for e in experiences for place in e.index])
+        self.size = len(self._places)
+        self.order = self._places.argsort()
         given = [prompt for e in experiences for prompt in e.prompts]
         prompts = [given[row] for row in self.order]
         self.prompts = prompts[::n]
@@ -55,6 +55,13 @@ class Batch:
         padded = torch.nn.utils.rnn.pad_sequence([rows[i] for i in self.order], batch_first=True)
         return padded.reshape(-1, self.n, padded.shape[-1])
 
+    def in_turn(self, values: torch.Tensor) -> torch.Tensor:
+        """What belongs to rows, ``[P, n, ...]``, as the rows stand in the experiences, ``[P n, ...]``.
+
+        That is another order than the rollout's where micro-batches are made by tokens.
+        """
+        return values.flatten(0, 1)[self._places]
+
     def spread(self, advantages: torch.Tensor) -> None:
         """Give each experience its ``advantages``, from one number a row ``[P, n]`` or a token ``[P, n, A']``.
 
@@ -63,8 +70,7 @@ class Batch:
         """
         if not torch.isfinite(advantages).all():
             raise FloatingPointError("an advantage is not finite: a log-probability of the policy or anchor is not")
-        ordered = torch.empty_like(advantages.flatten(0, 1))
-        ordered[self.order] = advantages.flatten(0, 1)
+        ordered = self.in_turn(advantages)
         start = 0
         for e in self.experiences:
             mask = e.action_mask.bool()
@@ -181,10 +187,11 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     found = algorithm.advantages(inputs)
     companion_rows = torch.zeros(prompts, batch.n, dtype=torch.bool)
     companion_rows[:, n:] = True
+    companion_rows = batch.in_turn(companion_rows)
     metrics = rollouts.metrics
     metrics |= {**found.metrics, **of_step(inputs, batch, under)}
     metrics[f"reward/{wants.source}"] = companion_rewards.mean().item()
-    metrics |= _engine_gaps(experiences, under, wants.source, companion_rows.flatten(), algorithm.config)
+    metrics |= _engine_gaps(experiences, under, wants.source, companion_rows, algorithm.config)
 
     advantages = found.advantages
     if found.companion_advantages is not None:
@@ -199,7 +206,7 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     if found.classifier_targets is not None:
         targets[:, :n] = found.classifier_targets
     rollouts.policy_samples = policy
-    return _for_training(self, experiences, companion_rows.flatten(), targets.flatten())
+    return _for_training(self, experiences, companion_rows, batch.in_turn(targets))
 
 
 def _score(maker: Any, rows: list[Any]) -> None:
@@ -217,7 +224,8 @@ def _score(maker: Any, rows: list[Any]) -> None:
         pad_sequence=[True] * len(batches),
     )
     scores = torch.cat([score.flatten() for score in maker._flatten_results(refs, 1)])
-    for row, score in zip(rows, scores, strict=True):
+    places = (place for b in batches for place in b.index)
+    for row, score in zip((rows[place] for place in places), scores, strict=True):
         row.rewards = score.reshape(1)
         row.info["reward"] = score.reshape(1)
 
@@ -280,7 +288,7 @@ def _engine_gaps(
 
 
 def _for_training(maker: Any, experiences: list[Any], companion: torch.Tensor, targets: torch.Tensor) -> list[Any]:
-    """One experience a data-parallel rank, all of the same number of rows, prompts in order."""
+    """One experience a data-parallel rank, all of the same number of rows, in the order of ``experiences``."""
     from openrlhf.trainer.ppo_utils.experience import (
         make_experience_batch,
         remove_padding_in_sequences,

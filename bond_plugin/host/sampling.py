@@ -218,16 +218,16 @@ def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
     samples, pass_rate, prompts, exhausted = original(self, **options)
     self.bond_metrics = {TOKENS: _tokens(samples)}
     wanted = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
-    if ours and 0 < len(samples) < wanted:
-        if exhausted and not getattr(self, "bond_trained", False):
-            raise ValueError(_too_few(len(samples) // self.args.rollout.n_samples_per_prompt, self.args))
-        print(
-            f"bond: the last {len(samples)} samples of the episode are fewer than --rollout.batch_size x "
-            f"--rollout.n_samples_per_prompt = {wanted} and are not used",
-            flush=True,
-        )
+    if ours and len(samples) < wanted:
+        if len(self.prompts_dataloader) < self.args.rollout.batch_size:  # an asynchronous run has it only here
+            raise ValueError(_too_few(len(self.prompts_dataloader), self.args))
+        if samples or prompts:
+            print(
+                f"bond: {len(samples)} samples are left at the end of the episode, fewer than --rollout.batch_size x "
+                f"--rollout.n_samples_per_prompt = {wanted}, and are not used",
+                flush=True,
+            )
         samples = []
-    self.bond_trained = getattr(self, "bond_trained", False) or bool(samples)
     return samples, pass_rate, prompts, exhausted
 
 

@@ -325,6 +325,7 @@ def save_ckpt(original: Any, self: Any, model: Any, save_dir: str, tag: str | No
 def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, *args: Any, **kwargs: Any) -> Any:
     """Resuming takes the anchor from the checkpoint, never from the pretrained model."""
     load_path, states = original(self, model, load_dir, *args, **kwargs)
+    _restore_momentum_type(engine_of(model).optimizer)
     kept = of(model)
     if kept is not None and "anchor" in kept and load_path is not None:
         tag = (
@@ -339,6 +340,13 @@ def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, *args: Any, *
             )
         kept.load_anchor_state(torch.load(path, map_location="cpu", weights_only=True), path)
     return load_path, states
+
+
+def _restore_momentum_type(optimizer: Any) -> None:
+    """Muon's momentum in the gradients' type, as ZeRO-1 and 2 make it: a checkpoint brings it in the masters'."""
+    for state in getattr(getattr(optimizer, "optimizer", None), "state", {}).values():
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = state["momentum_buffer"].to(optimizer.gradient_accumulation_dtype)
 
 
 def save_model(original: Any, self: Any, model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
