@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, Run, Tiny, recipe_for, to_argv
+from conftest import REPOSITORY, Run, Tiny, recipe_for, to_argv, with_flags
 from test_distributed import launch
 
 
@@ -35,7 +35,8 @@ def test_a_flash_attn_that_is_installed_is_left_alone_on_cpu(tiny: Tiny, tmp_pat
     """As on a machine with GPUs under --bond.device cpu: its kernels would fail there, so none may be imported."""
     package = tmp_path / "flash_attn"
     package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('flash-attn was imported')")
+    (package / "__init__.py").write_text("")
+    (package / "bert_padding.py").write_text("raise RuntimeError('flash-attn was imported')")
     launch("packing.py", 1, tiny.model, tmp_path / "out.json", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
 
 
@@ -68,7 +69,7 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, d
     folder = tmp_path_factory.mktemp("batches")
     path = folder / "flags.json"
     common = {**recipe_for(tiny), "algo.kl.init_coef": 0.0}
-    path.write_text(json.dumps({kind: to_argv({**common, **flags}) for kind, flags in KINDS.items()}))
+    path.write_text(json.dumps({kind: to_argv(with_flags(common, flags)) for kind, flags in KINDS.items()}))
     found = {}
     for ranks, runs in RUNS.items():
         out = folder / f"{ranks}.pt"

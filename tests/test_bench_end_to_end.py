@@ -18,8 +18,9 @@ PROMPTS = 6
 @pytest.fixture(scope="module")
 def matrix(tiny: Tiny) -> dict[str, Any]:
     common = {**recipe_for(tiny), "data.max_samples": 32}
-    for name in ("algo.advantage.estimator", "train.batch_size"):
+    for name in ("algo.advantage.estimator", "bond.n_anchor_samples", "train.batch_size"):
         common.pop(name)
+    printed = {"algo.advantage.estimator": "jbond", "bond.n_anchor_samples": 2, "train.batch_size": 16}
     return {
         "title": "two algorithms and a mistake",
         "common": nested(common),
@@ -28,12 +29,10 @@ def matrix(tiny: Tiny) -> dict[str, Any]:
         "methods": {
             "jbond": {
                 "label": "J-BOND",
-                "flags": nested({"algo.advantage.estimator": "jbond", "train.batch_size": 16}),
+                "flags": nested(printed),
             },
             "broken": {
-                "flags": nested({
-                    "algo.advantage.estimator": "jbond", "train.batch_size": 16, "bond.max_engine_gap": 1e-12,
-                })
+                "flags": nested({**printed, "bond.max_engine_gap": 1e-12})
             },
             "rloo": {
                 "flags": nested({

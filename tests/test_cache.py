@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, clean_environment, execute, recipe_for, to_argv
+from conftest import Tiny, clean_environment, execute, recipe_for, to_argv, with_flags
 
 from bond_plugin import cache, fingerprints
 from bond_plugin.cache import CacheError, PromptError, read_cache
@@ -654,7 +654,7 @@ def bond_cache(tiny: Tiny, tmp_path: Path) -> Callable[..., list[str]]:
     """``bond_cache(output, **flags)``: the command line of ``bond cache`` for a BOND run on 26 prompts."""
 
     def build(output: Path, **flags: Any) -> list[str]:
-        wanted = {**recipe_for(tiny), "algo.advantage.estimator": "bond", **flags}
+        wanted = with_flags(recipe_for(tiny), {"algo.advantage.estimator": "bond", **flags})
         wanted |= {"cache.output": output, "cache.samples": 24, "cache.chunk": 48}
         return [sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted)]
 

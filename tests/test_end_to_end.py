@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from conftest import REPOSITORY, Run, Tiny, clean_environment, execute, recipe_for, to_argv
+from conftest import REPOSITORY, Run, Tiny, clean_environment, execute, recipe_for, to_argv, with_flags
 
 pytestmark = pytest.mark.e2e
 
@@ -369,14 +369,9 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
 
         # Submitted: Best-of-N fine-tuning.
         folder = tmp_path / "submitted"
-        wanted = {
-            **recipe_for(tiny),
-            "bond.device": "cpu",
-            "algo.advantage.estimator": "bon_sft",
-            "bond.n": 4,
-            "ckpt.output_dir": str(folder / "out"),
-            "ckpt.path": str(folder / "ckpt"),
-        }
+        tuning = {"bond.device": "cpu", "algo.advantage.estimator": "bon_sft", "bond.n": 4}
+        folders = {"ckpt.output_dir": str(folder / "out"), "ckpt.path": str(folder / "ckpt")}
+        wanted = with_flags(recipe_for(tiny), {**tuning, **folders})
         submitted = execute(
             [str(ray), "job", "submit", f"--address={dashboard}", "--runtime-env-json",
              json.dumps({"env_vars": {"NCCL_DEBUG": "WARN", "HF_HUB_OFFLINE": "1"}}), "--",

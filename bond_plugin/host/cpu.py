@@ -97,9 +97,8 @@ def flash_attn_stand_in() -> Iterator[None]:
         "flash_attn.utils": {},
         "flash_attn.utils.distributed": {"all_gather": _no_ring_attention},
     }
-    if sys.modules.get("flash_attn") is not None:
-        yield
-        return
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]  # transformers may have looked at one that is installed
     for name, functions in names.items():
         module = types.ModuleType(name)
         module.__path__ = []

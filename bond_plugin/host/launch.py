@@ -125,6 +125,7 @@ def _before_ray(run: flags.Invocation) -> None:
 
     args = run.args
     assert args is not None
+    meant_for_cpu = args.bond.device == "cpu"
     args.bond.device = os.environ[DEVICE_VARIABLE]
     try:
         hooks.check_all()
@@ -134,7 +135,7 @@ def _before_ray(run: flags.Invocation) -> None:
             problems += [f"{line} (--bond.strict)" for line in aside]
         else:
             notes += aside
-        if run.dry_run and "bond.device" not in run.given:
+        if run.dry_run and not meant_for_cpu:
             notes += [f"this machine cannot run it: {line}" for line in checks.impediments(args)]
         else:
             problems += checks.impediments(args)
