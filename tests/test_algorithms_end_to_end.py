@@ -126,7 +126,8 @@ def test_vbon_on_rloo_on_two_ranks_from_a_recipe(
         tmp_path / "recipe.yaml",
     )
     ours = {"recipe": str(recipe), "algo.advantage.estimator": None, "actor.num_gpus_per_node": None,
-            "actor.adam.lr": None, "train.batch_size": None, "train.micro_batch_size": None}  # fmt: skip
+            "actor.adam.lr": None, "rollout.n_samples_per_prompt": None, "train.batch_size": None,
+            "train.micro_batch_size": None}  # fmt: skip
     done = bond(tmp_path, ours)
     steps = done.metrics
     assert len(steps) == 9
