@@ -25,8 +25,13 @@ RECIPES = {path.relative_to(REPOSITORY / "recipes").as_posix(): path for path in
 RECIPES = {name: path for name, path in RECIPES.items() if path.suffix in (".py", ".yaml")}
 
 
+def environment() -> dict[str, str]:
+    """Without a path by which the wheel's environment would find the package of this tree instead."""
+    return {name: value for name, value in clean_environment().items() if name != "PYTHONPATH"}
+
+
 def run(*command: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess:
-    done = subprocess.run(list(map(str, command)), env=clean_environment(), capture_output=True, **options)
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, **options)
     assert done.returncode == 0 or not check, (done.stdout + done.stderr).decode()[-4000:]
     return done
 
@@ -99,7 +104,9 @@ def test_recipes_of_an_installed_wheel_are_the_repositorys(bond_elsewhere: Path,
     assert b"bond recipes" in run(bond_elsewhere, "--help").stdout
     reader, writer = os.pipe()
     os.close(reader)  # as `head` does when it has seen enough
-    ended = subprocess.run([bond_elsewhere, "recipes"], stdout=writer, stderr=subprocess.PIPE, check=True)
+    ended = subprocess.run(
+        [bond_elsewhere, "recipes"], env=environment(), stdout=writer, stderr=subprocess.PIPE, check=True
+    )
     os.close(writer)
     assert not ended.stderr
 
