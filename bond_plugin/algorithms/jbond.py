@@ -27,8 +27,7 @@ anchor sample is drawn among equals (seeded), and the reward of Eq. 17 is its ex
 
 That is ``--bond.n_anchor_samples 2`` (or more: the target is Best-of-m, Eq. 17 becomes -2^m log 2 and counts m - 1
 times). By default no sample of the anchor is drawn: the same target, Best-of-``--bond.n`` of the anchor, is estimated
-from the policy's samples alone, in the pooled form of :mod:`bond_plugin.algorithms.pooled`, which learns three times
-as much from a response.
+from the policy's samples alone, in the pooled form of :mod:`bond_plugin.algorithms.pooled`.
 """
 
 from __future__ import annotations

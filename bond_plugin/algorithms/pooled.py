@@ -80,11 +80,8 @@ class Pool:
         moved = torch.zeros_like(log_ratio)
         if batch.behaviour_log_ratios is not None:
             moved[:, :n] = batch.behaviour_log_ratios
-        weights, policy = mixture_weights(moved, moved - log_ratio, n)
-        if batch.behaviour_log_ratios is None:
-            own_anchor, own_policy = weights, policy
-        else:
-            own_anchor, own_policy = mixture_weights(torch.zeros_like(moved), -log_ratio, n)
+        weights, _ = mixture_weights(moved, moved - log_ratio, n)
+        own_anchor, own_policy = mixture_weights(torch.zeros_like(moved), -log_ratio, n)
         return cls(
             n=n,
             rewards=rewards,

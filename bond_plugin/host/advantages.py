@@ -34,7 +34,7 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
     found = algorithm.advantages(inputs)
     batch.spread(found.advantages)
 
-    self.bond_metrics = {**found.metrics, **of_step(inputs, batch, under)}
+    self.bond_metrics = {**found.metrics, **of_step(inputs)}
     if all(e.rollout_log_probs is not None for e in experiences):
         rows = torch.ones(batch.size, dtype=torch.bool)
         # An asynchronous run's samples are an earlier policy's: there the gap is no sign of a broken engine.

@@ -132,7 +132,7 @@ def inputs_of(
     )
 
 
-def of_step(inputs: AdvantageInputs, batch: Batch, under: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+def of_step(inputs: AdvantageInputs) -> dict[str, float]:
     """What is shown of every step, whatever the algorithm."""
     found = {"reward/policy": inputs.rewards.mean().item()}
     if inputs.reference_log_ratios is not None:
@@ -189,7 +189,7 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     companion_rows[:, n:] = True
     companion_rows = batch.in_turn(companion_rows)
     metrics = rollouts.metrics
-    metrics |= {**found.metrics, **of_step(inputs, batch, under)}
+    metrics |= {**found.metrics, **of_step(inputs)}
     metrics[f"reward/{wants.source}"] = companion_rewards.mean().item()
     metrics |= _engine_gaps(experiences, under, wants.source, companion_rows, algorithm.config)
 
