@@ -123,6 +123,12 @@ def test_more_samples_and_larger_n(n: int) -> None:
     torch.testing.assert_close(expected(ours.advantages, STRICT, samples=3, prompts=1), found, rtol=1e-10, atol=1e-12)
 
 
+def test_of_three_samples_equals_count_one_half_each() -> None:
+    """Two equals tell it from the mean over their random orders, which of one is one half as well."""
+    found = expected(JBOND(JBONDConfig(beta=1.0)).advantages, TIED, samples=3, prompts=1)
+    torch.testing.assert_close(found, wanted(2, TIED, 3, 1.0), rtol=1e-10, atol=1e-12)
+
+
 def test_a_single_prompt_has_a_constant_for_its_baseline() -> None:
     config = JBONDConfig(beta=1.0)
     found = expected(JBOND(config).advantages, STRICT, samples=3, prompts=1)
