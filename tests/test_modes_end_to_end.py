@@ -71,7 +71,6 @@ def test_asynchronous_partial_rollouts_with_reward_actors_and_resume(
         assert "vllm_kl" in step
         assert 0 < step["bond/ess"] <= 1 + 1e-9
     assert again[2]["bond/kl_ref"] != 0  # the policy of the checkpoint, and not the initial one
-    assert again[-1]["bond/kl_ref"] > 0
 
 
 def test_two_ranks_with_several_steps_and_epochs_filtering_and_evaluation(
@@ -178,7 +177,9 @@ def test_two_turn_agent_with_muon_prompt_mean_loss_and_resume(bond: Callable[...
         assert step["bond/ess"] == pytest.approx(1)
         assert 1.5 < step["turns"] <= 2
         assert step["rollout/response_length_mean"] > step["response_length"] - 1e-6
-    assert again[3]["bond/kl_ref"] > steps[1]["bond/kl_ref"] > steps[0]["bond/kl_ref"] == 0
+    # The estimate of a KL, from few tokens, may be of either sign; 0 is what the resumed policy as reference would give.
+    assert steps[0]["bond/kl_ref"] == 0
+    assert all(abs(step["bond/kl_ref"]) > 1e-4 for step in (steps[1], again[3]))
     assert mean(step["reward/policy"] for step in again[-2:]) > steps[0]["reward/policy"]
 
 
