@@ -12,14 +12,17 @@ import pytest
 import torch
 from conftest import Tiny, moved_model
 
-from bond_plugin.bench import measure
+from bond_plugin.bench.measure import Job, _plain, numbers
 from bond_plugin.bestofn import bon_log_probs, level_probabilities
-from bond_plugin.host.engine import Samples
 from bond_plugin.host.rewards import RewardError
+from bond_plugin.offline import measure, scoring
+from bond_plugin.offline.engine import PromptSamples
+from bond_plugin.offline.measure import Scored, TokenizerError
 
 PROMPTS = [[5, 6, 7], [10], [20, 21]]
 VOCABULARY = 32
 N = 4
+PAIRS = [("p", "")] * len(PROMPTS)
 COUNT = 4000  # samples a prompt
 Q = 2000  # of them for quantiles
 
@@ -40,10 +43,30 @@ def log_probs(path: Path) -> torch.Tensor:
     return torch.log_softmax(torch.stack(logits), dim=-1)
 
 
-def draw(logs: torch.Tensor, values: torch.Tensor, seed: int) -> tuple[Samples, torch.Tensor]:
+def samples_of(tokens: list[list[int]], prompts: list[list[int]] = PROMPTS) -> list[PromptSamples]:
+    """Responses of one token, ``tokens`` [P][K]."""
+    return [
+        PromptSamples(ids, [[t] for t in row], [f"p{t}" for t in row], [])
+        for ids, row in zip(prompts, tokens, strict=True)
+    ]
+
+
+def draw(logs: torch.Tensor, values: torch.Tensor, seed: int) -> Scored:
     tokens = torch.multinomial(logs.exp(), COUNT, replacement=True, generator=torch.Generator().manual_seed(seed))
-    samples = Samples(PROMPTS, tokens[:, :, None].tolist(), [[f"p{t}" for t in row] for row in tokens.tolist()])
-    return samples, values.gather(-1, tokens)
+    return Scored(samples_of(tokens.tolist()), values.gather(-1, tokens))
+
+
+def job_for(model: Path, tiny: Tiny, settings: dict[str, Any], is_reference: bool = False) -> Job:
+    return Job(
+        model=str(model),
+        reference=str(tiny.model),
+        output="",
+        reference_samples="",
+        rows=[],
+        configuration={"rollout": {"max_new_tokens": 1, "temperature": 1.0}},
+        evaluation=settings,
+        is_reference=is_reference,
+    )
 
 
 @pytest.fixture(scope="module", params=["strict", "tied"])
@@ -52,23 +75,12 @@ def case(request: pytest.FixtureRequest, tiny: Tiny, moved: Path) -> SimpleNames
     if request.param == "tied":
         values = (values > 0.6).double()
     reference, policy = log_probs(tiny.model), log_probs(moved)
-    kept, kept_rewards = draw(reference, values, 1)
-    drawn, rewards = draw(policy, values, 2)
+    kept = draw(reference, values, 1)
     settings = {
         "samples": COUNT, "quantile_samples": Q, "bon_levels": [N], "forward_samples": 400, "examples": 2,
     }  # fmt: skip
-    job = measure.Job(
-        model=str(moved),
-        reference=str(tiny.model),
-        output="",
-        reference_samples="",
-        prompts=["p"] * len(PROMPTS),
-        labels=None,
-        configuration={"rollout": {"max_new_tokens": 1, "temperature": 1.0}},
-        evaluation=settings,
-        is_reference=False,
-    )
-    found = measure.evaluate(job, drawn, rewards, {**vars(kept), "rewards": kept_rewards.tolist()})
+    job = job_for(moved, tiny, settings)
+    found = numbers(job, PAIRS, draw(policy, values, 2), kept)
     return SimpleNamespace(found=found, values=values, reference=reference, policy=policy, job=job, kept=kept)
 
 
@@ -113,10 +125,8 @@ def test_zero_one_rewards_have_pass_at_k(case: SimpleNamespace) -> None:
 
 
 def test_the_reference_is_at_its_own_place(case: SimpleNamespace, tiny: Tiny) -> None:
-    settings = {**case.job.evaluation, "samples": 1000}
-    job = replace(case.job, model=str(tiny.model), evaluation=settings, is_reference=True)
-    rewards = case.values.gather(-1, torch.tensor(case.kept.response_ids)[..., 0])
-    found = measure.evaluate(job, case.kept, rewards, {**vars(case.kept), "rewards": rewards.tolist()})
+    job = job_for(tiny.model, tiny, {**case.job.evaluation, "samples": 1000}, is_reference=True)
+    found = numbers(job, PAIRS, case.kept, case.kept)
     assert found["kl"] == [0.0] * len(PROMPTS)
     close(found["win_rate"], torch.full((len(PROMPTS),), 0.5), 0.05)
     best = bon_log_probs(case.reference, case.values, N)
@@ -125,17 +135,18 @@ def test_the_reference_is_at_its_own_place(case: SimpleNamespace, tiny: Tiny) ->
 
 
 def test_another_tokenizer_is_refused(case: SimpleNamespace) -> None:
-    drawn = Samples([[1], [2], [3]], case.kept.response_ids, case.kept.queries)
-    with pytest.raises(ValueError, match="tokenize the prompts differently"):
-        measure.evaluate(case.job, drawn, torch.zeros(3, COUNT), {**vars(case.kept), "rewards": []})
+    drawn = Scored(samples_of([[5]] * 3, [[1], [2], [3]]), torch.zeros(3, 1))
+    with pytest.raises(TokenizerError, match="tokenize the prompts differently"):
+        numbers(case.job, PAIRS, drawn, case.kept)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_reward_that_is_no_number_is_an_error_that_names_the_prompt(case: SimpleNamespace, value: float) -> None:
+def test_a_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: float) -> None:
+    def score(prompt: str, label: Any, samples: PromptSamples) -> list[float]:
+        return [value if prompt == "second" else 0.5]
+
     with pytest.raises(RewardError, match="'second'"):
-        measure.scores(
-            lambda prompt, *_: [value if prompt == "second" else 0.5], ["p", "second", "p"], None, case.kept
-        )
+        scoring.rewards(score, [("p", ""), ("second", ""), ("p", "")], samples_of([[5]] * 3))
 
 
 def test_the_reference_draws_by_another_seed(case: SimpleNamespace) -> None:
@@ -159,7 +170,7 @@ def test_distinct_n() -> None:
 
 
 def test_numbers_keep_five_digits() -> None:
-    value: dict[str, Any] = measure._plain({"a": torch.tensor([math.pi * 1e-7, -12345.678])})
+    value: dict[str, Any] = _plain({"a": torch.tensor([math.pi * 1e-7, -12345.678])})
     assert value == {"a": [3.1416e-07, -12346.0]}
 
 
@@ -168,19 +179,13 @@ def test_few_samples_by_hand(tiny: Tiny, moved: Path, is_reference: bool) -> Non
     """Which of the reference's samples a policy, and the reference itself, is compared with; each counts here."""
     model = tiny.model if is_reference else moved
     settings = {"samples": 2, "quantile_samples": 2, "bon_levels": [2], "forward_samples": 1, "examples": 0}
-    job = measure.Job(
-        model=str(model), reference=str(tiny.model), output="", reference_samples="", prompts=["p"] * 3, labels=None,
-        configuration={"rollout": {"max_new_tokens": 1, "temperature": 1.0}}, evaluation=settings,
-        is_reference=is_reference,
-    )  # fmt: skip
-    tokens = [5, 6, 7, 8, 9, 10]
-    kept = Samples(PROMPTS, [[[t] for t in tokens]] * 3, [["p"] * 6] * 3)
-    reference = torch.tensor([[3.0, 1.0, 2.0, 7.0, 0.0, 5.0]] * 3, dtype=torch.float64)
-    drawn, rewards = kept, reference
+    kept = Scored(
+        samples_of([[5, 6, 7, 8, 9, 10]] * 3), torch.tensor([[3.0, 1.0, 2.0, 7.0, 0.0, 5.0]] * 3, dtype=torch.float64)
+    )
+    drawn = kept
     if not is_reference:
-        drawn = Samples(PROMPTS, [[[11], [12]]] * 3, [["p"] * 2] * 3)
-        rewards = torch.tensor([[3.0, 6.0]] * 3, dtype=torch.float64)
-    found = measure.evaluate(job, drawn, rewards, {**vars(kept), "rewards": reference.tolist()})
+        drawn = Scored(samples_of([[11, 12]] * 3), torch.tensor([[3.0, 6.0]] * 3, dtype=torch.float64))
+    found = numbers(job_for(model, tiny, settings, is_reference), PAIRS, drawn, kept)
 
     def same(key: str, value: float) -> None:
         assert found[key] == pytest.approx([value] * 3, rel=1e-4), key

@@ -71,7 +71,7 @@ def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with
     matrix = Matrix("", {}, Evaluation("x"), (cell,))
 
     def started() -> runner.Runner:
-        return runner.Runner(matrix, runner.Settings(tmp_path), ([], None), None, print)
+        return runner.Runner(matrix, runner.Settings(tmp_path), [], None, print)
 
     def finished(cell: Cell, reference: str = "first") -> dict | None:
         return started().finished(cell, reference)
@@ -102,33 +102,35 @@ def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path
     reward.write_text("one")
     matrix = Matrix("", {}, Evaluation("x"), ())
 
-    def key(matrix: Matrix = matrix, prompt: str = "a", labels: list | None = None, length: int = 8) -> str:
+    def key(matrix: Matrix = matrix, prompt: str = "a", label: str = "", length: int = 8, chat: bool = False) -> str:
         configuration = {
             "actor": {"model_name_or_path": str(tmp_path)},
             "reward": {"remote_url": [str(reward)]},
             "rollout": {"max_new_tokens": length},
+            "data": {"apply_chat_template": chat, "input_template": None},
         }
-        return runner.Runner(matrix, runner.Settings(tmp_path), ([prompt], labels), None, print)._reference_key(
-            configuration
-        )
+        rows = [{"input": prompt, "label": label}]
+        return runner.Runner(matrix, runner.Settings(tmp_path), rows, None, print)._reference_key(configuration)
 
     first = key()
     assert key(replace(matrix, title="another")) == first
     more = replace(matrix, evaluation=Evaluation("x", samples=17))
-    others = [key(more), key(prompt="b"), key(labels=["1"]), key(length=9)]
+    labelled = replace(matrix, evaluation=Evaluation("x", label_key="answer"))
+    others = [key(more), key(prompt="b"), key(labelled, label="1"), key(labelled, label="2"), key(length=9)]
+    others.append(key(chat=True))
     reward.write_text("two")
     others.append(key())
     reward.write_text("one")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     others.append(key())
-    assert len({first, *others}) == 7
+    assert len({first, *others}) == 9
 
 
 def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cells = [Cell("a", "", {}, seed, {}, {}) for seed in (1, 2)]
-    made = runner.Runner(Matrix("", {}, Evaluation("x"), ()), runner.Settings(tmp_path), ([], None), None, print)
+    made = runner.Runner(Matrix("", {}, Evaluation("x"), ()), runner.Settings(tmp_path), [], None, print)
     made.configurations = {
         one.name: {"bond": {"device": "cuda"}, "gpu_slots": {"actor": 1, "vllm": 1}} for one in cells
     }
@@ -143,7 +145,7 @@ def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.Monke
 def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
     cell = Cell("a", "", {}, 1, {}, {})
     processes = runner.Processes()
-    made = runner.Runner(Matrix("", {}, Evaluation("x"), ()), runner.Settings(tmp_path), ([], None), processes, print)
+    made = runner.Runner(Matrix("", {}, Evaluation("x"), ()), runner.Settings(tmp_path), [], processes, print)
     made.configurations = {cell.name: {"bond": {"device": "cpu"}}}
     processes.stop()
     with pytest.raises(runner.BenchError):

@@ -21,9 +21,11 @@ import pytest
 import torch
 from conftest import Tiny, clean_environment, execute, recipe_for, to_argv, with_flags
 
-from bond_plugin import cache, fingerprints
-from bond_plugin.cache import CacheError, PromptError, read_cache
-from bond_plugin.host.engine import PromptSamples
+from bond_plugin.offline import engine, fingerprints
+from bond_plugin.offline import reward_cache as cache
+from bond_plugin.offline.engine import PromptSamples
+from bond_plugin.offline.prompts import DataError, tokenizer_of, training_prompts
+from bond_plugin.offline.reward_cache import CacheError, PromptError, read_cache
 
 RECORD = {"model": {"name": "m", "sha256": "aa"}, "temperature": 1.0, "samples": 3, "seed": 0}
 
@@ -324,21 +326,21 @@ def run(tiny: Tiny, dry: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 def cached(path: Path, args: SimpleNamespace, samples: int = 4, **changes: Any) -> Path:
     """A cache for a run, with made-up rewards."""
-    from bond_plugin.host import caching
+    from bond_plugin.offline import make_cache
 
-    tokenizer = caching.tokenizer_of(args)
-    record = {**caching.record_of(args, tokenizer), "samples": samples, "seed": 0, **changes}
+    tokenizer = tokenizer_of(args)
+    record = {**make_cache.record_of(args, tokenizer), "samples": samples, "seed": 0, **changes}
     with cache.Writer(path, record) as writer:
-        for i, (prompt, label) in enumerate(caching.training_prompts(args, tokenizer)):
+        for i, (prompt, label) in enumerate(training_prompts(args, tokenizer)):
             writer.append(prompt, [i + j / 10 for j in range(samples)], label=label)
     return path
 
 
 def test_prompts_are_those_of_the_hosts_own_loader(run: Callable, tiny: Tiny, tmp_path: Path) -> None:
-    from bond_plugin.host import caching
+    from bond_plugin.offline import make_cache
 
     args = run({"data.input_template": "Q: {} A:", "data.max_samples": 30})
-    found = caching.training_prompts(args, caching.tokenizer_of(args))
+    found = training_prompts(args, tokenizer_of(args))
     texts = [json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()[:30]]
     assert found == [(f"Q: {text} A:", "") for text in dict.fromkeys(texts)]  # 26 different ones
     assert len(found) == 26
@@ -346,33 +348,33 @@ def test_prompts_are_those_of_the_hosts_own_loader(run: Callable, tiny: Tiny, tm
     chats = tmp_path / "chats.jsonl"
     chats.write_text(lines({"input": [{"role": "user", "content": "hi"}], "answer": 7}))
     args.data.prompt_dataset, args.data.label_key, args.data.input_template = str(chats), "answer", None
-    with pytest.raises(CacheError, match=r"add --data.apply_chat_template"):
-        caching.training_prompts(args, caching.tokenizer_of(args))
+    with pytest.raises(DataError, match=r"set --data.apply_chat_template"):
+        training_prompts(args, tokenizer_of(args))
     args.data.input_key = "question"
-    with pytest.raises(CacheError, match=r"no key 'question': set --data.input_key"):
-        caching.training_prompts(args, caching.tokenizer_of(args))
+    with pytest.raises(DataError, match=r"no key 'question': set --data.input_key"):
+        training_prompts(args, tokenizer_of(args))
     args.data.input_key, args.data.apply_chat_template = "input", True
-    tokenizer = caching.tokenizer_of(args)
+    tokenizer = tokenizer_of(args)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-    assert caching.training_prompts(args, tokenizer) == [("<hi>", 7)]
-    first = caching.record_of(args, tokenizer)["template"]
+    assert training_prompts(args, tokenizer) == [("<hi>", 7)]
+    first = make_cache.record_of(args, tokenizer)["template"]
     tokenizer.chat_template += "!"
-    assert caching.record_of(args, tokenizer)["template"] != first
+    assert make_cache.record_of(args, tokenizer)["template"] != first
 
 
 def test_a_run_takes_a_cache_made_for_it_and_looks_its_rewards_up(run: Callable, dry: Any, tmp_path: Path) -> None:
-    from bond_plugin.host import caching
+    from bond_plugin.offline import make_cache
 
     args = run()
     path = cached(tmp_path / "r.jsonl", args)
     args = run({"bond.reward_cache": path})
     assert args.bond.cache_samples == 4
-    prompts = [prompt for prompt, _ in caching.training_prompts(args, caching.tokenizer_of(args))]
-    found = caching.rewards_for(args, [prompts[3], prompts[0]])
+    prompts = [prompt for prompt, _ in training_prompts(args, tokenizer_of(args))]
+    found = make_cache.rewards_for(args, [prompts[3], prompts[0]])
     assert found.dtype == torch.float64
     assert found.tolist() == [torch.tensor([3 + j / 10 for j in range(4)]).tolist(), torch.arange(4).div(10).tolist()]
     path.unlink()
-    assert caching.rewards_for(args, prompts[:1]).shape == (1, 4)  # read once
+    assert make_cache.rewards_for(args, prompts[:1]).shape == (1, 4)  # read once
     vbon = {"algo.advantage.estimator": "reinforce", "reward.transform": "vbon", "reward.clip_range": None}
     done = dry({**vbon, "bond.reward_cache": path})
     assert done.status == 2
@@ -503,8 +505,6 @@ def test_prompts_are_cut_as_the_host_cuts_them(tiny: Tiny, length: int, max_new_
     from openrlhf.utils.agent import SingleTurnAgentExecutor
     from vllm import SamplingParams
 
-    from bond_plugin.host import engine
-
     asked: list[tuple[list[int], int]] = []
 
     class Engine:
@@ -517,8 +517,7 @@ def test_prompts_are_cut_as_the_host_cuts_them(tiny: Tiny, length: int, max_new_
     prompt = "abcdefghijklmnopqrstuvwxyz"[:length]
     params = SamplingParams(max_tokens=max_new_tokens)
     asyncio.run(SingleTurnAgentExecutor().execute(prompt, "", params, 16, tokenizer, Engine()))
-    job = {"max_new_tokens": max_new_tokens, "max_len": 16}
-    assert asked == [engine._fit(tokenizer(text=prompt, add_special_tokens=False)["input_ids"], job)]
+    assert asked == [engine.prompt_tokens(tokenizer, prompt, max_new_tokens, 16)]
 
 
 def samples_of(*queries: str) -> PromptSamples:
@@ -526,10 +525,10 @@ def samples_of(*queries: str) -> PromptSamples:
 
 
 def test_rewards_of_a_python_file_and_their_errors(tiny: Tiny, tmp_path: Path) -> None:
-    from bond_plugin.host import caching
     from bond_plugin.host.rewards import RewardError
+    from bond_plugin.offline import scoring
 
-    assert caching.RemoteScore([str(tiny.reward)])("ab", "", samples_of("abab", "abbb<eos>")) == [0.5, 0.0]
+    assert scoring.RemoteScore([str(tiny.reward)])("ab", "", samples_of("abab", "abbb<eos>")) == [0.5, 0.0]
     path = tmp_path / "reward.py"
     for body, says in (
         ("raise KeyError('the judge')", r"failed on the prompt 'ab': KeyError\('the judge'\)"),
@@ -538,15 +537,15 @@ def test_rewards_of_a_python_file_and_their_errors(tiny: Tiny, tmp_path: Path) -
     ):
         path.write_text(f"def reward_func(queries, prompts, labels):\n    {body}\n")
         with pytest.raises(RewardError, match=says) as caught:
-            caching.RemoteScore([str(path)])("ab", "", samples_of("abab"))
+            scoring.RemoteScore([str(path)])("ab", "", samples_of("abab"))
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(RewardError, match=r"cannot be loaded.*nothing_of_this_name") as caught:
-        caching.scorer(SimpleNamespace(reward=SimpleNamespace(remote_url=[str(path)])), None)
+        scoring.scorer(SimpleNamespace(reward=SimpleNamespace(remote_url=[str(path)])), None)
     assert caught.value.__cause__ is not None
 
 
 def test_rewards_of_a_server_in_the_hosts_format() -> None:
-    from bond_plugin.host import caching
+    from bond_plugin.offline import scoring
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -564,14 +563,14 @@ def test_rewards_of_a_server_in_the_hosts_format() -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/score"
-        assert caching.RemoteScore([url])("ab", 0.5, samples_of("ab", "abcd")) == [0.5, 2.5]
+        assert scoring.RemoteScore([url])("ab", 0.5, samples_of("ab", "abcd")) == [0.5, 2.5]
         server.shutdown()
 
 
 def test_rewards_of_a_reward_model_do_not_depend_on_padding(run: Callable, tiny: Tiny, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
-    from bond_plugin.host import caching
+    from bond_plugin.offline import make_cache, scoring
 
     torch.manual_seed(3)
     config = AutoConfig.from_pretrained(tiny.model)
@@ -582,10 +581,10 @@ def test_rewards_of_a_reward_model_do_not_depend_on_padding(run: Callable, tiny:
     args = run(
         {"reward.remote_url": None, "reward.model_name_or_path": tmp_path / "rm", "rollout.micro_batch_size": 2}
     )
-    assert caching.record_of(args, caching.tokenizer_of(args))["reward"]["kind"] == "model"
+    assert make_cache.record_of(args, tokenizer_of(args))["reward"]["kind"] == "model"
     responses = [[5, 6, 7, 8, 1], [9], [9, 10]]
     samples = PromptSamples([2, 3, 4], responses, [""] * 3, [""] * 3)
-    found = caching.scorer(args, caching.tokenizer_of(args))("", "", samples)
+    found = scoring.scorer(args, tokenizer_of(args))("", "", samples)
     for ids, reward in zip(responses, found, strict=True):
         with torch.no_grad():
             hidden = model.model(torch.tensor([[2, 3, 4, *ids]])).last_hidden_state[0, -1]
@@ -597,7 +596,7 @@ def test_a_failing_reward_stops_with_its_traceback_and_loses_nothing(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """All of ``bond cache`` but vLLM."""
-    from bond_plugin.host import caching, engine
+    from bond_plugin.offline import make_cache
 
     def stream(
         model: str, prompts: list[str], n: int, *, chunk: int, **settings: Any
@@ -622,7 +621,7 @@ def test_a_failing_reward_stops_with_its_traceback_and_loses_nothing(
     args.cache = SimpleNamespace(output=str(path), samples=2, seed=5, responses=False, chunk=3)
 
     monkeypatch.setenv("BAD", "hknq")
-    assert caching.make(args) == 1
+    assert make_cache.make(args) == 1
     printed = capfd.readouterr().err
     assert "bond cache: error: the reward" in printed
     assert "failed on the prompt 'hknq': ZeroDivisionError('nothing to divide by')" in printed
@@ -631,18 +630,18 @@ def test_a_failing_reward_stops_with_its_traceback_and_loses_nothing(
     monkeypatch.delenv("BAD")
 
     monkeypatch.setenv("NAN", "vybe")
-    assert caching.make(args) == 1
+    assert make_cache.make(args) == 1
     assert "prompt 'vybe': a reward is nan" in capfd.readouterr().err
     monkeypatch.delenv("NAN")
     assert len(read_cache(path)) == 3
 
-    assert caching.make(args) == 0
+    assert make_cache.make(args) == 0
     assert "5 prompts x 2 samples\n  mean reward        5.5000" in capfd.readouterr().out
     assert path.read_text().splitlines()[2] == '{"prompt": "hknq", "rewards": [5.0, 6.0]}'
-    assert caching.make(args) == 0
+    assert make_cache.make(args) == 0
     assert "5 prompts are there already" in capfd.readouterr().out
     args.rollout.temperature = 0.5
-    assert caching.make(args) == 1
+    assert make_cache.make(args) == 1
     assert "--rollout.temperature: 1.0 in the cache, 0.5 in this run" in capfd.readouterr().err
 
 

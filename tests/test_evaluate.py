@@ -5,23 +5,26 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import Tiny, clean_environment, moved_model
 
-from bond_plugin import evaluation
+from bond_plugin.bench import figures, two
+from bond_plugin.bench.resampling import Estimate
 from bond_plugin.bestofn.estimates import expected_max
 from bond_plugin.cli import evaluate as command
-from bond_plugin.host import engine
+from bond_plugin.host import metrics as metrics_file
+from bond_plugin.offline import engine, likelihood, measure, scoring
 
 PNG = b"\x89PNG\r\n"
 EOS = 1
@@ -121,6 +124,7 @@ MISTAKES: dict[str, tuple[Callable[[Tiny, Path], dict[str, Any]], Sequence[str]]
         lambda t, p: {"prompts": write(p / "x.jsonl", '{"input": ""}\n')},
         ["--prompts", "line 1", "non-empty"],
     ),
+    "no place for the prompt": (lambda t, p: {"input_template": "Q: "}, ["--input-template", "{}"]),
     "chat prompt": (
         lambda t, p: {"prompts": write(p / "x.jsonl", '{"input": [{"role": "user"}]}\n')},
         ["--prompts", "chat template"],
@@ -156,8 +160,7 @@ def test_mistakes_are_named_before_anything_is_sampled(
     make, words = MISTAKES[mistake]
     assert command.main(argv(**make(tiny, tmp_path))) == 2
     message = capsys.readouterr().err
-    assert message.startswith("bond evaluate: error: --")
-    assert message.count("\n") == 1
+    assert message.splitlines()[-1].startswith("bond evaluate: error: --")
     for word in words:
         assert word in message
 
@@ -171,7 +174,7 @@ def test_missing_flags_are_argparse_errors(capsys: pytest.CaptureFixture[str]) -
 
 def test_importing_the_command_is_cheap() -> None:
     probe = (
-        "import sys, bond_plugin.cli.evaluate, bond_plugin.evaluation;"
+        "import sys, bond_plugin.cli.evaluate;"
         "heavy = {'torch', 'vllm', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
@@ -179,6 +182,13 @@ def test_importing_the_command_is_cheap() -> None:
 
 
 # KL.
+
+
+def response_kl(
+    model: Path, other: Path, prompts: list[list[int]], responses: list[list[list[int]]], temperature: float = 1.0
+) -> torch.Tensor:
+    """[prompts, responses of each]"""
+    return likelihood.measure(likelihood.load(model, other), prompts, responses, temperature).kl
 
 
 @functools.cache
@@ -196,7 +206,7 @@ def next_token_log_probs(path: Path, ids: Sequence[Sequence[int]], temperature: 
 
 
 def test_kl_of_a_model_from_itself_is_zero(tiny: Tiny) -> None:
-    found = evaluation.response_kl(tiny.model, tiny.model, [[5, 6], [7]], [[[3, 4, EOS]], [[9]]])
+    found = response_kl(tiny.model, tiny.model, [[5, 6], [7]], [[[3, 4, EOS]], [[9]]])
     assert found.shape == (2, 1)
     assert found.abs().max().item() < 1e-6
 
@@ -206,7 +216,7 @@ def test_kl_is_the_sum_of_the_exact_next_token_kl(tiny: Tiny, trained: Path) -> 
     prompts = [[5, 6, 7, 8, 9], [10]]
     responses = [[[3, 4, 5, EOS], [6]], [[20, 21, 22, 23, 24, 25], [7, EOS]]]
     temperature = 0.7
-    found = evaluation.response_kl(trained, tiny.model, prompts, responses, temperature)
+    found = response_kl(trained, tiny.model, prompts, responses, temperature)
     for i, j in itertools.product(range(2), range(2)):
         expected = 0.0
         for t in range(len(responses[i][j])):
@@ -230,8 +240,8 @@ def test_kl_does_not_depend_on_the_batch_with_absolute_positions(tmp_path: Path)
         torch.manual_seed(seed)
         GPT2LMHeadModel(config).save_pretrained(folder)
     prompts, responses = [[5, 6, 7, 8, 9], [10]], [[[3, 4, 5]], [[6, 7, 8, 9]]]
-    together = evaluation.response_kl(*folders, prompts, responses)
-    alone = [evaluation.response_kl(*folders, [p], [r]).item() for p, r in zip(prompts, responses, strict=True)]
+    together = response_kl(*folders, prompts, responses)
+    alone = [response_kl(*folders, [p], [r]).item() for p, r in zip(prompts, responses, strict=True)]
     assert together.flatten().tolist() == pytest.approx(alone, rel=1e-4)
     assert min(alone) > 0.1
 
@@ -244,7 +254,7 @@ def test_kl_has_the_mean_of_the_log_ratio(tiny: Tiny, trained: Path) -> None:
     seconds = [next_token_log_probs(path, continued, 1.0) for path in (trained, tiny.model)]
     log_p, log_q = (first[:, None] + second for first, second in zip(firsts, seconds, strict=True))
     responses = [list(pair) for pair in itertools.product(range(vocabulary), repeat=2)]
-    found = evaluation.response_kl(trained, tiny.model, [prompt], [responses])[0].reshape(vocabulary, vocabulary)
+    found = response_kl(trained, tiny.model, [prompt], [responses])[0].reshape(vocabulary, vocabulary)
     expected = (log_p.exp() * (log_p - log_q)).sum().item()
     assert (log_p.exp() * found).sum().item() == pytest.approx(expected, rel=1e-4)
 
@@ -252,14 +262,16 @@ def test_kl_has_the_mean_of_the_log_ratio(tiny: Tiny, trained: Path) -> None:
 # Rewards, caching and the numbers of the report, on samples that are made up.
 
 
-def test_rewards_come_in_order_from_calls_with_one_query() -> None:
-    def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> dict[str, Any]:
-        assert len(queries) == len(prompts) == len(labels) == 1
-        return {"rewards": torch.tensor([len(queries[0]) + 10 * labels[0]])}
-
-    queries = ["a" * (i % 5) for i in range(40)]
-    found = evaluation.score(reward_func, queries, ["p"] * 40, list(range(40)))
-    assert found.tolist() == [i % 5 + 10 * i for i in range(40)]
+def test_rewards_come_in_order_from_calls_with_one_query(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "reward.py",
+        "def reward_func(queries, prompts, labels):\n"
+        "    assert len(queries) == len(prompts) == len(labels) == 1\n"
+        "    return {'rewards': [len(queries[0]) + 10 * labels[0]]}\n",
+    )
+    drawn = [engine.PromptSamples([], [[]] * 8, ["a" * (j % 5) for j in range(8)], []) for _ in range(5)]
+    found = scoring.rewards(scoring.RemoteScore([str(path)]), [("p", i) for i in range(5)], drawn)
+    assert found.tolist() == [[j % 5 + 10 * i for j in range(8)] for i in range(5)]
 
 
 class FakeEngine:
@@ -270,23 +282,16 @@ class FakeEngine:
         self.calls: list[tuple[str, int]] = []
 
     def __call__(
-        self,
-        model: Path,
-        prompts: Sequence[str],
-        n: int,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        progress: Any = None,
-    ) -> engine.Samples:
+        self, model: Path, prompts: Sequence[str], n: int, *, seed: int, **settings: Any
+    ) -> list[engine.PromptSamples]:
         self.calls.append((str(model), seed))
         first = 1 if model == self.trained else 0
-        texts = [[("e" if (i + j + first) % 3 else "x") * (j % 4 + 1) for j in range(n)] for i in range(len(prompts))]
-        return engine.Samples(
-            [[5] * len(prompt) for prompt in prompts],
-            [[[6] * len(text) for text in row] for row in texts],
-            [[prompt + text for text in row] for prompt, row in zip(prompts, texts, strict=True)],
-        )
+        drawn = []
+        for i, prompt in enumerate(prompts):
+            texts = [("e" if (i + j + first) % 3 else "x") * (j % 4 + 1) for j in range(n)]
+            ids = [[6] * len(text) for text in texts]
+            drawn.append(engine.PromptSamples([5] * len(prompt), ids, [prompt + text for text in texts], texts))
+        return drawn
 
 
 @pytest.fixture
@@ -296,38 +301,45 @@ def fake(trained: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     return made
 
 
-def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: FakeEngine) -> None:
-    texts = ["ab", "cd", "ef"]
-    result = evaluation.evaluate(tiny.model, trained, texts, tiny.reward, samples=8, kl_samples=2)
+def evaluated(
+    before: Path, after: Path, reward: Path, cache: Path, prompts: Sequence[str] = ("ab", "cd"), **sampling: Any
+) -> two.BeforeAfter:
+    args = SimpleNamespace(reward=SimpleNamespace(remote_url=[str(reward)]))
+    pairs, score = [(prompt, "") for prompt in prompts], scoring.scorer(args, None)
+    how = two.Sampling(**{"samples": 8, "kl_samples": 2, **sampling})
+    return two.evaluate(before, after, pairs, score, scoring.identity(args), how, cache, lambda message: None)
+
+
+def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: FakeEngine, tmp_path: Path) -> None:
+    result = evaluated(tiny.model, trained, tiny.reward, tmp_path, ["ab", "cd", "ef"])
     before, after = (
         torch.tensor([[float((i + j + first) % 3 != 0) for j in range(8)] for i in range(3)]) for first in (0, 1)
     )
-    assert result.reward_before.mean == pytest.approx(before.mean().item())
-    assert result.reward_after.mean == pytest.approx(after.mean().item())
-    assert result.gain.mean == pytest.approx((after - before).mean().item())
+    assert result.reward_before.value == pytest.approx(before.mean().item())
+    assert result.reward_after.value == pytest.approx(after.mean().item())
+    assert result.gain.value == pytest.approx((after - before).mean().item())
     gains = (after - before).mean(dim=1)
-    assert gains.min() - 1e-9 <= result.gain.low <= result.gain.mean <= result.gain.high <= gains.max() + 1e-9
+    assert gains.min() - 1e-9 <= result.gain.low <= result.gain.value <= result.gain.high <= gains.max() + 1e-9
     pairs = (after[:, :, None] - before[:, None, :]).sign()
-    assert result.win_rate.mean == pytest.approx(((pairs + 1) / 2).mean().item())
+    assert result.win_rate.value == pytest.approx(((pairs + 1) / 2).mean().item())
     assert list(result.best_of) == [2, 4, 8]
-    assert result.best_of[4].mean == pytest.approx(expected_max(before, 4).mean().item())
+    assert result.best_of[4].value == pytest.approx(expected_max(before, 4).mean().item())
     assert result.length_before == 2.5
     assert [seed for _, seed in fake.calls] == [0, 1]
     shown = json.loads(result.to_json())
-    assert shown["best_of"]["2"]["mean"] == pytest.approx(result.best_of[2].mean)
+    assert shown["best_of"]["2"]["mean"] == pytest.approx(result.best_of[2].value)
     assert shown["examples"][0]["before"].startswith("ab")
 
 
 def test_different_tokenizers_are_refused(
-    tiny: Tiny, trained: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, trained: Path, fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sample(model: Path, *args: Any) -> engine.Samples:
-        drawn = fake(model, *args)
-        return engine.Samples([[len(str(model))]], drawn.response_ids, drawn.queries)
+    def sample(model: Path, *args: Any, **settings: Any) -> list[engine.PromptSamples]:
+        return [replace(one, prompt_ids=[len(str(model))]) for one in fake(model, *args, **settings)]
 
     monkeypatch.setattr(engine, "sample", sample)
-    with pytest.raises(evaluation.EvaluationError, match="tokenize the prompts differently"):
-        evaluation.evaluate(tiny.model, trained, ["ab"], tiny.reward, samples=2)
+    with pytest.raises(measure.TokenizerError, match="tokenize the prompts differently"):
+        evaluated(tiny.model, trained, tiny.reward, tmp_path, samples=2)
 
 
 def test_samples_and_rewards_are_reused_until_something_changes(
@@ -342,11 +354,10 @@ def test_samples_and_rewards_are_reused_until_something_changes(
     shutil.copytree(trained, model)
     reward.write_text(source)
 
-    def run(**settings: Any) -> tuple[int, int, evaluation.Evaluation]:
+    def run(**settings: Any) -> tuple[int, int, two.BeforeAfter]:
         fake.calls.clear()
         counts.write_text("")
-        settings = {"samples": 8, "kl_samples": 1, "cache_dir": tmp_path / "cache", **settings}
-        result = evaluation.evaluate(tiny.model, model, ["ab", "cd"], reward, **settings)
+        result = evaluated(tiny.model, model, reward, tmp_path / "cache", **settings)
         return len(fake.calls), len(counts.read_text()), result
 
     sampled, scored, first = run()
@@ -358,7 +369,8 @@ def test_samples_and_rewards_are_reused_until_something_changes(
     reward.write_text(source + "# edited\n")
     assert run()[:2] == (0, 32)
     assert run(seed=5)[:2] == (2, 32)
-    (model / "config.json").touch()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
     assert run()[0] == 1
     # A classifier behind the same file: the spot checks notice.
     state = write(tmp_path / "state", "0")
@@ -368,26 +380,22 @@ def test_samples_and_rewards_are_reused_until_something_changes(
     state.write_text("1")
     sampled, scored, after = run()
     assert sampled == 0
-    assert after.reward_before.mean == pytest.approx(before.reward_before.mean + 1)
+    assert after.reward_before.value == pytest.approx(before.reward_before.value + 1)
 
 
 # The picture and the table.
 
 
-def estimate(mean: float) -> evaluation.Estimate:
-    return evaluation.Estimate(mean, mean - 0.25, mean + 0.25)
+def estimate(mean: float) -> Estimate:
+    return Estimate(mean, mean - 0.25, mean + 0.25)
 
 
-def made_up(after: float) -> evaluation.Evaluation:
-    return evaluation.Evaluation(
+def made_up(after: float) -> two.BeforeAfter:
+    return two.BeforeAfter(
         before="a",
         after="b",
         prompts=64,
-        samples=16,
-        kl_samples=2,
-        max_new_tokens=32,
-        temperature=1.0,
-        seed=0,
+        sampling=two.Sampling(),
         reward_before=estimate(-123.456),
         reward_after=estimate(after),
         gain=estimate(after),
@@ -411,7 +419,7 @@ def made_up(after: float) -> evaluation.Evaluation:
     ],
 )
 def test_table_fits_a_terminal_and_says_where_the_policy_stands(after: float, says: str) -> None:
-    table = evaluation.format_table(made_up(after))
+    table = two.format_table(made_up(after))
     assert max(map(len, table.splitlines())) <= 80
     assert says in table.splitlines()[-1]
     for words in (
@@ -426,21 +434,19 @@ def test_table_fits_a_terminal_and_says_where_the_policy_stands(after: float, sa
         assert words in table
 
 
-def test_best_of_n_kl_is_that_of_the_paper() -> None:
-    assert evaluation.best_of_n_kl(1) == 0
-    assert evaluation.best_of_n_kl(4) == pytest.approx(math.log(4) - 0.75)
-
-
-@pytest.mark.parametrize("judged", [False, True])
-def test_curves_are_drawn_from_what_is_logged(judged: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", [1.0, -200.0])
+def test_curves_are_drawn_from_what_is_logged(after: float, tmp_path: Path) -> None:
     lines = [{"step": s, "reward/policy": s / 10, "bond/kl_ref": None if s == 3 else 0.1 * s} for s in range(1, 30)]
-    metrics = write(
-        tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "r'
-    )
-    assert [line["step"] for line in evaluation.read_metrics(metrics)] == list(range(1, 30))
-    evaluation.plot_curves(metrics, tmp_path / "curves.png", made_up(1.0) if judged else None)
-    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
-    assert not list(tmp_path.glob("*.partial"))
+    path = write(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "r')
+    read = metrics_file.read(path)
+    assert [line["step"] for line in read] == list(range(1, 30))
+    figure = figures.run_curves(read, made_up(after))
+    reward, kl, quantile = figure.axes
+    assert [len(line.get_xdata()) for line in reward.lines[:2]] == [29, 29]
+    assert [len(line.get_xdata()) for line in kl.lines] == [28, 28]
+    assert not quantile.lines and "not logged" in quantile.texts[0].get_text()
+    assert f"after {after:.2f}" in {text.get_text() for text in reward.texts}
+    assert figures.png(figure).startswith(PNG)
 
 
 # Real vLLM.
@@ -463,7 +469,7 @@ def test_sampling_errors_carry_the_reason(
     interpreter.chmod(0o755)
     monkeypatch.setattr(engine.sys, "executable", str(interpreter))
     with pytest.raises(engine.SamplingError, match=f"sampling from somewhere failed(.|\n)*{says}$"):
-        engine.sample("somewhere", ["a"], 1, 1)
+        engine.sample("somewhere", ["a"], 1, max_new_tokens=1, temperature=1.0, seed=0)
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -473,7 +479,8 @@ def test_the_hub_is_asked_for_names_only(folder: bool, tmp_path: Path, monkeypat
     monkeypatch.setattr(engine.sys, "executable", str(interpreter))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(engine.SamplingError, match=f"offline={1 if folder else ''}[.]"):
-        engine.sample(tmp_path if folder else "owner/name", ["a"], 1, 1)
+        model = tmp_path if folder else "owner/name"
+        engine.sample(model, ["a"], 1, max_new_tokens=1, temperature=1.0, seed=0)
 
 
 @pytest.mark.e2e
@@ -499,25 +506,23 @@ def test_whole_command_with_vllm_and_again_from_its_cache(
     assert result["gain"]["mean"] == pytest.approx(result["reward_after"]["mean"] - result["reward_before"]["mean"])
 
     (path,) = (out / "cache").glob("samples-after-*.json")
-    drawn = engine.Samples(**json.loads(path.read_text()))
-    prompts, _ = evaluation.read_prompts(tmp_path / "heldout.jsonl", "input", None)
-    assert len(drawn.queries) == len(prompts) == 6
-    for prompt, queries, responses in zip(prompts, drawn.queries, drawn.response_ids, strict=True):
-        assert len(queries) == 64
-        assert len(set(queries)) > 32
-        assert all(query.startswith(prompt) for query in queries)
-        assert all(len(ids) == 8 or (ids[-1] == EOS and len(ids) < 8) for ids in responses)
-        assert all(EOS not in ids[:-1] for ids in responses)
-    assert any(query.endswith("<eos>") for row in drawn.queries for query in row)
+    drawn, _ = measure.read_samples(path)
+    prompts = [json.loads(line)["input"] for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    for prompt, one in zip(prompts, drawn, strict=True):
+        assert len(one.queries) == 64
+        assert len(set(one.queries)) > 32
+        assert all(query.startswith(prompt) for query in one.queries)
+        assert all(len(ids) == 8 or (ids[-1] == EOS and len(ids) < 8) for ids in one.response_ids)
+        assert all(EOS not in ids[:-1] for ids in one.response_ids)
+    assert any(query.endswith("<eos>") for one in drawn for query in one.queries)
 
     # vLLM samples from the distribution whose KL is computed: the mean log-ratio of its samples is that KL.
-    ratios, exact = [], evaluation.response_kl(trained, tiny.model, drawn.prompt_ids, drawn.response_ids)
-    for prompt, responses in zip(drawn.prompt_ids, drawn.response_ids, strict=True):
-        for ids in responses[:16]:
-            ratios.append(log_ratio(trained, tiny.model, prompt, ids))
+    exact = response_kl(trained, tiny.model, [one.prompt_ids for one in drawn], [one.response_ids for one in drawn])
+    ratio = torch.tensor(
+        [log_ratio(trained, tiny.model, one.prompt_ids, ids) for one in drawn for ids in one.response_ids[:16]]
+    )
     assert result["kl"]["mean"] == pytest.approx(exact.mean().item())
-    ratio = torch.tensor(ratios)
-    assert abs(ratio.mean() - exact.mean()) < 4 * ratio.std() / len(ratios) ** 0.5
+    assert abs(ratio.mean() - exact.mean()) < 4 * ratio.std() / len(ratio) ** 0.5
 
     monkeypatch.setattr(engine, "sample", no_sampling)
     assert command.main(argv(**flags)) == 0

@@ -25,6 +25,7 @@ from torch import Tensor
 from bond_plugin.bench.resampling import interpolate
 from bond_plugin.bench.results import Cell
 from bond_plugin.bench.summary import Point, Summary, strength_text
+from bond_plugin.bench.two import BeforeAfter
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B2E83")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -81,8 +82,8 @@ def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+def _figure(height: float, width: float = _WIDTH) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -324,6 +325,70 @@ def smoothed(values: Tensor) -> Tensor:
     place = torch.arange(len(values))
     start, end = (place - reach).clamp(min=0), (place + reach + 1).clamp(max=len(values))
     return (sums[end] - sums[start]) / (end - start)
+
+
+def run_curves(metrics: Sequence[dict[str, Any]], result: BeforeAfter) -> Figure:
+    """Reward, KL and expected log quantile over the steps of one run, each raw and smoothed.
+
+    Args:
+        metrics: by step, with any of ``reward/policy``, ``reward/anchor``, ``bond/kl_ref``, ``bond/kl_anchor`` and
+            ``bond/log_quantile``.
+        result: adds the held-out rewards of both models and of Best-of-N as level lines.
+    """
+    blue, orange, green = _COLOURS[:3]
+    panels = (
+        ("Reward of the training samples", "reward (mean of a step)", {
+            "reward/anchor": ("anchor", orange), "reward/policy": ("policy", blue),
+        }),
+        ("KL of the policy", "KL (nats a response)", {
+            "bond/kl_ref": ("to the initial policy", blue), "bond/kl_anchor": ("to the anchor", orange),
+        }),
+        ("Quantile", "expected log quantile (nats)", {"bond/log_quantile": ("policy among anchor samples", green)}),
+    )  # fmt: skip
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(4.8, width=15)
+        for axes, (title, unit, curves) in zip(figure.subplots(1, 3), panels, strict=True):
+            for key, (label, colour) in curves.items():
+                _run_curve(axes, metrics, key, label, colour)
+            if key == "reward/policy":
+                _levels(axes, result)
+            axes.set(title=title, xlabel="step", ylabel=unit)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="best")
+            else:
+                axes.text(0.5, 0.5, "not logged in this run", transform=axes.transAxes, ha="center", color=_GREY)
+        figure.suptitle(f"{len(metrics)} steps: thin lines are single steps, thick lines their moving average")
+        return figure
+
+
+def _run_curve(axes: Axes, metrics: Sequence[dict[str, Any]], key: str, label: str, colour: str) -> None:
+    logged = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), (int, float))]
+    points = torch.tensor(logged, dtype=torch.float64).reshape(-1, 2)
+    points = points[points[:, 1].isfinite()]
+    if len(points):
+        steps, values = points.unbind(-1)
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+        marker = "o" if len(values) == 1 else None
+        axes.plot(steps, smoothed(values), color=colour, linewidth=2, label=label, marker=marker)
+
+
+def _levels(axes: Axes, result: BeforeAfter) -> None:
+    """Held-out rewards as horizontal lines, named at the right edge of the panel."""
+    levels = [
+        ("before", result.reward_before.value, _GREY, "-"),
+        ("after", result.reward_after.value, _COLOURS[0], "-"),
+    ]
+    levels += [(f"Best-of-{n}", level.value, _GREY, ":") for n, level in sorted(result.best_of.items())]
+    for _, height, colour, style in levels:
+        axes.axhline(height, color=colour, linestyle=style, linewidth=1.2)
+    # Names of levels that lie close together are moved apart, a line's height each.
+    low, high = axes.get_ylim()
+    step, floor = (high - low) * 0.05, low
+    place = {"xycoords": axes.get_yaxis_transform(), "va": "center", "fontsize": 8, "annotation_clip": False}
+    for name, height, colour, _ in sorted(levels, key=lambda level: level[1]):
+        floor = max(floor + step, height)
+        axes.annotate(f"{name} {height:.2f}", (1.01, floor), color=colour, **place)
+    axes.annotate("held-out:", (1.01, 1.03), xycoords="axes fraction", fontsize=8, color=_GREY)
 
 
 # Cost.

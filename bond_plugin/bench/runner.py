@@ -24,11 +24,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bond_plugin import __version__, fingerprints
+from bond_plugin import __version__
 from bond_plugin import recipe as recipes
 from bond_plugin.bench.matrix import Cell, Matrix
-from bond_plugin.bench.measure import write_json
-from bond_plugin.files import write_whole
+from bond_plugin.files import read_json, write_json, write_whole
+from bond_plugin.host import metrics
+from bond_plugin.offline import fingerprints
+from bond_plugin.offline.prompts import DataError, read_rows
 
 _ERROR_LINES = 12
 _LOOK_EVERY = 0.5  # seconds, whether a process has ended
@@ -38,6 +40,7 @@ _NOISE = re.compile(
 )  # Ray's prefixes and colours
 #: The last line of a traceback, unless it only says that a worker of Ray's has ended.
 _EXCEPTION = re.compile(r"\s*(?!ray\.exceptions\.)[\w.]*(Error|Exception)(\(.*\))?: ")
+_TEMPLATES = ("apply_chat_template", "input_template")
 #: Flags that say what is compared: every cell must have them alike.
 _SHARED = (
     "actor.model_name_or_path",
@@ -46,7 +49,11 @@ _SHARED = (
     "rollout.temperature",
     "reward.remote_url",
     "reward.model_name_or_path",
+    *(f"data.{name}" for name in _TEMPLATES),
 )
+
+#: What is measured of each policy, and shown of the reference alone.
+_UNUSED = ("seconds", "generated_tokens", "prompts")
 
 Say = Callable[[str], None]
 
@@ -174,13 +181,13 @@ class Runner:
         self,
         matrix: Matrix,
         settings: Settings,
-        prompts: tuple[list[str], list[Any] | None],
+        rows: list[dict[str, Any]],
         processes: Processes,
         say: Say,
     ) -> None:
         self.matrix, self.settings, self.processes, self.say = matrix, settings, processes, say
         self.output = settings.output
-        self.prompts, self.labels = prompts
+        self.rows = rows
         self.configurations: dict[str, dict[str, Any]] = {}  # by cell
         self._contents: dict[str, str | None] = {}  # hashes of files and models by path
         self._devices: list[str] | None = None
@@ -203,11 +210,10 @@ class Runner:
 
         def one(cell: Cell) -> str | None:
             path, key = kept[cell.name], fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
-            if path.is_file():
-                found = json.loads(path.read_text())
-                if found["key"] == key:
-                    self.configurations[cell.name] = found["configuration"]
-                    return None
+            found = read_json(path)
+            if found is not None and found["key"] == key:
+                self.configurations[cell.name] = found["configuration"]
+                return None
             log = folder / f"{cell.folder}.log"
             log.unlink(missing_ok=True)
             status, _ = self.processes.run([*self._train(cell), "--dry-run"], log, {})
@@ -242,15 +248,16 @@ class Runner:
         model = configuration["actor"]["model_name_or_path"]
         key = self._reference_key(configuration)
         path = self.output / "reference.json"
-        if path.is_file() and (known := json.loads(path.read_text())).get("key") == key:
+        known = read_json(path)
+        if known is not None and known.get("key") == key:
             # Another title needs no other samples.
             write_json(path, known | {"title": self.matrix.title, "command": self.settings.command})
             return key
-        self.say(f"reference: {len(self.prompts)} prompts x {self.matrix.evaluation.reference_samples} samples")
+        self.say(f"reference: {len(self.rows)} prompts x {self.matrix.evaluation.reference_samples} samples")
         measured = self.output / "reference-measured.json"
         self._measure(model, measured, True, self.output / "reference.log", configuration)
-        found = json.loads(measured.read_text())
-        samples = json.loads((self.output / "reference-samples.json").read_text())
+        found = read_json(measured)
+        samples = read_json(self.output / "reference-samples.json")
         evaluation = self.matrix.evaluation
         write_json(
             path,
@@ -265,7 +272,7 @@ class Runner:
                 "temperature": configuration["rollout"]["temperature"],
                 "quantile_samples": evaluation.quantile_samples,
                 "bon_levels": list(evaluation.bon_levels),
-                "prompts": self.prompts,
+                "prompts": found.pop("prompts"),
                 "rewards": [[float(f"{r:.6g}") for r in row] for row in samples["rewards"]],
                 "seconds": found.pop("seconds"),
                 "generated_tokens": found.pop("generated_tokens"),
@@ -277,14 +284,17 @@ class Runner:
         return key
 
     def _reference_key(self, configuration: dict[str, Any]) -> str:
+        labels = None if self.matrix.evaluation.label_key is None else [row["label"] for row in self.rows]
+        templates = [configuration["data"][name] for name in _TEMPLATES]
         return fingerprints.of_value(
             [
                 fingerprints.of_model(configuration["actor"]["model_name_or_path"]),
                 asdict(self.matrix.evaluation),
-                self.prompts,
-                self.labels,
-                {name: _get(configuration, name) for name in _SHARED},
+                [row["input"] for row in self.rows],
+                labels,
+                {name: _get(configuration, name) for name in _SHARED[: -len(_TEMPLATES)]},
                 [fingerprints.of_file(path) for path in configuration["reward"]["remote_url"] or [] if ".py" in path],
+                *([templates] if any(templates) else []),
             ]
         )
 
@@ -292,11 +302,9 @@ class Runner:
 
     def finished(self, cell: Cell, reference: str) -> dict[str, Any] | None:
         """The result of a cell, if it has one that was made with what it would be made with now."""
-        path = self._folder(cell) / "result.json"
-        if path.is_file():
-            found = json.loads(path.read_text())
-            if found.get("key") == self._key(cell, reference) and found["status"] == "done":
-                return found | {"label": cell.label}  # another label needs no other run
+        found = read_json(self._folder(cell) / "result.json") or {}
+        if found.get("key") == self._key(cell, reference) and found["status"] == "done":
+            return found | {"label": cell.label}  # another label needs no other run
         return None
 
     def cell(self, cell: Cell, reference: str) -> dict[str, Any]:
@@ -313,7 +321,7 @@ class Runner:
         }
         trained = folder / "trained.json"
         try:
-            known = json.loads(trained.read_text()) if trained.is_file() else {}
+            known = read_json(trained) or {}
             if known.get("key") != self._training_key(cell) or not (folder / "policy").is_dir():
                 known = self._train_cell(cell, folder)
                 write_json(trained, known)
@@ -321,13 +329,13 @@ class Runner:
             self._measure(
                 str(folder / "policy"), measured, False, folder / "measure.log", self.configurations[cell.name]
             )
-            found = json.loads(measured.read_text())
+            found = read_json(measured)
             measured.unlink()
             result |= {
                 "status": "done",
                 "training": known["training"] | {"cached_tokens": found.pop("cached_tokens", 0)},
                 "examples": found.pop("examples"),
-                "evaluation": {k: v for k, v in found.items() if k not in ("seconds", "generated_tokens")},
+                "evaluation": {k: v for k, v in found.items() if k not in _UNUSED},
             }
             if not self.settings.keep_policies:
                 shutil.rmtree(folder / "policy")
@@ -371,8 +379,7 @@ class Runner:
             "reference": configuration["actor"]["model_name_or_path"],
             "output": str(output),
             "reference_samples": str(self.output / "reference-samples.json"),
-            "prompts": self.prompts,
-            "labels": self.labels,
+            "rows": self.rows,
             "configuration": configuration,
             "evaluation": asdict(self.matrix.evaluation),
             "is_reference": is_reference,
@@ -512,9 +519,9 @@ def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]
 @contextlib.contextmanager
 def _runner(matrix: Matrix, settings: Settings, say: Say) -> Iterator[Runner]:
     """What is cheap to check comes before the processes."""
-    prompts = _prompts(matrix)
+    rows = _rows(matrix)
     with locked(settings.output), _processes(settings) as processes:
-        yield Runner(matrix, settings, prompts, processes, say)
+        yield Runner(matrix, settings, rows, processes, say)
 
 
 @contextlib.contextmanager
@@ -552,9 +559,10 @@ def _results(output: Path, matrix: Matrix, results: dict[str, dict[str, Any] | N
 
 def _training(path: Path) -> dict[str, Any]:
     """What a run logged, as far as the report shows it."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    if not lines:
-        raise BenchError("the run logged no step: was there as much data as one rollout takes?")
+    try:
+        lines = metrics.read(path)
+    except ValueError as error:
+        raise BenchError("the run logged no step: was there as much data as one rollout takes?") from error
 
     def column(*names: str) -> list[float | None]:
         found = []
@@ -584,15 +592,13 @@ def _training(path: Path) -> dict[str, Any]:
     }
 
 
-def _prompts(matrix: Matrix) -> tuple[list[str], list[Any] | None]:
-    from bond_plugin import evaluation
-
+def _rows(matrix: Matrix) -> list[dict[str, Any]]:
     given = matrix.evaluation
     try:
-        return evaluation.read_prompts(
+        return read_rows(
             Path(given.prompts), given.input_key, given.label_key, ("evaluation.input_key", "evaluation.label_key")
         )
-    except evaluation.EvaluationError as error:
+    except DataError as error:
         raise BenchError(f"evaluation.prompts {error}") from error
 
 

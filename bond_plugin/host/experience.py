@@ -8,9 +8,9 @@ import torch
 
 from bond_plugin.algorithms.base import AdvantageInputs
 from bond_plugin.host import classifier
-from bond_plugin.host.engine import seed
 from bond_plugin.host.rewards import RewardError, finite
 from bond_plugin.host.sampling import Rollout, Rollouts
+from bond_plugin.offline.engine import seed
 
 #: Per-row mark in ``Experience.info``: 1 for companions. Taken out again before the host would log it.
 COMPANION = "bond_companion"
@@ -109,9 +109,9 @@ def inputs_of(
         companion_rewards = rewards[:, :0]
     reference_rewards = behaviour = None
     if wants.reward_cache:
-        from bond_plugin.host import caching
+        from bond_plugin.offline import make_cache
 
-        reference_rewards = caching.rewards_for(args, batch.prompts)
+        reference_rewards = make_cache.rewards_for(args, batch.prompts)
     drawn = [e.rollout_log_probs for e in batch.experiences]
     if args.train.async_enable and all(each is not None for each in drawn):
         behaviour = (totals - batch.tokens(drawn).sum(dim=-1))[:, :n]

@@ -103,9 +103,9 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
         print(describe(run.args), flush=True)
         raise SystemExit(0)
     if run.caching:
-        from bond_plugin.host import caching
+        from bond_plugin.offline import make_cache
 
-        raise SystemExit(caching.make(run.args))
+        raise SystemExit(make_cache.make(run.args))
     kwargs["runtime_env"] = _runtime_env(run.args, kwargs.get("runtime_env") or {})
     local = os.environ.get("RAY_ADDRESS", "local") == "local"
     needed = gpu_slots(run.args)
@@ -121,7 +121,8 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _before_ray(run: flags.Invocation) -> None:
-    from bond_plugin.host import caching, checks
+    from bond_plugin.host import checks
+    from bond_plugin.offline import make_cache
 
     args = run.args
     assert args is not None
@@ -142,9 +143,9 @@ def _before_ray(run: flags.Invocation) -> None:
         for note in notes:
             print(f"bond: note: {note}", flush=True)
         if run.caching:
-            problems += caching.refused(args)
+            problems += make_cache.refused(args)
         elif not problems:  # its prompts are read, so they must be there
-            problems = caching.problems(args)
+            problems = make_cache.problems(args)
     except (hooks.HostMismatch, checks.registry.RegistryError) as error:
         raise SystemExit(f"bond: error: {error}") from error
     if problems:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
+
+from bond_plugin.files import write_whole
+from bond_plugin.offline.prompts import CONFIGURATION
 
 _SHOWN = {
     "reward/policy": "reward",
@@ -37,18 +40,24 @@ progress_bar = StepBar
 class MetricsFile:
     """``<ckpt.output_dir>/metrics.jsonl``: one JSON object a step, with ``step`` and everything that is logged.
 
-    A resumed run goes on in the same file, without the lines of steps that it repeats. A new run in a folder
-    that has one sets the old one aside under its time, and loses nothing.
+    Beside it ``run.json`` says what the run was: the host's nested arguments, for ``bond evaluate``. A resumed run
+    goes on in the same file, without the lines of steps that it repeats. A new run in a folder that has one sets the
+    old one aside under its time, and loses nothing.
     """
 
     def __init__(self, args: Any) -> None:
         self.path = Path(args.ckpt.output_dir) / "metrics.jsonl"
+        self._args = args
         self._ready = False
 
     def resume(self, step: int) -> None:
         """Keep what was written up to ``step`` (0: a new run)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._ready = True
+        said = json.dumps(
+            self._args, indent=1, default=lambda v: vars(v) if isinstance(v, SimpleNamespace) else str(v)
+        )
+        write_whole(self.path.with_name(CONFIGURATION), said)
         if not self.path.exists():
             return
         if step == 0:
@@ -62,9 +71,7 @@ class MetricsFile:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # a line that a kill cut short
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, self.path)
+        write_whole(self.path, "".join(kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one step."""
@@ -73,6 +80,27 @@ class MetricsFile:
         numbers = {name: _number(value) for name, value in sorted(values.items()) if name != "generated_samples"}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a ``metrics.jsonl``, by step; a line cut short by a kill is left out.
+
+    Raises:
+        ValueError: no such file, or no line of it has a step.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    by_step: dict[float, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+            by_step[values["step"]] = values
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    if not by_step:
+        raise ValueError(f"{path} has no line with a step: did the run log one?")
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _unused(path: Path) -> Path:

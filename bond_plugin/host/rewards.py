@@ -10,7 +10,7 @@ import contextvars
 import math
 from typing import Any
 
-from bond_plugin.cache import shorten
+from bond_plugin.words import shorten
 
 _failure: contextvars.ContextVar[list[BaseException] | None] = contextvars.ContextVar("failure", default=None)
 

@@ -16,8 +16,8 @@ import ray
 import torch
 
 from bond_plugin.host import classifier, flags, hooks, log_probs, metrics, weights
-from bond_plugin.host.engine import seed
 from bond_plugin.host.requests import Requests
+from bond_plugin.offline.engine import seed
 
 #: Response tokens of a step, of companions too: what two algorithms cost beside each other.
 TOKENS = "rollout/generated_tokens"

@@ -18,7 +18,7 @@ def apply(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     ``info["reward"]``, which the host logs, is the reward as it was.
     """
     transform = flags.transform(self.args)
-    from bond_plugin.host import caching
+    from bond_plugin.offline import make_cache
 
     rewards = torch.cat([e.rewards.double() for e in experiences])
     prompts = list(itertools.chain.from_iterable(e.prompts for e in experiences))
@@ -33,7 +33,7 @@ def apply(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     found = transform.transform(
         TransformInputs(
             rewards=rewards.unsqueeze(1),
-            reference_rewards=caching.rewards_for(self.args, prompts),
+            reference_rewards=make_cache.rewards_for(self.args, prompts),
             reference_log_probs=(log_probs - kl).unsqueeze(1),
         )
     )

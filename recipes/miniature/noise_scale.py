@@ -40,7 +40,7 @@ from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
 from bond_plugin.algorithms.pooled import Pool, advantages
 from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
 from bond_plugin.bestofn.divergences import centre
-from bond_plugin.cache import read_cache
+from bond_plugin.offline.reward_cache import read_cache
 
 RESPONSES = 8  # a prompt
 NEW_TOKENS = 8

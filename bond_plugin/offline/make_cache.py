@@ -1,4 +1,4 @@
-"""The reward cache beside the host: which prompts training looks up, how they are sampled and scored, and the checks.
+"""The reward cache beside the host: how it is made, whether it is a run's, and its rewards at each step.
 
 ``bond cache`` calls :func:`make` where ``bond train`` starts Ray. A training run calls :func:`problems` there, and
 :func:`rewards_for` at each step.
@@ -6,32 +6,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from bond_plugin import cache, fingerprints
-from bond_plugin.cache import shorten
-from bond_plugin.host import engine, flags
+from bond_plugin.host import flags
 from bond_plugin.host.rewards import RewardError
+from bond_plugin.offline import engine, fingerprints, reward_cache, scoring
+from bond_plugin.offline.prompts import DataError, Pairs, label_text, tokenizer_of, training_prompts
+from bond_plugin.words import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = {"cuda": 4096, "cpu": 512}  # responses sampled at a time
-_AT_ONCE = 32  # calls to the reward
 
-#: (prompt, label, samples) to the rewards of the samples.
-Score = Callable[[str, Any, engine.PromptSamples], Sequence[float]]
-
-_loaded: dict[str, cache.Cache] = {}
+_loaded: dict[str, reward_cache.Cache] = {}
 
 
 def rewards_for(args: SimpleNamespace, prompts: Sequence[str]) -> Tensor:
@@ -53,63 +48,17 @@ def rewards_for(args: SimpleNamespace, prompts: Sequence[str]) -> Tensor:
     """
     path = args.bond.reward_cache
     if path not in _loaded:
-        _loaded[path] = cache.read_cache(path)
+        _loaded[path] = reward_cache.read_cache(path)
     return _loaded[path].rewards(prompts, args.bond.cache_samples)
 
 
-# What is compared, and what is looked up.
-
-
-def tokenizer_of(args: SimpleNamespace) -> Any:
-    """The policy's tokenizer, loaded as the host's trainer does."""
-    from openrlhf.utils import get_tokenizer
-
-    return get_tokenizer(args.actor.model_name_or_path, None, "left", use_fast=not args.data.disable_fast_tokenizer)
-
-
-def training_prompts(args: SimpleNamespace, tokenizer: Any) -> list[tuple[str, Any]]:
-    """The (prompt, label) pairs of a run, each once, in the order of its data.
-
-    They come from the host's own function, so they are the strings that training looks up. Its data loader, which
-    would need Ray, is left out.
-
-    Raises:
-        CacheError: a prompt that is no text, or data without the key that should hold it.
-    """
-    from openrlhf.trainer.ppo_trainer import prepare_datasets
-
-    run = copy.copy(args)
-    run.eval = SimpleNamespace(**{**vars(args.eval), "dataset": None})
-    strategy = SimpleNamespace(
-        args=run,
-        print=lambda *words: None,
-        is_rank_0=lambda: False,
-        setup_dataloader=lambda dataset, *settings, **more: dataset,
-    )
-    try:
-        dataset, _, _ = prepare_datasets(strategy, tokenizer)
-    except KeyError as error:
-        raise cache.CacheError(
-            f"--data.prompt_dataset {args.data.prompt_dataset} has no key {error}: set --data.input_key or "
-            "--data.label_key"
-        ) from error
-    pairs: dict[tuple[Any, str | None], tuple[str, Any]] = {}
-    for prompt, label in zip(dataset.prompts, dataset.labels, strict=True):
-        if not isinstance(prompt, str) or not prompt:
-            raise cache.CacheError(
-                f"--data.prompt_dataset: a prompt must be text that is not empty, found {shorten(prompt)}. If these "
-                "are conversations, add --data.apply_chat_template"
-            )
-        pairs.setdefault((prompt, cache.label_text(label)), (prompt, label))
-    return list(pairs.values())
-
-
-def record_of(args: SimpleNamespace, tokenizer: Any) -> cache.Record:
+def record_of(args: SimpleNamespace, tokenizer: Any) -> reward_cache.Record:
     """What of a run decides about the rewards of the initial policy's samples, as the first line of a cache."""
+    model = args.actor.model_name_or_path
     chat = tokenizer.chat_template if args.data.apply_chat_template else None
     return {
-        "model": _model(args.actor.model_name_or_path),
-        "reward": _reward(args),
+        "model": {"name": model, "sha256": fingerprints.of_model(model)},
+        "reward": scoring.identity(args),
         "temperature": args.rollout.temperature,
         "max_new_tokens": args.rollout.max_new_tokens,
         "max_len": args.data.max_len,
@@ -125,24 +74,6 @@ def record_of(args: SimpleNamespace, tokenizer: Any) -> cache.Record:
 def _min_new_tokens(args: SimpleNamespace) -> int:
     """What training samples with: the host itself asks for one token, the rollouts of an algorithm for none."""
     return 0 if flags.algorithm(args) is not None else 1
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"name": name, "sha256": fingerprints.of_model(name)}
-
-
-def _reward(args: SimpleNamespace) -> dict[str, Any]:
-    if not args.reward.remote_url:
-        return {
-            "kind": "model",
-            **_model(args.reward.model_name_or_path),
-            "normalize_enable": args.reward.normalize_enable,
-            "value_head_prefix": args.ds.value_head_prefix,
-        }
-    first = args.reward.remote_url[0]
-    if first.endswith(".py"):
-        return {"kind": "Python file", "name": first, "sha256": fingerprints.of_file(first)}
-    return {"kind": "server", "url": ",".join(sorted(args.reward.remote_url))}
 
 
 # Before anything starts.
@@ -186,10 +117,10 @@ def problems(args: SimpleNamespace) -> list[str]:
     if not Path(args.bond.reward_cache).is_file():
         return [f"{flags.REWARD_CACHE} {given}: no such file. This makes it: {_command()}"]
     try:
-        found = cache.read_cache(args.bond.reward_cache)
+        found = reward_cache.read_cache(args.bond.reward_cache)
         tokenizer = tokenizer_of(args)
         pairs = training_prompts(args, tokenizer)
-    except cache.CacheError as error:
+    except (reward_cache.CacheError, DataError) as error:
         return [f"{flags.REWARD_CACHE}: {error}"]
     listed = []
     different = _differences(found, args, tokenizer, pairs)
@@ -205,7 +136,7 @@ def problems(args: SimpleNamespace) -> list[str]:
     prompts = [prompt for prompt, _ in pairs]
     try:
         found.check(prompts, args.bond.cache_samples)
-    except cache.PromptError as error:
+    except reward_cache.PromptError as error:
         listed.append(f"{flags.REWARD_CACHE}: {error}. {_remedy(found, prompts, args.bond.cache_samples)}")
     else:
         args.bond.cache_samples = args.bond.cache_samples or found.samples(prompts)
@@ -213,9 +144,7 @@ def problems(args: SimpleNamespace) -> list[str]:
     return listed
 
 
-def _differences(
-    found: cache.Cache, args: SimpleNamespace, tokenizer: Any, pairs: list[tuple[str, Any]]
-) -> list[str]:
+def _differences(found: reward_cache.Cache, args: SimpleNamespace, tokenizer: Any, pairs: Pairs) -> list[str]:
     if found.record is None:
         print(
             f"bond: note: {found.path} does not say which model, reward and sampling it was made with; nothing of "
@@ -223,18 +152,18 @@ def _differences(
             flush=True,
         )
         return []
-    listed = cache.differences(found.record, record_of(args, tokenizer))
+    listed = reward_cache.differences(found.record, record_of(args, tokenizer))
     for prompt, label in pairs:
-        if prompt in found and found.labels.get(prompt) != cache.label_text(label):
+        if prompt in found and found.labels.get(prompt) != label_text(label):
             listed.append(
                 f"the label of the prompt {shorten(prompt)}: {found.labels.get(prompt) or 'none'} in the cache, "
-                f"{cache.label_text(label) or 'none'} in this run"
+                f"{label_text(label) or 'none'} in this run"
             )
             break
     return listed
 
 
-def _remedy(found: cache.Cache, prompts: list[str], samples: int) -> str:
+def _remedy(found: reward_cache.Cache, prompts: list[str], samples: int) -> str:
     """What to do about prompts that are missing or have too few samples."""
     there = [prompt for prompt in prompts if prompt in found]
     if len(there) < len(prompts) and found.record is not None:
@@ -261,7 +190,7 @@ def make(args: SimpleNamespace) -> int:
         pairs = training_prompts(args, tokenizer)
         _one_label_each(pairs)
         record = {**record_of(args, tokenizer), "samples": args.cache.samples, "seed": args.cache.seed}
-        with cache.Writer(os.path.expanduser(path), record) as writer:
+        with reward_cache.Writer(os.path.expanduser(path), record) as writer:
             try:
                 _fill(args, writer, pairs, tokenizer)
             except KeyboardInterrupt:
@@ -270,12 +199,12 @@ def make(args: SimpleNamespace) -> int:
                     f"\nbond cache: stopped. {there} of {len(pairs)} prompts are in {path}; the same command goes on"
                 )
                 return 130
-            print(f"\n{path}: {cache.summary(writer.cache, [prompt for prompt, _ in pairs])}", flush=True)
+            print(f"\n{path}: {reward_cache.summary(writer.cache, [prompt for prompt, _ in pairs])}", flush=True)
     except RewardError as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         return _failed(error)
-    except (cache.CacheError, engine.SamplingError, OSError) as error:
+    except (reward_cache.CacheError, DataError, engine.SamplingError, OSError) as error:
         return _failed(error)
     return 0
 
@@ -285,11 +214,11 @@ def _failed(error: Exception) -> int:
     return 1
 
 
-def _one_label_each(pairs: list[tuple[str, Any]]) -> None:
+def _one_label_each(pairs: Pairs) -> None:
     labels: dict[str, Any] = {}
     for prompt, label in pairs:
         if prompt in labels:
-            raise cache.CacheError(
+            raise reward_cache.CacheError(
                 f"--data.label_key: the prompt {shorten(prompt)} has two labels, {shorten(labels[prompt])} and "
                 f"{shorten(label)}, and a cache has one list of rewards a prompt. Drop one of the two, or the flag "
                 "if the reward does not use labels"
@@ -297,7 +226,7 @@ def _one_label_each(pairs: list[tuple[str, Any]]) -> None:
         labels[prompt] = label
 
 
-def _fill(args: SimpleNamespace, writer: cache.Writer, pairs: list[tuple[str, Any]], tokenizer: Any) -> None:
+def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, tokenizer: Any) -> None:
     import torch
     from tqdm import tqdm
 
@@ -311,7 +240,7 @@ def _fill(args: SimpleNamespace, writer: cache.Writer, pairs: list[tuple[str, An
         return
     responses = args.cache.chunk or _CHUNK["cuda" if torch.cuda.is_available() else "cpu"]
     chunk = -(-responses // args.cache.samples)
-    score = scorer(args, tokenizer)
+    score = scoring.scorer(args, tokenizer)
     interactive = sys.stderr.isatty()
     total, count, waiting, progress = 0.0, 0, True, ""
     with tqdm(
@@ -354,118 +283,16 @@ def _fill(args: SimpleNamespace, writer: cache.Writer, pairs: list[tuple[str, An
                 progress=sampled,
             )
 
-        cache.fill(writer, pairs, draw, scored, chunk, args.cache.responses, lambda prompt: bar.update())
+        reward_cache.fill(writer, pairs, draw, scored, chunk, args.cache.responses, lambda prompt: bar.update())
 
 
-def _engine_arguments(args: SimpleNamespace, score: Score) -> dict[str, Any]:
+def _engine_arguments(args: SimpleNamespace, score: scoring.Score) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if args.vllm.tensor_parallel_size > 1:
         found["tensor_parallel_size"] = args.vllm.tensor_parallel_size
-    if isinstance(score, ModelScore) and score.device.type == "cuda" and score.device.index == 0:
+    if isinstance(score, scoring.ModelScore) and score.device.type == "cuda" and score.device.index == 0:
         import torch
 
         free, total = torch.cuda.mem_get_info(score.device)  # vLLM shares the device with the reward model
         found["gpu_memory_utilization"] = round(min(0.9, free / total - 0.1), 2)
     return found
-
-
-# The reward path.
-
-
-def scorer(args: SimpleNamespace, tokenizer: Any) -> Score:
-    """How the host would score: a Python file or servers, or a reward model.
-
-    Raises:
-        RewardError: the Python file or the model cannot be loaded.
-    """
-    try:
-        if args.reward.remote_url:
-            return RemoteScore(args.reward.remote_url)
-        return ModelScore(args, tokenizer.pad_token_id)
-    except Exception as error:
-        name = ", ".join(args.reward.remote_url or [args.reward.model_name_or_path])
-        raise RewardError(f"the reward ({name}) cannot be loaded: {error!r}") from error
-
-
-class RemoteScore:
-    """Rewards of ``--reward.remote_url``, through the host's own calls of it, one query each.
-
-    Raises, when called:
-        RewardError: the reward raised (its exception is the cause), or returned no single number.
-    """
-
-    def __init__(self, urls: list[str]) -> None:
-        from openrlhf.utils.agent import SingleTurnAgentExecutor
-
-        self.name = ", ".join(urls)
-        host = SingleTurnAgentExecutor(urls)
-        self._fetch = host._fetch_rewards_via_func if host.reward_func else host._fetch_rewards_via_http
-
-    def __call__(self, prompt: str, label: Any, samples: engine.PromptSamples) -> list[float]:
-        return asyncio.run(self._all(prompt, label, samples.queries))
-
-    async def _all(self, prompt: str, label: Any, queries: list[str]) -> list[float]:
-        import torch
-
-        places = asyncio.Semaphore(_AT_ONCE)
-
-        async def one(query: str) -> float:
-            async with places:
-                try:
-                    (found,) = await self._fetch([query], [prompt], [label])
-                except Exception as error:
-                    raise RewardError(
-                        f"the reward ({self.name}) failed on the prompt {shorten(prompt)}: {error!r}"
-                    ) from error
-            try:
-                (value,) = torch.tensor([found["rewards"]], dtype=torch.float32).flatten().tolist()
-            except (KeyError, TypeError, ValueError, RuntimeError):
-                raise RewardError(
-                    f"the reward ({self.name}) must give one number under 'rewards' for each query; for the prompt "
-                    f"{shorten(prompt)} it gave {shorten(found)}"
-                ) from None
-            return value
-
-        return list(await asyncio.gather(*map(one, queries)))
-
-
-class ModelScore:
-    """Rewards of ``--reward.model_name_or_path``, loaded and called as the host's reward model actor does."""
-
-    def __init__(self, args: SimpleNamespace, pad_token_id: int) -> None:
-        import torch
-        from openrlhf.models import get_llm_for_sequence_regression
-
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        # vLLM takes the first devices.
-        index = count - 1 if count > args.vllm.tensor_parallel_size else 0
-        self.device = torch.device("cuda", index) if count else torch.device("cpu")
-        self._pad, self._rows = pad_token_id, args.rollout.micro_batch_size
-        self._model = get_llm_for_sequence_regression(
-            args.reward.model_name_or_path,
-            "reward",
-            normalize_reward=args.reward.normalize_enable,
-            attn_implementation=args.ds.attn_implementation,
-            experts_implementation=args.ds.experts_implementation,
-            param_dtype=args.ds.param_dtype,
-            load_in_4bit=args.ds.load_in_4bit,
-            value_head_prefix=args.ds.value_head_prefix,
-        )
-        self._model.to(self.device).eval()
-
-    def __call__(self, prompt: str, label: Any, samples: engine.PromptSamples) -> list[float]:
-        import torch
-
-        rewards: list[float] = []
-        for start in range(0, len(samples.response_ids), self._rows):
-            rows = [
-                torch.tensor(samples.prompt_ids + ids) for ids in samples.response_ids[start : start + self._rows]
-            ]
-            sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
-            mask = torch.zeros_like(sequences)
-            for i, row in enumerate(rows):
-                mask[i, : len(row)] = 1
-            with torch.no_grad():
-                found = self._model(sequences.to(self.device), mask.to(self.device), pad_sequence=True)
-            rewards += found.float().flatten().tolist()
-        return rewards

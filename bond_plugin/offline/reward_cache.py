@@ -27,6 +27,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
+from bond_plugin.offline.prompts import label_text
+from bond_plugin.words import shorten
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -244,11 +247,6 @@ def _numbers(values: Any, where: str) -> array:
     return array("f", values)
 
 
-def label_text(label: Any) -> str | None:
-    """A label as :attr:`Cache.labels` has it: JSON, or ``None`` for no label (``None`` or "")."""
-    return None if label in (None, "") else json.dumps(label, sort_keys=True, default=str)
-
-
 def _float32(value: float) -> float:
     """The nearest float32; infinite beyond its range."""
     try:
@@ -415,7 +413,7 @@ def fill(
         writer: of the cache.
         prompts: all (prompt, label) pairs, the prompts all different.
         draw: a list of prompts to their samples, ``chunk`` at a time and in order; see
-            :func:`bond_plugin.host.engine.stream`.
+            :func:`bond_plugin.offline.engine.stream`.
         score: (prompt, label, samples of the prompt) to their rewards.
         chunk: prompts in a chunk.
         keep_responses: write the responses beside their rewards.
@@ -507,9 +505,3 @@ def summary(cache: Cache, prompts: Sequence[str] | None = None) -> Summary:
         flat=int((ordered[:, 0] == ordered[:, -1]).sum().item()),
         best_of={n: expected_max(rewards, n).mean().item() for n in _BEST_OF if 2 * n <= m},
     )
-
-
-def shorten(value: Any, width: int = 120) -> str:
-    """A prompt for a message."""
-    text = repr(value)
-    return text if len(text) <= width else f"{text[: width - 1]}…"

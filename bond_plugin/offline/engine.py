@@ -1,6 +1,6 @@
 """Offline sampling with vLLM, in a process of its own.
 
-:func:`stream` starts ``python -m bond_plugin.host.engine``, hands it the job as JSON on its standard input and
+:func:`stream` starts ``python -m bond_plugin.offline.engine``, hands it the job as JSON on its standard input and
 reads the samples back, one JSON line a chunk; :func:`sample` waits for all of them. vLLM keeps the memory it
 has taken until its process ends, so only a process of its own gives it back; and two models can be sampled
 one after the other on one device.
@@ -35,30 +35,15 @@ class SamplingError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What a model wrote.
-
-    Attributes:
-        prompt_ids: [prompts][tokens], the prompt without special tokens, as the host feeds it.
-        response_ids: [prompts][n][tokens], the response without its prompt, with the EOS token if it came.
-        queries: [prompts][n], prompt and response decoded together with special tokens: what the host gives
-            to a reward function.
-    """
-
-    prompt_ids: list[list[int]]
-    response_ids: list[list[list[int]]]
-    queries: list[list[str]]
-
-
-@dataclass(frozen=True)
 class PromptSamples:
     """What a model wrote to one prompt.
 
     Attributes:
-        prompt_ids: [tokens], what was kept of the prompt.
-        response_ids: [n][tokens].
-        queries: [n], as in :class:`Samples`.
-        responses: [n], the responses decoded without their prompt, special tokens included.
+        prompt_ids: [tokens], what was kept of the prompt, without special tokens.
+        response_ids: [n][tokens], the response without its prompt, with the EOS token if it came.
+        queries: [n], prompt and response decoded together with special tokens: what the host gives to a reward
+            function.
+        responses: [n], the responses decoded alone, special tokens included.
     """
 
     prompt_ids: list[int]
@@ -71,47 +56,29 @@ def sample(
     model: str | Path,
     prompts: Sequence[str],
     n: int,
+    *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
+    temperature: float,
+    seed: int,
+    max_len: int | None = None,
     progress: Progress | None = None,
-) -> Samples:
-    """Draw ``n`` responses for each prompt from ``model``, with vLLM in a child process.
+) -> list[PromptSamples]:
+    """Draw ``n`` responses for each prompt from a model's own distribution: no top-p, top-k or least length.
 
-    Prompts are tokenised as the host does it (no special tokens added, no chat template). Sampling is from
-    the model's own distribution at ``temperature``: no top-p, no top-k, and, other than in the host, no
-    minimum length. The random numbers come from one stream for all requests, so they differ between
-    prompts; the same arguments on the same machine give the same samples.
-
-    Args:
-        model: a folder with weights, configuration and tokenizer in Hugging Face's layout.
-        prompts: texts, none empty.
-        n: samples a prompt, at least 1.
-        max_new_tokens: tokens after which a response is cut off.
-        temperature: above 0.
-        seed: of the engine's random numbers.
-        progress: called with (responses finished, responses wanted) now and then.
-
-    Returns:
-        :class:`Samples`, in the order of ``prompts``.
-
-    Raises:
-        SamplingError: vLLM failed.
+    Arguments and errors as for :func:`stream`, but the random numbers come from one stream for all requests: the same
+    arguments on the same machine give the same samples, and other prompts give others. Without ``max_len`` no prompt
+    is cut.
     """
     job = {
         "model": os.fspath(model),
         "prompts": list(prompts),
         "n": n,
         "max_new_tokens": max_new_tokens,
+        "max_len": max_len,
         "temperature": temperature,
         "engine": {"seed": seed},
     }
-    drawn = [one for chunk in _run(job, progress) for one in chunk]
-    return Samples(
-        prompt_ids=[one.prompt_ids for one in drawn],
-        response_ids=[one.response_ids for one in drawn],
-        queries=[one.queries for one in drawn],
-    )
+    return [one for chunk in _run(job, progress) for one in chunk]
 
 
 def stream(
@@ -138,8 +105,8 @@ def stream(
 
     Args:
         model: a folder, or a name that Hugging Face's hub knows.
-        prompts: texts, none empty, as the host gives them to its engines: not tokenised any further than by
-            the tokenizer without special tokens; only the last tokens are kept of one that leaves no room.
+        prompts: texts, none empty, as the host gives them to its engines, templates applied. Tokenised without
+            special tokens; only the last tokens are kept of one that leaves no room for the response.
         n: samples a prompt, at least 1.
         max_new_tokens: tokens after which a response is cut off; ``None`` for as many as ``max_len`` leaves.
         max_len: tokens of prompt and response together.
@@ -276,7 +243,7 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"], **job.get("tokenizer", {}))
-    requests = [_fit(tokenizer(text=text, add_special_tokens=False)["input_ids"], job) for text in job["prompts"]]
+    requests = [prompt_tokens(tokenizer, text, job["max_new_tokens"], job["max_len"]) for text in job["prompts"]]
 
     from vllm import LLM, SamplingParams  # takes long, and most of what can go wrong has gone wrong by now
 
@@ -289,31 +256,25 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
         **job["engine"],
     )
     n, total = job["n"], len(requests) * job["n"]
+    common = {
+        "temperature": job["temperature"],
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_tokens": job.get("min_new_tokens", 0),
+        "detokenize": False,
+    }
     chunk = job.get("chunk", len(requests))
     for start in range(0, len(requests), chunk):
         part = range(start, min(start + chunk, len(requests)))
-        common = {
-            "temperature": job["temperature"],
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_tokens": job.get("min_new_tokens", 0),
-            "detokenize": False,
-        }
         if "seed" in job:  # a request a response
-            asked = [
-                ({"prompt_token_ids": requests[i][0]}, {"seed": seed(job["seed"], job["prompts"][i], j)})
-                for i in part
-                for j in range(n)
-            ]
-            rooms = [requests[i][1] for i in part for _ in range(n)]
+            asked = [(i, {"seed": seed(job["seed"], job["prompts"][i], j)}) for i in part for j in range(n)]
             # What earlier chunks left behind must not change how this one is computed.
             engine.reset_prefix_cache()
         else:
-            asked = [({"prompt_token_ids": requests[i][0]}, {"n": n}) for i in part]
-            rooms = [requests[i][1] for i in part]
+            asked = [(i, {"n": n}) for i in part]
         outputs = engine.generate(
-            [prompt for prompt, _ in asked],
-            [SamplingParams(**common, **own, max_tokens=room) for (_, own), room in zip(asked, rooms, strict=True)],
+            [{"prompt_token_ids": requests[i][0]} for i, _ in asked],
+            [SamplingParams(**common, **own, max_tokens=requests[i][1]) for i, own in asked],
             # vLLM puts its bar around an iterable too, while it reads the prompts: that one passes unchanged.
             use_tqdm=lambda *iterable, _done=start * n, **_: (
                 iterable[0] if iterable else _Progress(stream, _done, total)
@@ -333,14 +294,16 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
         _send(stream, {"samples": drawn})
 
 
-def _fit(ids: list[int], job: dict[str, Any]) -> tuple[list[int], int]:
-    """What the host keeps of a prompt, and how many tokens the response may have."""
-    room, length = job["max_new_tokens"], job.get("max_len")
-    if length is None:
+def prompt_tokens(
+    tokenizer: Any, prompt: str, max_new_tokens: int | None, max_len: int | None
+) -> tuple[list[int], int]:
+    """What the host keeps of a prompt's tokens, and how many tokens the response may have."""
+    ids, room = tokenizer(text=prompt, add_special_tokens=False)["input_ids"], max_new_tokens
+    if max_len is None:
         return ids, room
     if room is None:
-        room = max(1, length - len(ids))
-    return ids[-(length - room) :], room
+        room = max(1, max_len - len(ids))
+    return ids[-(max_len - room) :], room
 
 
 def seed(*parts: object) -> int:

@@ -1,0 +1,171 @@
+"""Rewards as training has them: of a Python file, of servers, or of a reward model, through the host's own code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from bond_plugin.host.rewards import RewardError, finite
+from bond_plugin.offline import fingerprints
+from bond_plugin.offline.engine import PromptSamples
+from bond_plugin.words import shorten
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_AT_ONCE = 32  # calls to the reward
+
+#: (prompt, label, samples of the prompt) to the rewards of the samples.
+Score = Callable[[str, Any, PromptSamples], Sequence[float]]
+
+
+def scorer(args: SimpleNamespace, tokenizer: Any) -> Score:
+    """How the host would score: a Python file or servers, or a reward model.
+
+    Args:
+        args: the host's nested arguments; ``reward.remote_url`` and, without it, ``reward.model_name_or_path`` say
+            which.
+        tokenizer: the policy's.
+
+    Raises:
+        RewardError: the Python file or the model cannot be loaded.
+    """
+    try:
+        if args.reward.remote_url:
+            return RemoteScore(args.reward.remote_url)
+        return ModelScore(args, tokenizer.pad_token_id)
+    except Exception as error:
+        name = ", ".join(args.reward.remote_url or [args.reward.model_name_or_path])
+        raise RewardError(f"the reward ({name}) cannot be loaded: {error!r}") from error
+
+
+def rewards(score: Score, pairs: Sequence[tuple[str, Any]], drawn: Sequence[PromptSamples]) -> Tensor:
+    """The rewards of K samples of each of P prompts, ``[P, K]`` float64.
+
+    Args:
+        pairs: P (prompt, label).
+        drawn: P times K samples.
+
+    Raises:
+        RewardError: the reward failed, or one is not finite; the prompt is named.
+    """
+    import torch
+
+    rows = [
+        [finite(value, prompt) for value in score(prompt, label, samples)]
+        for (prompt, label), samples in zip(pairs, drawn, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def try_out(score: Score, pair: tuple[str, Any], tokenizer: Any) -> None:
+    """Score a prompt without a response: what the reward misses shows now, not after minutes of sampling.
+
+    Raises:
+        RewardError: as :func:`rewards`.
+    """
+    ids = tokenizer(text=pair[0], add_special_tokens=False)["input_ids"]
+    rewards(score, [pair], [PromptSamples(ids, [[]], [pair[0]], [""])])
+
+
+def identity(args: SimpleNamespace) -> dict[str, Any]:
+    """What a reward is, by content where it has one: two of the same identity give the same rewards."""
+    if not args.reward.remote_url:
+        name = args.reward.model_name_or_path
+        return {
+            "kind": "model",
+            "name": name,
+            "sha256": fingerprints.of_model(name),
+            "normalize_enable": args.reward.normalize_enable,
+            "value_head_prefix": args.ds.value_head_prefix,
+        }
+    first = args.reward.remote_url[0]
+    if first.endswith(".py"):
+        return {"kind": "Python file", "name": first, "sha256": fingerprints.of_file(first)}
+    return {"kind": "server", "url": ",".join(sorted(args.reward.remote_url))}
+
+
+class RemoteScore:
+    """Rewards of ``--reward.remote_url``, through the host's own calls of it, one query each.
+
+    Raises, when called:
+        RewardError: the reward raised (its exception is the cause), or returned no single number.
+    """
+
+    def __init__(self, urls: list[str]) -> None:
+        from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+        self.name = ", ".join(urls)
+        host = SingleTurnAgentExecutor(urls)
+        self._fetch = host._fetch_rewards_via_func if host.reward_func else host._fetch_rewards_via_http
+
+    def __call__(self, prompt: str, label: Any, samples: PromptSamples) -> list[float]:
+        return asyncio.run(self._all(prompt, label, samples.queries))
+
+    async def _all(self, prompt: str, label: Any, queries: list[str]) -> list[float]:
+        import torch
+
+        places = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(query: str) -> float:
+            async with places:
+                try:
+                    (found,) = await self._fetch([query], [prompt], [label])
+                except Exception as error:
+                    raise RewardError(
+                        f"the reward ({self.name}) failed on the prompt {shorten(prompt)}: {error!r}"
+                    ) from error
+            try:
+                (value,) = torch.tensor([found["rewards"]], dtype=torch.float32).flatten().tolist()
+            except (KeyError, TypeError, ValueError, RuntimeError):
+                raise RewardError(
+                    f"the reward ({self.name}) must give one number under 'rewards' for each query; for the prompt "
+                    f"{shorten(prompt)} it gave {shorten(found)}"
+                ) from None
+            return value
+
+        return list(await asyncio.gather(*map(one, queries)))
+
+
+class ModelScore:
+    """Rewards of ``--reward.model_name_or_path``, loaded and called as the host's reward model actor does."""
+
+    def __init__(self, args: SimpleNamespace, pad_token_id: int) -> None:
+        import torch
+        from openrlhf.models import get_llm_for_sequence_regression
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # vLLM takes the first devices.
+        index = count - 1 if count > args.vllm.tensor_parallel_size else 0
+        self.device = torch.device("cuda", index) if count else torch.device("cpu")
+        self._pad, self._rows = pad_token_id, args.rollout.micro_batch_size
+        self._model = get_llm_for_sequence_regression(
+            args.reward.model_name_or_path,
+            "reward",
+            normalize_reward=args.reward.normalize_enable,
+            attn_implementation=args.ds.attn_implementation,
+            experts_implementation=args.ds.experts_implementation,
+            param_dtype=args.ds.param_dtype,
+            load_in_4bit=args.ds.load_in_4bit,
+            value_head_prefix=args.ds.value_head_prefix,
+        )
+        self._model.to(self.device).eval()
+
+    def __call__(self, prompt: str, label: Any, samples: PromptSamples) -> list[float]:
+        import torch
+
+        found: list[float] = []
+        for start in range(0, len(samples.response_ids), self._rows):
+            rows = [
+                torch.tensor(samples.prompt_ids + ids) for ids in samples.response_ids[start : start + self._rows]
+            ]
+            sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
+            mask = torch.zeros_like(sequences)
+            for i, row in enumerate(rows):
+                mask[i, : len(row)] = 1
+            with torch.no_grad():
+                values = self._model(sequences.to(self.device), mask.to(self.device), pad_sequence=True)
+            found += values.float().flatten().tolist()
+        return found

@@ -1,0 +1,19 @@
+"""Small helpers for messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """``; did you mean '...'?`` with the name that is nearest to ``word``, or nothing if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def shorten(value: Any, width: int = 120) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
