@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bond_plugin.bench import runner
-from bond_plugin.bench.matrix import Cell, Evaluation, Matrix
+from bond_plugin.bench.matrix import Cell, Matrix, Measuring
 from bond_plugin.cli.main import main
 
 LOG = """\
@@ -68,7 +68,7 @@ def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with
     data = tmp_path / "train.jsonl"
     data.write_text('{"input": "a"}\n')
     cell = Cell("jbond", "J-BOND", {}, 1, {"data.prompt_dataset": str(data), "bond.eta": 0.1}, {})
-    matrix = Matrix("", {}, Evaluation("x"), (cell,))
+    matrix = Matrix("", {}, Measuring(prompts="x"), (cell,))
 
     def started() -> runner.Runner:
         return runner.Runner(matrix, runner.Settings(tmp_path), [], None, print)
@@ -100,7 +100,7 @@ def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with
 def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path: Path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text("one")
-    matrix = Matrix("", {}, Evaluation("x"), ())
+    matrix = Matrix("", {}, Measuring(prompts="x"), ())
 
     def key(matrix: Matrix = matrix, prompt: str = "a", label: str = "", length: int = 8, chat: bool = False) -> str:
         configuration = {
@@ -114,8 +114,8 @@ def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path
 
     first = key()
     assert key(replace(matrix, title="another")) == first
-    more = replace(matrix, evaluation=Evaluation("x", samples=17))
-    labelled = replace(matrix, evaluation=Evaluation("x", label_key="answer"))
+    more = replace(matrix, evaluation=Measuring(prompts="x", samples=17))
+    labelled = replace(matrix, evaluation=Measuring(prompts="x", label_key="answer"))
     others = [key(more), key(prompt="b"), key(labelled, label="1"), key(labelled, label="2"), key(length=9)]
     others.append(key(chat=True))
     reward.write_text("two")
@@ -130,7 +130,7 @@ def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path
 def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cells = [Cell("a", "", {}, seed, {}, {}) for seed in (1, 2)]
-    made = runner.Runner(Matrix("", {}, Evaluation("x"), ()), runner.Settings(tmp_path), [], None, print)
+    made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Settings(tmp_path), [], None, print)
     made.configurations = {
         one.name: {"bond": {"device": "cuda"}, "gpu_slots": {"actor": 1, "vllm": 1}} for one in cells
     }
@@ -145,7 +145,7 @@ def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.Monke
 def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
     cell = Cell("a", "", {}, 1, {}, {})
     processes = runner.Processes()
-    made = runner.Runner(Matrix("", {}, Evaluation("x"), ()), runner.Settings(tmp_path), [], processes, print)
+    made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Settings(tmp_path), [], processes, print)
     made.configurations = {cell.name: {"bond": {"device": "cpu"}}}
     processes.stop()
     with pytest.raises(runner.BenchError):

@@ -1,4 +1,4 @@
-"""Prompts are the same tokens wherever a model meets them: in training, ``bond cache``, ``evaluate`` and ``bench``."""
+"""Prompts are the same tokens wherever a model meets them: in training, `bond cache`, `evaluate` and `bench`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from bond_plugin.bench.resampling import interpolate
-from bond_plugin.bench.results import Cell
+from bond_plugin.bench.results import Result
 from bond_plugin.bench.summary import Point, Summary, strength_text
 from bond_plugin.bench.two import BeforeAfter
 
@@ -284,11 +284,11 @@ def _runs(axes: Axes, point: Point, key: str, look: _Look, line: Any, opacity: f
     )
 
 
-def _curve(cell: Cell, key: str) -> tuple[Tensor, Tensor]:
+def _curve(cell: Result, key: str) -> tuple[Tensor, Tensor]:
     """(thousands of tokens, values) where both were logged, by tokens."""
-    curve = cell.training.curve if cell.training is not None else {"generated_tokens": [], key: []}
-    tokens = torch.tensor(curve["generated_tokens"], dtype=torch.float64) / 1000
-    values = torch.tensor(curve[key], dtype=torch.float64)
+    curve = cell.training.curve
+    tokens = torch.tensor(curve.generated_tokens, dtype=torch.float64) / 1000
+    values = torch.tensor(getattr(curve, key), dtype=torch.float64)
     logged = tokens.isfinite() & values.isfinite()
     order = tokens[logged].argsort()
     return tokens[logged][order], values[logged][order]

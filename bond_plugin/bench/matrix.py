@@ -24,32 +24,74 @@ both. Whether the flags themselves are valid is for ``bond train --dry-run`` to 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
+from pydantic.functional_validators import AfterValidator
+from typing_extensions import Self
 
 from bond_plugin import recipe as recipes
+from bond_plugin.bench.schema import Strict, explain
 
 #: What the runner sets for each cell.
 RESERVED = ("ckpt.output_dir", "ckpt.path", "train.seed", "logger.tensorboard_dir")
-_TOP = ("title", "common", "evaluation", "seeds", "methods")
-_METHOD = ("label", "flags", "strength", "seeds")
 
 
 class MatrixError(ValueError):
     """The file cannot be used. The message names the place and the fix."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
+# The file, as it is written.
+
+
+def _flat(node: Any) -> dict[str, Any]:
+    """Flags, nested or dotted, as dotted names and values."""
+    node = {} if node is None else node
+    if not isinstance(node, dict):
+        raise ValueError(f"must be a mapping of flags, found {type(node).__name__}")
+    flat: dict[str, Any] = {}
+    recipes.flatten(node, flat)
+    for name in flat:
+        if name in RESERVED:
+            raise ValueError(f"'{name}' is set for each cell; drop it")
+    return flat
+
+
+def _points(node: Any) -> list[dict[str, Any]]:
+    """The points of a strength: those of a list, or every combination of the values of each flag."""
+    if isinstance(node, list):
+        if not node:
+            raise ValueError("the list is empty")
+        return [_flat(point) for point in node]
+    lists = _flat(node)
+    for name, values in lists.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"'{name}' must be a list of values, got {values!r}")
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def _different(numbers: list[int]) -> list[int]:
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"{numbers} has a number twice")
+    return numbers
+
+
+Flags = Annotated[dict[str, Any], BeforeValidator(_flat)]
+Numbers = Annotated[list[int], Field(min_length=1), AfterValidator(_different)]
+Count, Least = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
+
+
+class Measuring(Strict):
     """How every policy is measured, the same for all.
 
     Attributes:
-        prompts: JSON lines of held-out prompts.
+        prompts: JSON lines of held-out prompts; the template of the runs is put around them.
         input_key, label_key: the keys of prompt and label in it.
         samples: responses a prompt of each policy.
         reference_samples: responses a prompt of the reference, for Best-of-N and the limits.
@@ -63,13 +105,41 @@ class Evaluation:
     prompts: str
     input_key: str = "input"
     label_key: str | None = None
-    samples: int = 16
-    reference_samples: int = 128
-    quantile_samples: int = 32
-    bon_levels: tuple[int, ...] = (4, 8, 16)
-    forward_samples: int = 4
-    seed: int = 1000
-    examples: int = 4
+    samples: Least = 16
+    reference_samples: Count = 128
+    quantile_samples: Annotated[int, Field(ge=2)] = 32
+    bon_levels: Annotated[list[Annotated[int, Field(ge=2)]], AfterValidator(_different)] = Field(default=[4, 8, 16])
+    forward_samples: Least = 4
+    seed: Count = 1000
+    examples: Count = 4
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        needed = self.quantile_samples + max(self.bon_levels, default=0) * self.forward_samples
+        if self.reference_samples < needed:
+            raise ValueError(
+                f"reference_samples must be at least {needed}: quantile_samples, and forward_samples x the largest "
+                f"of bon_levels; got {self.reference_samples}"
+            )
+        return self
+
+
+class _Method(Strict):
+    label: str | None = None
+    flags: Flags = Field(default={})
+    strength: Annotated[list[dict[str, Any]], BeforeValidator(_points)] = Field(default=[{}])
+    seeds: Numbers | None = None
+
+
+class _File(Strict):
+    title: str = "A comparison"
+    common: Flags
+    evaluation: Measuring
+    seeds: Numbers = Field(default=[1])
+    methods: Annotated[dict[Name, Annotated[_Method, BeforeValidator(lambda node: node or {})]], Field(min_length=1)]
+
+
+# What is run.
 
 
 @dataclass(frozen=True)
@@ -108,7 +178,7 @@ class Matrix:
 
     title: str
     common: dict[str, Any]
-    evaluation: Evaluation
+    evaluation: Measuring
     cells: tuple[Cell, ...]
     others: tuple[Cell, ...] = ()
 
@@ -150,36 +220,16 @@ def read(path: Path) -> Matrix:
 
 def parse(content: Any) -> Matrix:
     """The matrix of a parsed file. Raises as :func:`read` does, without the file's name."""
-    top = _mapping(content, "the file", _TOP)
-    for key in ("common", "evaluation", "methods"):
-        if key not in top:
-            raise MatrixError(f"'{key}' is missing (the file has: {', '.join(top) or 'nothing'})")
-    common = _flags(top["common"], "common")
-    evaluation = _evaluation(top["evaluation"])
-    seeds = _seeds(top.get("seeds", [1]), "seeds")
-    methods = _mapping(top["methods"], "methods", None)
-    if not methods:
-        raise MatrixError("methods: name at least one")
+    try:
+        given = _File.model_validate(content)
+    except ValidationError as error:
+        raise MatrixError(explain(error, _File)) from error
     rounds: list[tuple[int, Cell]] = []
-    for key, given in methods.items():
-        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", key):
-            raise MatrixError(f"methods: '{key}' must be a short name of letters, digits, '-', '_', '.' and '+'")
-        method = _mapping(given or {}, f"methods.{key}", _METHOD)
-        own = _flags(method.get("flags") or {}, f"methods.{key}.flags")
-        own_seeds = _seeds(method["seeds"], f"methods.{key}.seeds") if "seeds" in method else seeds
-        for point, (place, seed) in itertools.product(
-            _points(method.get("strength"), f"methods.{key}.strength"), enumerate(own_seeds)
-        ):
-            merged = {**own, **point}
-            cell = Cell(
-                method=key,
-                label=str(method.get("label", key)),
-                strength=_short_names(point),
-                seed=seed,
-                flags={**common, **merged},
-                own=merged,
-            )
-            rounds.append((place, cell))
+    for key, method in given.methods.items():
+        for point, (place, seed) in itertools.product(method.strength, enumerate(method.seeds or given.seeds)):
+            own = {**method.flags, **point}
+            flags = {**given.common, **own}
+            rounds.append((place, Cell(key, method.label or key, _short_names(point), seed, flags, own)))
     # Every method with its first seed comes first: a comparison that is not finished yet compares all.
     cells = [cell for _, cell in sorted(rounds, key=lambda entry: entry[0])]
     seen: set[str] = set()
@@ -187,74 +237,7 @@ def parse(content: Any) -> Matrix:
         if cell.folder in seen:
             raise MatrixError(f"methods.{cell.method}: the cell '{cell.name}' is there twice")
         seen.add(cell.folder)
-    return Matrix(str(top.get("title", "A comparison")), common, evaluation, tuple(cells))
-
-
-def _mapping(node: Any, where: str, known: tuple[str, ...] | None) -> dict:
-    if not isinstance(node, dict):
-        raise MatrixError(f"{where} must be a mapping, found {type(node).__name__}")
-    for key in node:
-        if known is not None and key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else f" (known: {', '.join(known)})"
-            raise MatrixError(f"{where}: unknown key '{key}'{hint}")
-    return node
-
-
-def _flags(node: Any, where: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    try:
-        recipes.flatten(_mapping(node, where, None), flat)
-    except recipes.RecipeError as error:
-        raise MatrixError(f"{where}: {error}") from error
-    for name in flat:
-        if name in RESERVED:
-            raise MatrixError(f"{where}: '{name}' is set for each cell; drop it")
-    return flat
-
-
-def _evaluation(node: Any) -> Evaluation:
-    given = _mapping(node, "evaluation", tuple(one.name for one in fields(Evaluation)))
-    if not isinstance(given.get("prompts"), str):
-        raise MatrixError("evaluation.prompts must name a file of held-out prompts")
-    if "bon_levels" in given:
-        given = {**given, "bon_levels": tuple(_seeds(given["bon_levels"], "evaluation.bon_levels"))}
-    made = Evaluation(**given)
-    for name in ("samples", "reference_samples", "quantile_samples", "forward_samples", "seed", "examples"):
-        value = getattr(made, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < (name in ("samples", "forward_samples")):
-            raise MatrixError(f"evaluation.{name} must be a whole number, got {value!r}")
-    if any(n < 2 for n in made.bon_levels):
-        raise MatrixError("evaluation.bon_levels: Best-of-N needs N of at least 2")
-    needed = made.quantile_samples + max(made.bon_levels, default=0) * made.forward_samples
-    if made.quantile_samples < 2 or made.reference_samples < needed:
-        raise MatrixError(
-            f"evaluation.reference_samples must be at least {needed}: quantile_samples, of at least 2, and "
-            f"forward_samples x the largest of bon_levels; got {made.reference_samples}"
-        )
-    return made
-
-
-def _seeds(node: Any, where: str) -> list[int]:
-    if not isinstance(node, list) or not node or any(not isinstance(s, int) or isinstance(s, bool) for s in node):
-        raise MatrixError(f"{where} must be a list of whole numbers, got {node!r}")
-    if len(set(node)) != len(node):
-        raise MatrixError(f"{where}: {node} has a number twice")
-    return node
-
-
-def _points(node: Any, where: str) -> list[dict[str, Any]]:
-    if node is None:
-        return [{}]
-    if isinstance(node, list):
-        if not node:
-            raise MatrixError(f"{where}: the list is empty")
-        return [_flags(point, f"{where}[{i}]") for i, point in enumerate(node)]
-    lists = _flags(node, where)
-    for name, values in lists.items():
-        if not isinstance(values, list) or not values:
-            raise MatrixError(f"{where}.{name} must be a list of values, got {values!r}")
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return Matrix(given.title, given.common, given.evaluation, tuple(cells))
 
 
 def _short_names(point: dict[str, Any]) -> dict[str, Any]:

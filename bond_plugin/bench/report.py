@@ -156,5 +156,5 @@ def failures(summary: Summary) -> list[Block]:
     return [
         Heading("Failed runs"),
         Paragraph(f"{count} in no number below."),
-        *(Log(cell.name, (cell.error or "").strip()) for cell in failed),
+        *(Log(cell.cell, (cell.error or "").strip()) for cell in failed),
     ]

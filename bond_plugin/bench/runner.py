@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,7 @@ class Runner:
                 "max_new_tokens": configuration["rollout"]["max_new_tokens"],
                 "temperature": configuration["rollout"]["temperature"],
                 "quantile_samples": evaluation.quantile_samples,
-                "bon_levels": list(evaluation.bon_levels),
+                "bon_levels": evaluation.bon_levels,
                 "prompts": found.pop("prompts"),
                 "rewards": [[float(f"{r:.6g}") for r in row] for row in samples["rewards"]],
                 "seconds": found.pop("seconds"),
@@ -289,7 +289,7 @@ class Runner:
         return fingerprints.of_value(
             [
                 fingerprints.of_model(configuration["actor"]["model_name_or_path"]),
-                asdict(self.matrix.evaluation),
+                self.matrix.evaluation.model_dump(),
                 [row["input"] for row in self.rows],
                 labels,
                 {name: _get(configuration, name) for name in _SHARED[: -len(_TEMPLATES)]},
@@ -381,7 +381,7 @@ class Runner:
             "reference_samples": str(self.output / "reference-samples.json"),
             "rows": self.rows,
             "configuration": configuration,
-            "evaluation": asdict(self.matrix.evaluation),
+            "evaluation": self.matrix.evaluation.model_dump(),
             "is_reference": is_reference,
         }
         path = output.with_suffix(".job.json")

@@ -333,8 +333,10 @@ def settings(summary: Summary) -> list[Block]:
         flags = ", ".join(f"{key} {value}" for key, value in cell.flags.items()) or _NONE
         measured = [_NONE] * 3
         if cell.evaluation is not None:
-            measured = [_number(cell.evaluation.values[key].mean().item(), 3) for key in ("reward", "win_rate", "kl")]
-        runs.append([cell.name, flags, *measured])
+            measured = [
+                _number(getattr(cell.evaluation, key).mean().item(), 3) for key in ("reward", "win_rate", "kl")
+            ]
+        runs.append([cell.cell, flags, *measured])
     return [
         Heading("Settings"),
         Table("Common to all runs", ["setting", "value"], rows, text_columns=2),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin.bench.resampling import RESAMPLES, Estimate, Resampling, envelope, interpolate, limit_by_prompt
-from bond_plugin.bench.results import PER_PROMPT, Cell, Evaluation, Example, Results
+from bond_plugin.bench.results import PER_PROMPT, Example, Measured, Result, Results
 from bond_plugin.bestofn.limits import BestOfNCurve, Front, best_of_n_curve, reward_front, win_rate_front
 from bond_plugin.bestofn.limits import pareto_front as not_dominated
 
@@ -47,8 +47,8 @@ class Point:
     method: str
     label: str
     strength: dict[str, Any]
-    cells: tuple[Cell, ...]
-    examples: tuple[Example, ...]
+    cells: tuple[Result, ...]
+    examples: list[Example]
     estimates: dict[str, Estimate]
     on_front: dict[str, float]
     matches: Estimate
@@ -171,7 +171,7 @@ class _Summariser:
         }
 
     def run(self) -> Summary:
-        groups: dict[tuple[str, str], list[Cell]] = {}
+        groups: dict[tuple[str, str], list[Result]] = {}
         for cell in self.results.done:
             groups.setdefault((cell.method, repr(sorted(cell.strength.items()))), []).append(cell)
         points = [self.point(cells) for cells in groups.values()]
@@ -202,7 +202,7 @@ class _Summariser:
 
     # Points.
 
-    def point(self, cells: list[Cell]) -> Point:
+    def point(self, cells: list[Result]) -> Point:
         evaluations = [cell.evaluation for cell in cells if cell.evaluation is not None]
         draws = self.measured(evaluations, self.resampling.weights(len(cells)))
         for measure in MEASURES:
@@ -229,13 +229,13 @@ class _Summariser:
         nothing = Estimate(math.nan, math.nan, math.nan)
         return Point("", "reference", {}, (), reference.examples, estimates, {}, nothing, {})
 
-    def measured(self, evaluations: list[Evaluation], seeds: Tensor) -> dict[str, Tensor]:
+    def measured(self, evaluations: list[Measured], seeds: Tensor) -> dict[str, Tensor]:
         """Draws of what the evaluations hold, over seeds and prompts."""
 
         def pooled(values: list[Tensor]) -> Tensor:
             return self.resampling.mean(torch.stack(values), seeds)
 
-        draws = {key: pooled([one.values[key] for one in evaluations]) for key in PER_PROMPT}
+        draws = {key: pooled([getattr(one, key) for one in evaluations]) for key in PER_PROMPT}
         for name in ("backward_kl", "forward_kl", "pass_at"):
             tables = [getattr(one, name) for one in evaluations]
             for n in sorted(set.intersection(*(set(table) for table in tables))):
