@@ -568,17 +568,17 @@ def test_missing_key_of_a_cell(small: Path, where: str) -> None:
     [
         (
             lambda cell: cell["evaluation"].update(reward=[0.0]),
-            r"evaluation.reward: must have the shape \[48\], got \[1\]",
+            r"reward: must have the shape \[48\], got \[1\]",
         ),
         (
             lambda cell: cell["evaluation"]["kl"].__setitem__(3, math.nan),
-            "evaluation.kl: holds a number that is not finite",
+            "kl: holds a number that is not finite",
         ),
         (lambda cell: cell["evaluation"]["kl"].__setitem__(3, None), "evaluation.kl: must hold lists of numbers"),
         (lambda cell: cell["evaluation"]["forward_kl"].pop("8"), r"'forward_kl' lacks N = \[8\]"),
         (
             lambda cell: cell["evaluation"].update(distinct_1="x"),
-            "evaluation.distinct_1: must be a valid number, got 'x'",
+            "distinct_1: must be a valid number, got 'x'",
         ),
         (
             lambda cell: cell["training"]["curve"]["kl"].pop(),
