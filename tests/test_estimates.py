@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bond_plugin.bestofn.estimates import bootstrap_interval, expected_max, win_rate
+from bond_plugin.bench.resampling import Estimate, Resampling
+from bond_plugin.bestofn.estimates import expected_max, win_rate
 
 # Few distinct values, so that ties are common.
 rewards_lists = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=7)
@@ -81,46 +82,28 @@ def test_win_rate_refuses_other_leading_dimensions():
         win_rate(torch.zeros(2, 3), torch.zeros(3, 3))
 
 
-def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+def interval(values: torch.Tensor, resamples: int = 1000, seed: int = 0) -> Estimate:
+    resampling = Resampling(len(values), resamples, seed)
+    return Estimate.of(resampling.mean(values.double().unsqueeze(-1)).squeeze(-1))
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say():
     generator = torch.Generator().manual_seed(1)
     trials, inside = 300, 0
     for trial in range(trials):
-        values = torch.randn(60, generator=generator)
-        low, high = bootstrap_interval(values, level=0.9, resamples=500, seed=trial)
-        inside += low <= 0 <= high
-    assert inside / trials == pytest.approx(0.9, abs=0.06)
+        found = interval(torch.randn(60, generator=generator), resamples=500, seed=trial)
+        inside += found.low <= 0 <= found.high
+    assert inside / trials == pytest.approx(0.95, abs=0.04)
 
 
-def test_bootstrap_interval_has_the_width_of_the_standard_error():
+def test_an_interval_has_the_width_of_the_standard_error_and_is_reproducible():
     values = torch.randn(400, generator=torch.Generator().manual_seed(2)) * 3 + 5
-    low, high = bootstrap_interval(values)
+    found = interval(values)
     error = values.std().item() / math.sqrt(400)
-    assert low == pytest.approx(values.mean().item() - 1.96 * error, abs=0.2 * error)
-    assert high == pytest.approx(values.mean().item() + 1.96 * error, abs=0.2 * error)
+    assert found.low == pytest.approx(values.mean().item() - 1.96 * error, abs=0.2 * error)
+    assert found.high == pytest.approx(values.mean().item() + 1.96 * error, abs=0.2 * error)
+    assert interval(values) == found != interval(values, seed=1)
 
 
-def test_bootstrap_interval_is_reproducible_and_independent_of_chunking(monkeypatch):
-    values = torch.randn(50)
-    whole = bootstrap_interval(values, resamples=400, seed=3)
-    assert bootstrap_interval(values, resamples=400, seed=3) == whole
-    assert bootstrap_interval(values, resamples=400, seed=4) != whole
-    monkeypatch.setattr("bond_plugin.bestofn.estimates._CHUNK", 1000)
-    assert bootstrap_interval(values, resamples=400, seed=3) == whole
-
-
-def test_bootstrap_interval_of_one_value_has_no_width():
-    assert bootstrap_interval(torch.tensor([2.5])) == (2.5, 2.5)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"values": torch.zeros(0)},
-        {"values": torch.zeros(2, 2)},
-        {"values": torch.zeros(2), "level": 1.0},
-        {"values": torch.zeros(2), "resamples": 0},
-    ],
-)
-def test_bootstrap_interval_refuses_arguments_out_of_range(arguments):
-    with pytest.raises(ValueError):
-        bootstrap_interval(**arguments)
+def test_the_interval_of_one_value_has_no_width():
+    assert interval(torch.tensor([2.5])) == Estimate(2.5, 2.5, 2.5)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bond_plugin.bestofn import (
     Front,
-    area_under_front,
     best_of_n_curve,
     bon_kl,
     bon_kl_bound,
@@ -29,7 +28,6 @@ from bond_plugin.bestofn import (
     bon_win_rate,
     pareto_front,
     reward_front,
-    share_of_limit,
     win_rate,
     win_rate_front,
 )
@@ -283,7 +281,7 @@ def test_constant_rewards_leave_nothing_to_gain(make: Callable[[Tensor], Front])
     assert front.at(f64([0.0, 1e-12, 3.0])).tolist() == pytest.approx([value] * 3)
     assert front.supported.all() and front.supported_at(2.0)
     assert front.at(math.nan).isnan() and not front.supported_at(math.nan)
-    assert share_of_limit(value, front.base, front.at(1.0)).isnan()
+    assert front.at(1.0).item() == front.base
 
 
 @pytest.mark.parametrize("make", FRONTS)
@@ -469,18 +467,12 @@ def test_curve_has_a_value_a_prompt_and_their_means() -> None:
 
 def test_best_of_16_has_92_percent_of_what_gaussian_rewards_allow() -> None:
     """1.76599 is the mean of the highest of 16 standard normal variables."""
-    exact = share_of_limit(1.76599, 0.0, math.sqrt(2 * bon_kl_bound(16)))
-    assert exact.item() == pytest.approx(0.922, abs=5e-4)
+    exact = 1.76599 / math.sqrt(2 * bon_kl_bound(16))
+    assert exact == pytest.approx(0.922, abs=5e-4)
     rewards = gaussian(256, 256, seed=2) + 10
     kl, reward, _ = best_of_n_curve(rewards, [16]).mean()
     front = reward_front(rewards, points=64).corrected()
-    assert share_of_limit(reward, front.base, front.at(kl)).item() == pytest.approx(0.922, abs=0.01)
-
-
-def test_share_of_limit_broadcasts_and_knows_where_there_is_nothing_to_gain() -> None:
-    found = share_of_limit(f64([[1.0], [3.0]]), 1.0, f64([3.0, 5.0, 1.0, math.nan]))
-    assert found[:, :2].tolist() == [[0.0, 0.0], [1.0, 0.5]]
-    assert found[:, 2:].isnan().all() and found.dtype == torch.float64
+    assert ((reward - front.base) / (front.at(kl) - front.base)).item() == pytest.approx(0.922, abs=0.01)
 
 
 points_in_the_plane = st.lists(st.tuples(st.integers(0, 4), st.integers(-2, 4)), max_size=8)
@@ -493,43 +485,6 @@ def test_pareto_front_is_what_its_definition_says(points: list[tuple[int, int]])
     kl, value = torch.tensor(points, dtype=torch.float64).reshape(-1, 2).unbind(-1)
     found = pareto_front(kl, value)
     assert found.dtype == torch.bool and found.tolist() == wanted
-
-
-def test_area_of_one_point_of_two_and_of_none() -> None:
-    limit, possible = root_front(), 2 / 3 * math.sqrt(2) * 2**1.5
-    assert area_under_front(f64([]), f64([]), 2.0, limit) == 0
-    # A rise to the point, then level; then two rises, the first steeper; then a point beyond, mixed with (0, base).
-    for kl, value, area in (
-        ([1.0], [1.0], 0.5 + 1),
-        ([1.5, 0.5], [1.2, 0.8], 0.2 + 1.0 + 0.6),
-        ([4.0], [2.0], 1.0),
-        ([0.0], [0.5], 1.0),
-        ([0.5, 1.0], [0.2, 1.0], 1.5),  # the first is under the line to the second
-        ([-1e-9, 1.0, 1.0, 1.7], [0.0, 1.0, 0.3, 0.9], 1.5),
-        ([1.0], [-1.0], 0.0),
-    ):
-        assert area_under_front(f64(kl), f64(value), 2.0, limit) == pytest.approx(area / possible, abs=1e-5)
-
-
-def test_area_of_the_limit_itself_is_one_and_needs_room() -> None:
-    for limit, up_to in ((root_front(), 8.0), (win_rate_front(gaussian(4, 128)), 3.0)):
-        assert area_under_front(limit.kl, limit.value, up_to, limit) == pytest.approx(1.0, abs=2e-3)
-    constant = reward_front(torch.ones(2, 4))
-    assert math.isnan(area_under_front(f64([1.0]), f64([1.0]), 2.0, constant))
-
-
-@given(points_in_the_plane, st.floats(0.2, 6), st.randoms())
-@examples(15)
-def test_area_never_falls_with_another_point_and_needs_no_order(
-    points: list[tuple[int, int]], up_to: float, random: Any
-) -> None:
-    limit, areas = root_front(), []
-    for count in range(len(points) + 1):
-        kl, value = torch.tensor(points[:count], dtype=torch.float64).reshape(-1, 2).unbind(-1)
-        areas.append(area_under_front(kl, value, up_to, limit))
-        order = random.sample(range(count), count)
-        assert area_under_front(kl[order], value[order], up_to, limit) == pytest.approx(areas[-1], abs=1e-12)
-    assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(areas))
 
 
 # --- types, devices, errors -----------------------------------------------------------------------------------------
@@ -554,7 +509,6 @@ def test_nothing_is_made_on_a_device_that_nobody_named() -> None:
         front = reward_front(rewards, points=8)
         found = [*vars(front).values(), front.at(kl), front.supported_at(kl), *best_of_n_curve(rewards, [2]).mean()]
         found += [pareto_front(kl, kl), *vars(win_rate_front(rewards, points=8).corrected()).values()]
-        assert area_under_front(kl, kl, 0.5, front) > 0
     assert {value.device.type for value in found} == {"cpu"}
 
 
@@ -582,11 +536,6 @@ REWARDS, ONE = gaussian(2, 4), f64([1.0])
         (lambda: bon_win_rate(torch.zeros(2, 2, 2), 1), r"rewards \[P, M\]"),
         (lambda: pareto_front(ONE, f64(1.0, 2.0)), r"kl \[n\] and value \[n\], got \(1,\) and \(2,\)"),
         (lambda: pareto_front(f64(math.nan, 1.0), f64(1.0, 2.0)), "NaN: leave out runs that failed"),
-        (lambda: area_under_front(ONE, f64([math.nan]), 1.0, root_front()), "NaN: leave out runs that failed"),
-        (lambda: area_under_front(torch.ones(1, 1), torch.ones(1, 1), 1.0, root_front()), r"kl \[n\]"),
-        (lambda: area_under_front(ONE, ONE, 0.0, root_front()), "positive and at most 8 nats, got 0"),
-        (lambda: area_under_front(ONE, ONE, 9.0, root_front(supported=False)), "at most 8 nats, got 9"),
-        (lambda: area_under_front(ONE, ONE, math.nan, root_front()), "got nan"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call: Callable[[], Any], message: str) -> None:

@@ -22,10 +22,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from bond_plugin.bench.resampling import interpolate
 from bond_plugin.bench.results import Result
 from bond_plugin.bench.summary import Point, Summary, strength_text
 from bond_plugin.bench.two import BeforeAfter
+from bond_plugin.bestofn.limits import interpolate
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B2E83")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -307,14 +307,7 @@ def mean_curve(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     grid = runs[0][0][(runs[0][0] >= low) & (runs[0][0] <= high)]
     if not len(grid):
         return runs[0][0][:1], runs[0][1][:1]
-    found = []
-    for tokens, values in runs:
-        if len(tokens) == 1:
-            found.append(values.expand(len(grid)))
-            continue
-        right = torch.searchsorted(tokens, grid, right=True).clamp(1, len(tokens) - 1)
-        share = ((grid - tokens[right - 1]) / (tokens[right] - tokens[right - 1]).clamp(min=1e-12)).clamp(0, 1)
-        found.append(torch.lerp(values[right - 1], values[right], share))
+    found = [interpolate(grid[None], tokens[None], values[None])[0] for tokens, values in runs]
     return grid, torch.stack(found).mean(dim=0)
 
 

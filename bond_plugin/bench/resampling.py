@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin.bestofn.distribution import quantiles
+from bond_plugin.bestofn.limits import tilted_means
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -80,27 +81,11 @@ class Resampling:
         return ((self.prompts @ values.T) * seeds).sum(dim=-1)
 
 
-def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
-    """Linear interpolation in each row; constant beyond the last knot.
-
-    Args:
-        x: ``[B, G]``.
-        knots, values: ``[B, K]``, K >= 2; knots do not decrease.
-
-    Returns:
-        ``[B, G]``.
-    """
-    right = torch.searchsorted(knots.contiguous(), x.contiguous(), right=True).clamp(1, knots.shape[-1] - 1)
-    start, end = knots.gather(-1, right - 1), knots.gather(-1, right)
-    share = torch.where(end > start, (x - start) / (end - start), 1.0).clamp(0, 1)
-    return torch.lerp(values.gather(-1, right - 1), values.gather(-1, right), share)
-
-
 def envelope(x: Tensor, kl: Tensor, value: Tensor) -> Tensor:
     """The smallest concave function that does not fall and is nowhere below the points, in each row.
 
-    It is what a random choice between two of the policies attains: the mixed value, at no more than the mixed KL
-    (as in :func:`bond_plugin.bestofn.limits.area_under_front`).
+    It is what a random choice between two of the policies attains: the mixed value, at no more than the mixed KL,
+    because the KL is convex.
 
     Args:
         x: ``[B, G]``, nats.
@@ -140,19 +125,16 @@ def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[T
         rewards = beats
     best = rewards.amax(dim=-1)
     below = rewards - best.unsqueeze(-1)
-    log_samples = math.log(rewards.shape[-1])
-    kls, values, win_rates = [torch.zeros_like(best)], [rewards.mean(dim=-1)], [beats.mean(dim=-1)]
     # Relative to the range of the rewards; the ends of the grid are the reference and the best samples.
-    for exponent in torch.linspace(-3, 6, points, dtype=torch.float64).tolist():
-        tilt = below * (10**exponent / max(-below.min().item(), 1e-300))
-        log_total = tilt.logsumexp(dim=-1, keepdim=True)
-        mass = (tilt - log_total).exp()
-        kls.append((mass * tilt).sum(dim=-1) - log_total.squeeze(-1) + log_samples)
-        values.append(best + (mass * below).sum(dim=-1))
-        win_rates.append((mass * beats).sum(dim=-1))
-    kls.append(log_samples - (below == 0).sum(dim=-1).double().log())
+    grid = 10 ** torch.linspace(-3, 6, points, dtype=torch.float64) / max(-below.min().item(), 1e-300)
+    kl, gap, win_rate = (found.T for found in tilted_means(below, grid, below, beats))
+    end = math.log(rewards.shape[-1]) - (below == 0).sum(dim=-1).double().log()
+
+    def between(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([first.unsqueeze(-1), middle, last.unsqueeze(-1)], dim=-1)
+
     return (
-        torch.stack(kls, dim=-1).clamp(min=0),
-        torch.stack([*values, best], dim=-1),
-        torch.stack([*win_rates, beats.amax(dim=-1)], dim=-1),
+        between(torch.zeros_like(best), kl, end).clamp(min=0),
+        between(rewards.mean(dim=-1), best.unsqueeze(-1) + gap, best),
+        between(beats.mean(dim=-1), win_rate, beats.amax(dim=-1)),
     )

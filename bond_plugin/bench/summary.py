@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bond_plugin.bench.resampling import RESAMPLES, Estimate, Resampling, envelope, interpolate, limit_by_prompt
+from bond_plugin.bench.resampling import RESAMPLES, Estimate, Resampling, envelope, limit_by_prompt
 from bond_plugin.bench.results import PER_PROMPT, Example, Measured, Result, Results
-from bond_plugin.bestofn.limits import BestOfNCurve, Front, best_of_n_curve, reward_front, win_rate_front
+from bond_plugin.bestofn.limits import (
+    BestOfNCurve,
+    Front,
+    best_of_n_curve,
+    interpolate,
+    reward_front,
+    win_rate_front,
+)
 from bond_plugin.bestofn.limits import pareto_front as not_dominated
 
 #: What is traded against the KL.

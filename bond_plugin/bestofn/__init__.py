@@ -22,17 +22,15 @@ from bond_plugin.bestofn.divergences import (
     jeffreys,
     leave_one_out_mean,
 )
-from bond_plugin.bestofn.estimates import bootstrap_interval, expected_max, pass_at_n, win_rate
+from bond_plugin.bestofn.estimates import expected_max, pass_at_n, win_rate
 from bond_plugin.bestofn.limits import (
     BestOfNCurve,
     Front,
-    area_under_front,
     best_of_n_curve,
     bon_kl_from_samples,
     bon_win_rate,
     pareto_front,
     reward_front,
-    share_of_limit,
     win_rate_front,
 )
 from bond_plugin.bestofn.pooled import (
@@ -48,7 +46,6 @@ __all__ = [
     "BestOfNCurve",
     "Divergence",
     "Front",
-    "area_under_front",
     "backward_kl",
     "best_of_n_curve",
     "bon_kl",
@@ -57,7 +54,6 @@ __all__ = [
     "bon_log_probs",
     "bon_win_rate",
     "bond_reward",
-    "bootstrap_interval",
     "effective_sample_size",
     "expected_max",
     "forward_kl",
@@ -74,7 +70,6 @@ __all__ = [
     "pooled_tilt",
     "quantiles",
     "reward_front",
-    "share_of_limit",
     "strict_ranks",
     "tied_log_bon_ratio",
     "vbon_reward",

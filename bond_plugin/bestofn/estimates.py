@@ -1,11 +1,9 @@
-"""Estimates from samples: the reward of Best-of-N, win rates, and how far to trust a mean."""
+"""Estimates from samples: the reward of Best-of-N, and win rates."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-_CHUNK = 4_000_000  # indices drawn at a time by the bootstrap: 32 MB
 
 
 def expected_max(rewards: Tensor, n: int) -> Tensor:
@@ -90,41 +88,3 @@ def win_rate(rewards: Tensor, against: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, values, right=False)
     not_above = torch.searchsorted(ordered, values, right=True)
     return (below + not_above).double().mean(dim=-1) / (2 * against.shape[-1])
-
-
-def bootstrap_interval(
-    values: Tensor, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval for the mean of ``values``.
-
-    The values are drawn again with replacement, as many as there are, ``resamples`` times; the interval holds
-    the middle ``level`` of the means. Pass one value a prompt (an average over its samples, say), because
-    samples of one prompt are not independent observations of the population of prompts.
-
-    Args:
-        values: ``[n]``, one independent value each. A single value gives an interval of no width.
-        level: the share of resampled means inside, in (0, 1).
-        resamples: at least 1.
-        seed: of the resampling; the same arguments give the same interval.
-
-    Returns:
-        (low, high), in units of ``values``.
-
-    Raises:
-        ValueError: ``values`` is empty or not one-dimensional, or another argument is out of its range.
-    """
-    if values.dim() != 1 or values.numel() == 0:
-        raise ValueError(f"bootstrap_interval needs a non-empty [n], got {tuple(values.shape)}")
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"need 0 < level < 1 and resamples >= 1, got {level} and {resamples}")
-    values = values.detach().double().cpu()
-    generator = torch.Generator().manual_seed(seed)
-    count = values.numel()
-    rows = max(1, _CHUNK // count)
-    means = [
-        values[torch.randint(count, (min(rows, resamples - start), count), generator=generator)].mean(dim=-1)
-        for start in range(0, resamples, rows)
-    ]
-    tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(torch.cat(means), tail).tolist()
-    return low, high

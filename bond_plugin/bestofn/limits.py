@@ -95,7 +95,7 @@ class Front:
             0/1 rewards, and with constant ones, whose front is a point): more KL buys nothing then. Else NaN.
         """
         kl = torch.as_tensor(kl, dtype=torch.float64, device=self.kl.device).clamp(min=0)
-        found = _interpolate(kl.sqrt(), self.kl.sqrt(), self.value)
+        found = interpolate(kl.sqrt().reshape(1, -1), self.kl.sqrt()[None], self.value[None]).reshape(kl.shape)
         known = (kl <= self.kl[-1]) | (self.supported[-1] & ~kl.isnan())
         return torch.where(known, found, math.nan)
 
@@ -155,7 +155,8 @@ def _front(rewards: Tensor, ranked: bool, points: int, tolerance: float) -> Fron
         half_kl, half_value = _tilted(half, ranked, points)
         # Beyond its own end a half keeps its last value. Unless that is the best there is, the bias then counts
         # as larger than it is, which is on the safe side.
-        bias = bias + (_interpolate(kl.sqrt(), half_kl.sqrt(), half_value) - half_value[0]) / 2
+        found = interpolate(kl.sqrt()[None], half_kl.sqrt()[None], half_value[None])[0]
+        bias = bias + (found - half_value[0]) / 2
     supported = (bias.abs() <= tolerance * gain).long().cummin(dim=0).values.bool()
     return Front(kl, value, bias, supported)
 
@@ -171,29 +172,41 @@ def _tilted(rewards: Tensor, ranked: bool, points: int) -> tuple[Tensor, Tensor]
     if scale == 0:
         return torch.zeros_like(mean).reshape(1), mean.reshape(1)
     below = below / scale
-    log_samples = math.log(rewards.shape[-1])
-
-    def means(inverse_beta: Tensor) -> tuple[Tensor, Tensor]:
-        """KL, and mean of ``below``, over prompts, for each of ``[B]``."""
-        tilt = inverse_beta.reshape(-1, 1, 1) * below
-        log_total = tilt.logsumexp(dim=-1)
-        gap = ((tilt - log_total.unsqueeze(-1)).exp_() * below).sum(dim=-1).mean(dim=-1)
-        return inverse_beta * gap - log_total.mean(dim=-1) + log_samples, gap
-
-    end = log_samples - (below == 0).sum(dim=-1).double().log().mean()
+    end = math.log(rewards.shape[-1]) - (below == 0).sum(dim=-1).double().log().mean()
     # KL = Var(r) / (2 beta^2) for small 1 / beta.
     first = (end.clamp(max=2 * _FIRST_KL) / below.var(dim=-1, correction=0).mean()).sqrt()
     last = 2 * first
-    while means(last)[0] < _LAST_SHARE * end:
+    while tilted_means(below, last.reshape(1))[0].mean() < _LAST_SHARE * end:
         last = 2 * last
     share = torch.arange(points, dtype=torch.float64, device=rewards.device) / (points - 1)
     grid = first * (last / first) ** share
-    parts = [means(part) for part in grid.split(max(1, _CHUNK // below.numel()))]
-    kl, gap = (torch.cat(column) for column in zip(*parts, strict=True))
+    kl, gap = (found.mean(dim=-1) for found in tilted_means(below, grid, below))
     kl = torch.cat([kl.new_zeros(1), kl, end.reshape(1)])
     value = torch.cat([mean.reshape(1), best.mean() + scale * gap, best.mean().reshape(1)])
     # Both increase; where two best rewards differ by little, rounding may not.
     return kl.clamp(min=0, max=end.item()).cummax(dim=0).values, value.cummax(dim=0).values
+
+
+def tilted_means(rewards: Tensor, inverse_beta: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """KL to the reference, and means of ``values``, under each prompt's samples tilted by their rewards.
+
+    Args:
+        rewards: ``[P, M]``, none above 0 (less the best of its prompt, which changes no weight): so exp cannot
+            overflow.
+        inverse_beta: ``[B]``, 1 / beta.
+        values: ``[P, M]`` each.
+
+    Returns:
+        (KL in nats, a mean of each of ``values``), ``[B, P]`` each.
+    """
+    parts = []
+    for some in inverse_beta.split(max(1, _CHUNK // rewards.numel())):
+        tilt = some.reshape(-1, 1, 1) * rewards
+        log_total = tilt.logsumexp(dim=-1, keepdim=True)
+        mass = (tilt - log_total).exp()
+        kl = (mass * tilt).sum(dim=-1) - log_total.squeeze(-1) + math.log(rewards.shape[-1])
+        parts.append((kl, *((mass * value).sum(dim=-1) for value in values)))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -313,27 +326,6 @@ def bon_win_rate(rewards: Tensor, n: int) -> Tensor:
     return 1 - (share[low] + share[high - 1]).mean(dim=-1) / 2
 
 
-def share_of_limit(value: Tensor | float, base: Tensor | float, limit: Tensor | float) -> Tensor:
-    """What part of the gain that is possible at its KL a method has: (value - base) / (limit - base).
-
-    Best-of-16 has 92 % for Gaussian rewards: 1.766 of sqrt(2 KL) = 1.916 standard deviations.
-
-    Args:
-        value: any shape, mean reward or win rate of the method.
-        base: the reference's, as ``Front.base``. Broadcast.
-        limit: ``Front.at`` of the method's KL. Broadcast.
-
-    Returns:
-        The common shape, float64. NaN where there is nothing to gain: the limit is not above the base, or unknown.
-    """
-    value, base, limit = (
-        part.double() if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device="cpu")
-        for part in (value, base, limit)
-    )
-    room = limit - base
-    return torch.where(room > 0, (value - base) / room, math.nan)
-
-
 def pareto_front(kl: Tensor, value: Tensor) -> Tensor:
     """Which points no other point beats: none has a KL as low and a value as high, and one of them better.
 
@@ -352,56 +344,22 @@ def pareto_front(kl: Tensor, value: Tensor) -> Tensor:
     return ~(no_worse & better).any(dim=-1)
 
 
-def area_under_front(kl: Tensor, value: Tensor, up_to: float, limit: Front) -> float:
-    """The part of all possible gains up to a KL that a method's points reach: one number for a whole method.
-
-    The area between the base and the method's front, divided by the area between the base and the limit, for KL
-    from 0 to ``up_to``. The method's front is the smallest concave function that is nowhere below its points and
-    (0, base), and does not fall: which of two policies answers may be drawn, and a mixture has the mixed value and
-    at most the mixed KL, because the KL is convex.
+def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """Linear interpolation in each row; constant beyond the knots at either end.
 
     Args:
-        kl, value: ``[n]``, one point a trained policy, n >= 0, in any order; those beyond ``up_to`` count by their
-            mixtures. What rounding leaves of a KL below 0 counts as 0.
-        up_to: in nats, > 0, where the limit is known.
-        limit: from :func:`reward_front` or :func:`win_rate_front`; its base is the method's.
+        x: ``[B, G]``.
+        knots, values: ``[B, K]``, K >= 1; knots do not decrease.
 
     Returns:
-        A share, in [0, 1] up to errors of estimation. NaN where there is nothing to gain.
-
-    Raises:
-        ValueError: other shapes, NaN, or ``up_to`` not positive or beyond the end of the limit.
+        ``[B, G]``.
     """
-    _check_points(kl, value)
-    if not up_to > 0 or limit.at(up_to).isnan():
-        raise ValueError(f"up_to must be positive and at most {limit.kl[-1].item():.4g} nats, got {up_to}")
-    hull = [(0.0, limit.base)]
-    for new in sorted(zip(kl.double().clamp(min=0).tolist(), value.double().tolist(), strict=True)):
-        if new[1] <= hull[-1][1]:
-            continue
-        # A vertex under the line from its predecessor to the new point is none.
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], new):
-            hull.pop()
-        hull.append(new)
-    knots, heights = torch.tensor(hull, dtype=torch.float64, device=limit.kl.device).T.contiguous()
-    grid = up_to * torch.linspace(0, 1, 4097, dtype=torch.float64, device=limit.kl.device) ** 2
-    reached = torch.trapezoid(_interpolate(grid, knots, heights) - limit.base, grid)
-    possible = torch.trapezoid(limit.at(grid) - limit.base, grid)
-    return share_of_limit(reached, 0.0, possible).item()
-
-
-def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
-    return (end[1] - start[1]) / (end[0] - start[0]) if end[0] > start[0] else math.inf
-
-
-def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
-    """Linear between knots, which do not decrease; constant beyond them."""
-    if len(knots) == 1:
-        return values[0].expand(x.shape).clone()
-    right = torch.searchsorted(knots, x.contiguous(), right=True).clamp(1, len(knots) - 1)
-    start, width = knots[right - 1], knots[right] - knots[right - 1]
-    share = torch.where(width > 0, (x - start) / width, 1.0).clamp(0, 1)
-    return torch.lerp(values[right - 1], values[right], share)
+    if knots.shape[-1] == 1:
+        return values.expand(x.shape).clone()
+    right = torch.searchsorted(knots.contiguous(), x.contiguous(), right=True).clamp(1, knots.shape[-1] - 1)
+    start, end = knots.gather(-1, right - 1), knots.gather(-1, right)
+    share = torch.where(end > start, (x - start) / (end - start), 1.0).clamp(0, 1)
+    return torch.lerp(values.gather(-1, right - 1), values.gather(-1, right), share)
 
 
 def _checked(rewards: Tensor) -> Tensor:
