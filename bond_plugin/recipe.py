@@ -13,9 +13,10 @@ what the parser knows.
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
+
+from bond_plugin.words import did_you_mean
 
 
 class RecipeError(ValueError):
@@ -100,9 +101,7 @@ def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -
     for name, value in flat.items():
         action = known.get(name)
         if action is None:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise RecipeError(f"--recipe {path}: unknown key '{name}'{hint}")
+            raise RecipeError(f"--recipe {path}: unknown key '{name}'{did_you_mean(name, known, 0.5)}")
         if value is None:
             continue
         option = f"--{name}"

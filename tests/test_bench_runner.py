@@ -71,7 +71,7 @@ def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with
     matrix = Matrix("", {}, Measuring(prompts="x"), (cell,))
 
     def started() -> runner.Runner:
-        return runner.Runner(matrix, runner.Settings(tmp_path), [], None, print)
+        return runner.Runner(matrix, runner.Options(tmp_path), [], None, print)
 
     def finished(cell: Cell, reference: str = "first") -> dict | None:
         return started().finished(cell, reference)
@@ -110,7 +110,7 @@ def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path
             "data": {"apply_chat_template": chat, "input_template": None},
         }
         rows = [{"input": prompt, "label": label}]
-        return runner.Runner(matrix, runner.Settings(tmp_path), rows, None, print)._reference_key(configuration)
+        return runner.Runner(matrix, runner.Options(tmp_path), rows, None, print)._reference_key(configuration)
 
     first = key()
     assert key(replace(matrix, title="another")) == first
@@ -130,7 +130,7 @@ def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path
 def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cells = [Cell("a", "", {}, seed, {}, {}) for seed in (1, 2)]
-    made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Settings(tmp_path), [], None, print)
+    made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Options(tmp_path), [], None, print)
     made.configurations = {
         one.name: {"bond": {"device": "cuda"}, "gpu_slots": {"actor": 1, "vllm": 1}} for one in cells
     }
@@ -145,7 +145,7 @@ def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.Monke
 def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
     cell = Cell("a", "", {}, 1, {}, {})
     processes = runner.Processes()
-    made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Settings(tmp_path), [], processes, print)
+    made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Options(tmp_path), [], processes, print)
     made.configurations = {cell.name: {"bond": {"device": "cpu"}}}
     processes.stop()
     with pytest.raises(runner.BenchError):

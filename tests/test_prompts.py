@@ -15,6 +15,7 @@ from conftest import Tiny, moved_model
 
 from bond_plugin.bench import measure as bench_measure
 from bond_plugin.cli import evaluate as command
+from bond_plugin.host.metrics import MetricsFile
 from bond_plugin.offline import engine, make_cache
 
 CHAT = "{% for m in messages %}u {{ m.content }} e{% endfor %}{% if add_generation_prompt %} a {% endif %}"
@@ -145,7 +146,8 @@ def test_prompts_are_the_same_tokens_in_training_cache_evaluate_and_bench(
         bench_measure.run(job)
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    (run / "run.json").write_text(json.dumps(configuration(args)))
+    args.ckpt.output_dir = str(run)
+    MetricsFile(args).resume(0)  # as the first step of the training does
     evaluate = [
         "--before", str(chat), "--after", str(run), "--prompts", str(data), "--reward", str(tiny.reward),
         "--max-new-tokens", str(args.rollout.max_new_tokens), "--output-dir", str(tmp_path / "out"),

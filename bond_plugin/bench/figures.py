@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from bond_plugin.bench.results import Result
-from bond_plugin.bench.summary import Point, Summary, strength_text
+from bond_plugin.bench.summary import Policy, Summary, strength_text
 from bond_plugin.bench.two import BeforeAfter
 from bond_plugin.bestofn.limits import interpolate
 
@@ -175,7 +175,7 @@ def _best_of_n(axes: Axes, summary: Summary, measure: str, right: float) -> None
         placed = kl
 
 
-def _points(axes: Axes, points: Sequence[Point], look: _Look, measure: str) -> None:
+def _points(axes: Axes, points: Sequence[Policy], look: _Look, measure: str) -> None:
     """Points with interval whiskers, joined in their order."""
     kls = [point.estimates["kl"] for point in points]
     axes.errorbar(
@@ -193,7 +193,7 @@ def _points(axes: Axes, points: Sequence[Point], look: _Look, measure: str) -> N
     )
 
 
-def _interval(point: Point, measure: str) -> tuple[float, float]:
+def _interval(point: Policy, measure: str) -> tuple[float, float]:
     """The interval of the gain over the reference, about the point. How difficult the prompts happened to be
     moves all policies and both curves together, and would hide how these differ."""
     gain = point.estimates[f"{measure}_gain"]
@@ -201,7 +201,7 @@ def _interval(point: Point, measure: str) -> tuple[float, float]:
     return value - max(0.0, gain.value - gain.low), value + max(0.0, gain.high - gain.value)
 
 
-def _whiskers(points: Sequence[Point], measure: str) -> list[list[float]]:
+def _whiskers(points: Sequence[Policy], measure: str) -> list[list[float]]:
     values = [point.estimates[measure].value for point in points]
     ends = [_interval(point, measure) for point in points]
     return [
@@ -263,7 +263,7 @@ def _shade(place: int) -> float:
     return (1.0, 0.8, 0.65, 0.55, 0.5)[min(place, 4)]
 
 
-def _runs(axes: Axes, point: Point, key: str, look: _Look, line: Any, opacity: float) -> None:
+def _runs(axes: Axes, point: Policy, key: str, look: _Look, line: Any, opacity: float) -> None:
     runs = [run for run in (_curve(cell, key) for cell in point.cells) if len(run[0]) > 0]
     for tokens, values in runs:
         axes.plot(tokens, values, color=look.colour, linewidth=0.6, alpha=0.35 * opacity)

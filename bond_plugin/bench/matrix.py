@@ -36,7 +36,7 @@ from pydantic.functional_validators import AfterValidator
 from typing_extensions import Self
 
 from bond_plugin import recipe as recipes
-from bond_plugin.bench.schema import Strict, explain
+from bond_plugin.schema import Strict, explain
 
 #: What the runner sets for each cell.
 RESERVED = ("ckpt.output_dir", "ckpt.path", "train.seed", "logger.tensorboard_dir")

@@ -14,7 +14,7 @@ from bond_plugin.bench.summary import (
     BEST_OF_N,
     Comparison,
     Method,
-    Point,
+    Policy,
     Summary,
     strength_text,
     summarise,
@@ -115,7 +115,7 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _worth(summary: Summary, point: Point) -> str:
+def _worth(summary: Summary, point: Policy) -> str:
     n = round(point.matches.value)
     if n == 0:
         return "has less reward than one sample of the reference"

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, ValidationError, ValidationInfo, model_validator
 from pydantic import Strict as StrictMode
 from torch import Tensor
 from typing_extensions import Self
 
-from bond_plugin.bench.schema import Strict, explain
+from bond_plugin.schema import Open, Strict, explain
 
 REFERENCE, RESULTS = "reference.json", "results.jsonl"
 #: Values of a policy that come one a prompt.
@@ -29,12 +29,6 @@ CURVES = ("reward", "kl", "log_quantile")
 
 class ResultsError(ValueError):
     """A results folder that the report cannot use. The message names file, place and fix."""
-
-
-class _Open(Strict):
-    """Other keys are kept."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 def _numbers(value: Any) -> Tensor:
@@ -72,7 +66,7 @@ class Example(Strict):
     reward: FiniteFloat
 
 
-class Measured(_Open):
+class Measured(Open):
     """A policy on the held-out prompts. Tensors are ``[P]`` float64, each entry a mean over samples.
 
     Attributes:
@@ -107,7 +101,7 @@ class Measured(_Open):
         return self
 
 
-class Curve(_Open):
+class Curve(Open):
     """Equally long lists; a value that was not logged is NaN."""
 
     generated_tokens: list[Logged]
@@ -124,7 +118,7 @@ class Curve(_Open):
         return self
 
 
-class Training(_Open):
+class Costs(Open):
     """What a run cost. ``peak_memory_gib`` is NaN where it was not measured. ``cached_tokens`` are those of the
     reward cache that the run used, made before it and perhaps for other runs too; 0 without one."""
 
@@ -141,7 +135,7 @@ class Training(_Open):
         return self.generated_tokens + self.cached_tokens
 
 
-class Result(_Open):
+class Result(Open):
     """One run of the matrix. A failed one has an ``error``, and neither ``training`` nor ``evaluation``."""
 
     cell: str
@@ -152,7 +146,7 @@ class Result(_Open):
     flags: dict[str, Any]
     status: Literal["done", "failed"]
     error: str | None = None
-    training: Training | None = None
+    training: Costs | None = None
     evaluation: Measured | None = None
     examples: list[Example] = Field(default=[])
 
@@ -164,7 +158,7 @@ class Result(_Open):
         return self
 
 
-class Reference(_Open):
+class Reference(Open):
     """The reference policy, and the settings that all cells have in common.
 
     Attributes:

@@ -140,7 +140,7 @@ def _memory(pid: int) -> float:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options:
     """How a matrix is run.
 
     Attributes:
@@ -180,13 +180,13 @@ class Runner:
     def __init__(
         self,
         matrix: Matrix,
-        settings: Settings,
+        options: Options,
         rows: list[dict[str, Any]],
         processes: Processes,
         say: Say,
     ) -> None:
-        self.matrix, self.settings, self.processes, self.say = matrix, settings, processes, say
-        self.output = settings.output
+        self.matrix, self.options, self.processes, self.say = matrix, options, processes, say
+        self.output = options.output
         self.rows = rows
         self.configurations: dict[str, dict[str, Any]] = {}  # by cell
         self._contents: dict[str, str | None] = {}  # hashes of files and models by path
@@ -251,7 +251,7 @@ class Runner:
         known = read_json(path)
         if known is not None and known.get("key") == key:
             # Another title needs no other samples.
-            write_json(path, known | {"title": self.matrix.title, "command": self.settings.command})
+            write_json(path, known | {"title": self.matrix.title, "command": self.options.command})
             return key
         self.say(f"reference: {len(self.rows)} prompts x {self.matrix.evaluation.reference_samples} samples")
         measured = self.output / "reference-measured.json"
@@ -264,7 +264,7 @@ class Runner:
             {
                 "key": key,
                 "title": self.matrix.title,
-                "command": self.settings.command,
+                "command": self.options.command,
                 "model": model,
                 "reward": ", ".join(configuration["reward"]["remote_url"] or [])
                 or configuration["reward"]["model_name_or_path"],
@@ -337,7 +337,7 @@ class Runner:
                 "examples": found.pop("examples"),
                 "evaluation": {k: v for k, v in found.items() if k not in _UNUSED},
             }
-            if not self.settings.keep_policies:
+            if not self.options.keep_policies:
                 shutil.rmtree(folder / "policy")
         except BenchError as error:
             if self.processes._stopped:
@@ -426,8 +426,8 @@ class Runner:
 
     def parallel(self) -> int:
         """How many cells run at a time: as asked, or as many as the GPUs allow."""
-        if self.settings.parallel:
-            return self.settings.parallel
+        if self.options.parallel:
+            return self.options.parallel
         configuration = self.configurations[self.matrix.cells[0].name]
         if configuration["bond"]["device"] == "cpu" and "RAY_ADDRESS" not in os.environ:
             return max(1, (os.cpu_count() or 1) // 4)
@@ -453,19 +453,17 @@ class Runner:
                 self._devices = [*self._devices, *mine]
 
 
-def check(matrix: Matrix, settings: Settings, say: Say) -> None:
+def check(matrix: Matrix, options: Options, say: Say) -> None:
     """Check every cell's flags. Raises as :func:`run` does."""
-    with _runner(matrix, settings, say) as runner:
+    with _runner(matrix, options, say) as runner:
         runner.check()
 
 
-def run(
-    matrix: Matrix, settings: Settings, say: Say, finished: Callable[[int, int, dict, float | None], None]
-) -> int:
+def run(matrix: Matrix, options: Options, say: Say, finished: Callable[[int, int, dict, float | None], None]) -> int:
     """Run what is not finished of a matrix.
 
     Args:
-        matrix, settings: what and how.
+        matrix, options: what and how.
         say: takes messages.
         finished: called after each cell with (cells done, cells in all, its result, seconds left or ``None``).
 
@@ -475,7 +473,7 @@ def run(
     Raises:
         BenchError: the matrix cannot run, or was stopped.
     """
-    with _runner(matrix, settings, say) as runner:
+    with _runner(matrix, options, say) as runner:
         runner.check()
         reference = runner.reference()
         results = {cell.name: runner.finished(cell, reference) for cell in (*matrix.cells, *matrix.others)}
@@ -486,7 +484,7 @@ def run(
         width = runner.parallel()
         started = time.monotonic()
         futures: dict[Future, Cell] = {}
-        _results(settings.output, matrix, results)
+        _results(options.output, matrix, results)
         with ThreadPoolExecutor(max_workers=width) as pool:
             try:
                 futures = {pool.submit(runner.cell, cell, reference): cell for cell in waiting}
@@ -497,7 +495,7 @@ def run(
                         result = future.result()
                         results[result["cell"]] = result
                         count += 1
-                        _results(settings.output, matrix, results)
+                        _results(options.output, matrix, results)
                         pace = _pace(time.monotonic() - started, count, width, results.values())
                         left = pace * (len(waiting) - count)
                         finished(done + count, len(matrix.cells), result, left)
@@ -517,21 +515,21 @@ def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]
 
 
 @contextlib.contextmanager
-def _runner(matrix: Matrix, settings: Settings, say: Say) -> Iterator[Runner]:
+def _runner(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
     """What is cheap to check comes before the processes."""
     rows = _rows(matrix)
-    with locked(settings.output), _processes(settings) as processes:
-        yield Runner(matrix, settings, rows, processes, say)
+    with locked(options.output), _processes(options) as processes:
+        yield Runner(matrix, options, rows, processes, say)
 
 
 @contextlib.contextmanager
-def _processes(settings: Settings) -> Iterator[Processes]:
+def _processes(options: Options) -> Iterator[Processes]:
     """With a prefork server where it helps."""
     from bond_plugin.host import DEVICE_VARIABLE, launch, prefork
 
     variables = dict(os.environ)
     try:
-        if not settings.prefork or "RAY_ADDRESS" in os.environ or launch.has_gpu():
+        if not options.prefork or "RAY_ADDRESS" in os.environ or launch.has_gpu():
             os.environ.pop(prefork.VARIABLE, None)
             yield Processes()
             return

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from bond_plugin.bench import figures
 from bond_plugin.bench.document import Block, Entry, Heading, Paragraph, Picture, Table, Texts
 from bond_plugin.bench.resampling import Estimate
-from bond_plugin.bench.summary import MEASURES, Point, Summary
+from bond_plugin.bench.summary import MEASURES, Policy, Summary
 
 _NONE = "–"
 _BEYOND = "†"
@@ -59,7 +59,7 @@ def _column(key: str, digits: int = 3) -> _Get:
     return lambda estimates: _entry(estimates.get(key), digits)
 
 
-def n_range(summary: Summary, point: Point) -> str:
+def n_range(summary: Summary, point: Policy) -> str:
     """The interval of the N that a point matches, in words."""
     low, high, last = round(point.matches.low), round(point.matches.high), summary.curve.ns[-1]
     return f"{low if low == high else f'{low} to {high}'}{' or more' if high == last else ''}"

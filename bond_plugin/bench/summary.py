@@ -35,7 +35,7 @@ _GRID = 33  # KLs at which two fronts are compared, and areas added up
 
 
 @dataclass(frozen=True)
-class Point:
+class Policy:
     """A method at one strength, its seeds pooled.
 
     Attributes:
@@ -70,7 +70,7 @@ class Point:
         return self.estimates["kl"].value
 
     def training(self, key: str) -> float:
-        """Mean over seeds of a number of :class:`~bond_plugin.bench.results.Training`; NaN if there is none."""
+        """Mean over seeds of a number of :class:`~bond_plugin.bench.results.Costs`; NaN if there is none."""
         found = [float(getattr(cell.training, key)) for cell in self.cells]
         return sum(found) / len(found) if found else math.nan
 
@@ -88,12 +88,12 @@ class Method:
 
     key: str
     label: str
-    points: tuple[Point, ...]
+    points: tuple[Policy, ...]
     area: dict[str, Estimate]
     front_share: dict[str, float]
 
     @property
-    def best(self) -> Point:
+    def best(self) -> Policy:
         """The point with the highest mean reward."""
         return max(self.points, key=lambda point: point.estimates["reward"].value)
 
@@ -129,8 +129,8 @@ class Summary:
 
     results: Results
     resamples: int
-    reference: Point
-    points: tuple[Point, ...]
+    reference: Policy
+    points: tuple[Policy, ...]
     methods: tuple[Method, ...]
     best_of: dict[int, dict[str, Estimate]]
     curve: BestOfNCurve
@@ -209,7 +209,7 @@ class _Summariser:
 
     # Points.
 
-    def point(self, cells: list[Result]) -> Point:
+    def point(self, cells: list[Result]) -> Policy:
         evaluations = [cell.evaluation for cell in cells if cell.evaluation is not None]
         draws = self.measured(evaluations, self.resampling.weights(len(cells)))
         for measure in MEASURES:
@@ -217,7 +217,7 @@ class _Summariser:
         # Rewards of Best-of-N rise with N, up to errors of estimation.
         matches = (self.bon["reward"].cummax(dim=-1).values <= draws["reward"].unsqueeze(-1)).sum(dim=-1)
         first = cells[0]
-        return Point(
+        return Policy(
             method=first.method,
             label=first.label,
             strength=first.strength,
@@ -229,12 +229,12 @@ class _Summariser:
             draws={key: draws[key] for key in ("kl", *MEASURES)},
         )
 
-    def reference(self) -> Point:
+    def reference(self) -> Policy:
         reference = self.results.reference
         draws = self.measured([reference.evaluation], self.resampling.weights(1))
         estimates = {key: Estimate.of(values) for key, values in draws.items()}
         nothing = Estimate(math.nan, math.nan, math.nan)
-        return Point("", "reference", {}, (), reference.examples, estimates, {}, nothing, {})
+        return Policy("", "reference", {}, (), reference.examples, estimates, {}, nothing, {})
 
     def measured(self, evaluations: list[Measured], seeds: Tensor) -> dict[str, Tensor]:
         """Draws of what the evaluations hold, over seeds and prompts."""
@@ -300,7 +300,7 @@ class _Summariser:
 
     # Fronts.
 
-    def pareto(self, points: list[Point], measure: str) -> dict[str, float]:
+    def pareto(self, points: list[Policy], measure: str) -> dict[str, float]:
         """Method to its mean share of the Pareto front; fills in ``on_front`` of the points."""
         if not points:
             return {}
@@ -315,7 +315,7 @@ class _Summariser:
             shares[point.method] = shares.get(point.method, 0.0) + share.item()
         return shares
 
-    def method_front(self, points: list[Point], measure: str, kl: Tensor) -> Tensor:
+    def method_front(self, points: list[Policy], measure: str, kl: Tensor) -> Tensor:
         """The front of a method at ``[B + 1, G]`` KLs: the envelope of its points and the reference."""
         base = self.bon[measure][:, :1]
         kls = torch.stack([point.draws["kl"].clamp(min=0) for point in points], dim=-1)
@@ -323,7 +323,7 @@ class _Summariser:
         zero = torch.zeros_like(base)
         return envelope(kl, torch.cat([zero, kls], dim=-1), torch.cat([base, values], dim=-1))
 
-    def area(self, points: list[Point], measure: str, up_to: float) -> Tensor:
+    def area(self, points: list[Policy], measure: str, up_to: float) -> Tensor:
         """Draws of the area between base and front, as a share of that between base and limit."""
         base = self.bon[measure][:, :1]
         grid = (up_to * torch.linspace(0, 1, _GRID, dtype=torch.float64) ** 2).expand(len(base), -1)

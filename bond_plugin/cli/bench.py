@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         return _report(args.output_dir)
     command = shlex.join(["bond", "bench", *argv])
     output = args.output_dir.resolve()
-    settings = runner.Settings(output, args.parallel, args.keep_policies, args.prefork, command)
+    options = runner.Options(output, args.parallel, args.keep_policies, args.prefork, command)
     started = time.monotonic()
 
     def say(message: str) -> None:
@@ -75,11 +75,11 @@ def main(argv: list[str]) -> int:
     try:
         output.mkdir(parents=True, exist_ok=True)
         if args.check:
-            runner.check(wanted, settings, say)
+            runner.check(wanted, options, say)
             print("\n".join(cell.name for cell in wanted.cells))
             return 0
         (output / "matrix.yaml").write_text(args.matrix.read_text(encoding="utf-8"), encoding="utf-8")
-        failed = runner.run(wanted, settings, say, finished)
+        failed = runner.run(wanted, options, say, finished)
     except runner.BenchError as error:
         return _failed(error, 2)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from bond_plugin import __version__
+from bond_plugin.words import did_you_mean
 
 #: Subcommand: (module with ``main(argv) -> int``, one line of help).
 COMMANDS = {
@@ -45,10 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"openrlhf-bond {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        import difflib
-
-        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"; did you mean 'bond {close[0]}'?" if close else ""
+        hint = did_you_mean(f"bond {argv[0]}", [f"bond {name}" for name in COMMANDS])
         print(f"bond: error: unknown command '{argv[0]}'{hint} (see bond --help)", file=sys.stderr)
         return 2
     module, _ = COMMANDS[argv[0]]

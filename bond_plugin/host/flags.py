@@ -7,7 +7,6 @@ happens when that parser is asked to parse: it is recognised by ``--algo.advanta
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
 from bond_plugin.host import cpu, on_cpu
+from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
     from bond_plugin.algorithms.base import Algorithm, RewardTransform
@@ -408,14 +408,8 @@ def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estima
                 f"{' or '.join(owners)}, or drop {option}"
             )
             continue
-        messages.append(f"unknown flag {option}{nearest(option, parser._option_string_actions)}")
+        messages.append(f"unknown flag {option}{did_you_mean(option, parser._option_string_actions)}")
     return "; ".join(messages)
-
-
-def nearest(option: str, known: Any) -> str:
-    """`` (did you mean …?)``, or nothing."""
-    close = difflib.get_close_matches(option, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _owners(option: str) -> list[str]:

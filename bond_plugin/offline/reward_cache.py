@@ -17,17 +17,18 @@ import fcntl
 import json
 import math
 import os
-import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from bond_plugin.offline.prompts import label_text
+from bond_plugin.schema import Open, explain
 from bond_plugin.words import shorten
 
 if TYPE_CHECKING:
@@ -59,6 +60,46 @@ class PromptError(CacheError):
     """A prompt's rewards are missing, too few, or unusable. The message names the prompt."""
 
 
+def _float32(value: float) -> float:
+    """As the host has it. It must have a place in an order."""
+    (found,) = array("f", [value])
+    if not math.isfinite(found):
+        raise ValueError(f"a reward is {value}, which has no place in an order; a reward must be finite")
+    return value
+
+
+Reward = Annotated[float, AfterValidator(_float32)]
+
+
+class _Line(Open):
+    """What a line after the first says: of a prompt, or, with ``reward``, of one sample."""
+
+    prompt: str
+    label: Any = None
+    responses: list[str] | None = None
+    rewards: Annotated[list[Reward], Field(min_length=1)] | None = None
+    reward: Reward | None = None
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> Self:
+        if (self.rewards is None) == (self.reward is None):
+            both = "both 'reward' and 'rewards'" if self.rewards else "neither 'rewards' nor 'reward'"
+            raise ValueError(f"it has {both}")
+        if self.rewards and self.responses is not None and len(self.responses) != len(self.rewards):
+            raise ValueError(f"{len(self.responses)} responses, but {len(self.rewards)} rewards")
+        return self
+
+
+@dataclass
+class _Entry:
+    """The rewards of a prompt, the line that it came from, its label, and whether that line has all of them."""
+
+    rewards: array
+    line: int
+    label: str | None
+    whole: bool
+
+
 @dataclass
 class Cache:
     """The rewards of a file, by prompt.
@@ -67,32 +108,32 @@ class Cache:
         path: the file.
         record: how the samples were made (the first line of a file of ``bond cache``), or ``None`` if the file
             does not say.
-        labels: of the prompts that have one: the label that the reward was given, as JSON.
     """
 
     path: Path
     record: Record | None = None
-    labels: dict[str, str] = field(default_factory=dict)
-    _rewards: dict[str, array] = field(default_factory=dict, repr=False)
-    _lines: dict[str, int] = field(default_factory=dict, repr=False)
-    _complete: set[str] = field(default_factory=set, repr=False)  # prompts that had a line of their own
+    _entries: dict[str, _Entry] = field(default_factory=dict, repr=False)
 
     def __contains__(self, prompt: str) -> bool:
-        return prompt in self._rewards
+        return prompt in self._entries
 
     def __len__(self) -> int:
-        return len(self._rewards)
+        return len(self._entries)
 
     @property
     def prompts(self) -> list[str]:
         """The prompts, in the order of the file."""
-        return list(self._rewards)
+        return list(self._entries)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Of the prompts that have one: the label that the reward was given, as JSON."""
+        return {prompt: entry.label for prompt, entry in self._entries.items() if entry.label is not None}
 
     def samples(self, prompts: Iterable[str] | None = None) -> int:
         """How many rewards every one of ``prompts`` has; of all prompts if none are given. 0 for no prompts."""
-        return min(
-            (len(self._rewards[prompt]) for prompt in (self._rewards if prompts is None else prompts)), default=0
-        )
+        wanted = self._entries if prompts is None else prompts
+        return min((len(self._entries[prompt].rewards) for prompt in wanted), default=0)
 
     def rewards(self, prompts: Sequence[str], samples: int = 0) -> Tensor:
         """The first ``samples`` rewards of each prompt.
@@ -111,7 +152,7 @@ class Cache:
 
         samples = samples or self.samples()
         self.check(prompts, samples)
-        rows = [torch.frombuffer(self._rewards[prompt][:samples], dtype=torch.float32) for prompt in prompts]
+        rows = [torch.frombuffer(self._entries[prompt].rewards[:samples], dtype=torch.float32) for prompt in prompts]
         return torch.stack(rows).double() if rows else torch.zeros(0, samples, dtype=torch.float64)
 
     def check(self, prompts: Sequence[str], samples: int = 0) -> None:
@@ -120,64 +161,46 @@ class Cache:
         Raises:
             PromptError: one has not. The message names the first, and says how many there are.
         """
-        missing = [prompt for prompt in prompts if prompt not in self._rewards]
+        missing = [prompt for prompt in prompts if prompt not in self]
         if missing:
             others = f" (and of {len(missing) - 1} others)" if len(missing) > 1 else ""
             raise PromptError(f"{self.path} has no rewards of the prompt {shorten(missing[0])}{others}")
-        short = [prompt for prompt in prompts if len(self._rewards[prompt]) < max(1, samples)]
+        short = [prompt for prompt in prompts if len(self._entries[prompt].rewards) < max(1, samples)]
         if short:
-            prompt = short[0]
+            entry = self._entries[short[0]]
             others = f" (and {len(short) - 1} other prompts have too few)" if len(short) > 1 else ""
             raise PromptError(
-                f"{self.path}, line {self._lines[prompt]}: the prompt {shorten(prompt)} has "
-                f"{len(self._rewards[prompt])} samples, {samples} are asked for{others}"
+                f"{self.path}, line {entry.line}: the prompt {shorten(short[0])} has {len(entry.rewards)} samples, "
+                f"{samples} are asked for{others}"
             )
 
-    def add(self, item: Any, line: int) -> None:
+    def add(self, item: Any, number: int) -> None:
         """Take in what one line holds.
 
         Raises:
             CacheError: it is not a line of a reward cache.
             PromptError: its rewards are not finite numbers, or contradict an earlier line.
         """
-        where = f"{self.path}, line {line}"
+        where = f"{self.path}, line {number}"
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
             raise CacheError(
                 f"{where} is not of a reward cache: each line is an object like "
                 '{"prompt": "...", "responses": [...], "rewards": [...]}, or '
                 '{"prompt": "...", "text": "...", "reward": 0.5}'
             )
-        prompt = item["prompt"]
-        where = f"{where}, prompt {shorten(prompt)}"
-        by_prompt, by_sample = "rewards" in item, "reward" in item
-        if by_prompt == by_sample:
-            both = "both 'reward' and 'rewards'" if by_prompt else "neither 'rewards' nor 'reward'"
-            raise PromptError(f"{where}: it has {both}")
-        values = _numbers(item["rewards"] if by_prompt else [item["reward"]], where)
-        if by_sample:
-            if prompt in self._complete:
-                raise PromptError(f"{where}: line {self._lines[prompt]} has all the rewards of this prompt already")
-            self._rewards.setdefault(prompt, array("f")).extend(values)
-            self._lines.setdefault(prompt, line)
+        where = f"{where}, prompt {shorten(item['prompt'])}"
+        try:
+            line = _Line.model_validate(item)
+        except ValidationError as error:
+            raise PromptError(f"{where}: {explain(error, _Line)}") from error
+        new = _Entry(array("f", line.rewards or [line.reward]), number, label_text(line.label), bool(line.rewards))
+        known = self._entries.setdefault(line.prompt, new)
+        if known is new:
             return
-        responses = item.get("responses")
-        if responses is not None and (not isinstance(responses, list) or len(responses) != len(values)):
-            count = len(responses) if isinstance(responses, list) else "no list of"
-            raise PromptError(f"{where}: {count} responses, but {len(values)} rewards")
-        if not values:
-            raise PromptError(f"{where}: 'rewards' is empty")
-        label = label_text(item["label"]) if "label" in item else None
-        if prompt in self._rewards:
-            if (self._rewards[prompt], self.labels.get(prompt)) == (values, label) and prompt in self._complete:
-                return
-            raise PromptError(
-                f"{where}: line {self._lines[prompt]} has the same prompt with other rewards; delete one"
-            )
-        self._complete.add(prompt)
-        self._rewards[prompt] = values
-        self._lines[prompt] = line
-        if label is not None:
-            self.labels[prompt] = label
+        if not new.whole and not known.whole:
+            known.rewards.extend(new.rewards)
+        elif (known.rewards, known.label, known.whole) != (new.rewards, new.label, new.whole):
+            raise PromptError(f"{where}: line {known.line} has other rewards of the same prompt; delete one")
 
 
 def cached_responses(path: str | Path) -> list[str]:
@@ -231,34 +254,6 @@ def _read(path: Path, file: IO[bytes], unfinished: bool) -> tuple[Cache, int, in
         else:
             cache.add(item, number)
     return cache, end, number
-
-
-def _numbers(values: Any, where: str) -> array:
-    """Rewards as the host has them, in float32."""
-    if not isinstance(values, list):
-        raise PromptError(f"{where}: 'rewards' is a list of numbers, found {type(values).__name__}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise PromptError(f"{where}: a reward is a number, found {shorten(value)}")
-        if not math.isfinite(_float32(value)):
-            raise PromptError(
-                f"{where}: a reward is {value}, which has no place in an order; a reward must be finite"
-            )
-    return array("f", values)
-
-
-def _float32(value: float) -> float:
-    """The nearest float32; infinite beyond its range."""
-    try:
-        return struct.unpack("f", struct.pack("f", float(value)))[0]
-    except OverflowError:
-        return math.inf
-
-
-def _shortest(value: float) -> float:
-    """The number with the fewest digits that is ``value`` in float32: 0.1 and not 0.10000000149011612."""
-    wanted = _float32(value)
-    return next(short for digits in range(1, 18) if _float32(short := float(f"{wanted:.{digits}g}")) == wanted)
 
 
 def differences(record: Record, run: Record) -> list[str]:
@@ -345,17 +340,19 @@ class Writer:
         Raises:
             PromptError: a reward is not finite in float32, or the prompt is there already. Nothing is written.
         """
+        import numpy
+
         if prompt in self.cache:
             raise PromptError(f"{self.path} has the prompt {shorten(prompt)} already")
-        where = f"prompt {shorten(prompt)}"
         item: dict[str, Any] = {"prompt": prompt}
         if label_text(label) is not None:
             item["label"] = label
         if responses is not None:
             item["responses"] = list(responses)
-        item["rewards"] = [_shortest(value) for value in _numbers(list(rewards), where)]
+        # For people: the shortest number that is the same in float32, 0.1 and not 0.10000000149011612.
+        item["rewards"] = [float(str(value)) for value in numpy.array(rewards, dtype=numpy.float32)]
+        self.cache.add(item, self._lines + 1)
         self._write(item)
-        self.cache.add(item, self._lines)
 
     def _write(self, item: Any) -> None:
         self._file.write(json.dumps(item, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n")
@@ -449,7 +446,7 @@ def fill(
 
 
 @dataclass(frozen=True)
-class Summary:
+class Overview:
     """A look at a cache.
 
     Attributes:
@@ -479,29 +476,25 @@ class Summary:
         )
 
 
-def summary(cache: Cache, prompts: Sequence[str] | None = None) -> Summary:
+def summary(cache: Cache, prompts: Sequence[str] | None = None) -> Overview:
     """Mean reward, Best-of-N and ties over ``prompts``; over all prompts of the cache if none are given.
 
     Raises:
         PromptError: a prompt is not in the cache.
     """
-    from bond_plugin.bestofn.estimates import expected_max
+    from bond_plugin.bestofn import expected_max, quantiles
 
     prompts = cache.prompts if prompts is None else prompts
     cache.check(prompts)
     rewards = cache.rewards(prompts, cache.samples(prompts))
     m = rewards.shape[-1]
-    ordered = rewards.sort(dim=-1).values
-    equal = 0.0
-    for row in ordered:
-        counts = row.unique_consecutive(return_counts=True)[1].double()
-        equal += (counts * (counts - 1)).sum().item()
-    pairs = len(prompts) * m * (m - 1)
-    return Summary(
+    below, not_above = quantiles(rewards, rewards)
+    equal = m * (not_above - below) - 1  # other samples with the same reward
+    return Overview(
         prompts=len(prompts),
         samples=m,
         mean=rewards.mean().item(),
-        ties=equal / pairs if pairs else 0.0,
-        flat=int((ordered[:, 0] == ordered[:, -1]).sum().item()),
+        ties=(equal / max(1, m - 1)).mean().item(),
+        flat=int((rewards == rewards[:, :1]).all(dim=-1).sum().item()),
         best_of={n: expected_max(rewards, n).mean().item() for n in _BEST_OF if 2 * n <= m},
     )

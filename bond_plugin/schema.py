@@ -15,6 +15,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
 
 
+class Open(Strict):
+    """Other keys are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first thing that is wrong: the place by its dotted name, then what it is.
 
