@@ -22,7 +22,6 @@ from bond_plugin.offline.measure import Scored, TokenizerError
 PROMPTS = [[5, 6, 7], [10], [20, 21]]
 VOCABULARY = 32
 N = 4
-PAIRS = [("p", "")] * len(PROMPTS)
 COUNT = 4000  # samples a prompt
 Q = 2000  # of them for quantiles
 
@@ -80,7 +79,7 @@ def case(request: pytest.FixtureRequest, tiny: Tiny, moved: Path) -> SimpleNames
         "samples": COUNT, "quantile_samples": Q, "bon_levels": [N], "forward_samples": 400, "examples": 2,
     }  # fmt: skip
     job = job_for(moved, tiny, settings)
-    found = numbers(job, PAIRS, draw(policy, values, 2), kept)
+    found = numbers(job, draw(policy, values, 2), kept)
     return SimpleNamespace(found=found, values=values, reference=reference, policy=policy, job=job, kept=kept)
 
 
@@ -126,7 +125,7 @@ def test_zero_one_rewards_have_pass_at_k(case: SimpleNamespace) -> None:
 
 def test_the_reference_is_at_its_own_place(case: SimpleNamespace, tiny: Tiny) -> None:
     job = job_for(tiny.model, tiny, {**case.job.evaluation, "samples": 1000}, is_reference=True)
-    found = numbers(job, PAIRS, case.kept, case.kept)
+    found = numbers(job, case.kept, case.kept)
     assert found["kl"] == [0.0] * len(PROMPTS)
     close(found["win_rate"], torch.full((len(PROMPTS),), 0.5), 0.05)
     best = bon_log_probs(case.reference, case.values, N)
@@ -137,7 +136,7 @@ def test_the_reference_is_at_its_own_place(case: SimpleNamespace, tiny: Tiny) ->
 def test_another_tokenizer_is_refused(case: SimpleNamespace) -> None:
     drawn = Scored(samples_of([[5]] * 3, [[1], [2], [3]]), torch.zeros(3, 1))
     with pytest.raises(TokenizerError, match="tokenize the prompts differently"):
-        numbers(case.job, PAIRS, drawn, case.kept)
+        numbers(case.job, drawn, case.kept)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -185,7 +184,7 @@ def test_few_samples_by_hand(tiny: Tiny, moved: Path, is_reference: bool) -> Non
     drawn = kept
     if not is_reference:
         drawn = Scored(samples_of([[11, 12]] * 3), torch.tensor([[3.0, 6.0]] * 3, dtype=torch.float64))
-    found = numbers(job_for(model, tiny, settings, is_reference), PAIRS, drawn, kept)
+    found = numbers(job_for(model, tiny, settings, is_reference), drawn, kept)
 
     def same(key: str, value: float) -> None:
         assert found[key] == pytest.approx([value] * 3, rel=1e-4), key

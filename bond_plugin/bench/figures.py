@@ -25,7 +25,7 @@ from torch import Tensor
 from bond_plugin.bench.results import Result
 from bond_plugin.bench.summary import Policy, Summary, strength_text
 from bond_plugin.bench.two import BeforeAfter
-from bond_plugin.bestofn.limits import interpolate
+from bond_plugin.bestofn.limits import interpolate, over_root
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B2E83")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -159,7 +159,7 @@ def _best_of_n(axes: Axes, summary: Summary, measure: str, right: float) -> None
     kls, rewards, win_rates = summary.curve.mean()
     values = {"reward": rewards, "win_rate": win_rates}[measure]
     at = torch.linspace(0, 1, 200, dtype=torch.float64) ** 2 * min(right, kls[-1].item())
-    between = interpolate(at.sqrt().unsqueeze(0), kls.sqrt().unsqueeze(0), values.unsqueeze(0)).squeeze(0)
+    between = over_root(at[None], kls[None], values[None])[0]
     axes.plot(at, between, color=_GREY, linewidth=1.3, linestyle=":", zorder=2)
     axes.plot([], [], color=_GREY, linewidth=1.3, linestyle=":", marker="|", label="Best-of-N of the reference")
     placed = -math.inf

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bond_plugin.files import read_json, write_json
 from bond_plugin.offline import engine, likelihood, scoring
-from bond_plugin.offline.measure import Scored, example, measure, read_samples, save_samples
-from bond_plugin.offline.prompts import Pairs, held_out, tokenizer_of
+from bond_plugin.offline.measure import Scored, measure, read_samples, save_samples
+from bond_plugin.offline.prompts import held_out, tokenizer_of
 from bond_plugin.offline.reward_cache import cached_responses
 
 DIGITS = 5
@@ -86,17 +86,25 @@ def run(job: Job) -> None:
         save_samples(Path(job.reference_samples), drawn, rewards=rewards.tolist())
     samples, kept = read_samples(Path(job.reference_samples))
     reference = Scored(samples, torch.tensor(kept["rewards"], dtype=torch.float64))
-    found = numbers(job, pairs, Scored(drawn, rewards), reference)
-    found["seconds"] = round(time.monotonic() - started, 1)
-    found["generated_tokens"] = sum(len(ids) for one in drawn for ids in one.response_ids)
+    found = {
+        "prompts": prompts,
+        "evaluation": numbers(job, Scored(drawn, rewards), reference),
+        "examples": [
+            {"prompt": prompt, "response": one.queries[0][len(prompt) :], "reward": round(reward, 4)}
+            for prompt, one, reward in zip(prompts, drawn, rewards[:, 0].tolist(), strict=True)
+        ][: job.evaluation["examples"]],
+        "seconds": round(time.monotonic() - started, 1),
+        "generated_tokens": sum(len(ids) for one in drawn for ids in one.response_ids),
+        "cached_tokens": 0,
+    }
     if cache := job.configuration.get("bond", {}).get("reward_cache"):
         texts = tokenizer(cached_responses(cache), add_special_tokens=False)["input_ids"]
         found["cached_tokens"] = sum(len(ids) for ids in texts)
-    write_json(Path(job.output), found | {"prompts": prompts})
+    write_json(Path(job.output), found)
 
 
-def numbers(job: Job, pairs: Pairs, policy: Scored, reference: Scored) -> dict[str, Any]:
-    """What goes into the file of one policy, rounded; see ``bond_plugin.bench.results`` for the keys."""
+def numbers(job: Job, policy: Scored, reference: Scored) -> dict[str, Any]:
+    """All numbers of one policy, rounded: :class:`bond_plugin.bench.results.Measured`."""
     settings = job.evaluation
     models = likelihood.load(job.model) if job.is_reference else likelihood.load(job.model, job.reference)
     found = measure(
@@ -106,11 +114,7 @@ def numbers(job: Job, pairs: Pairs, policy: Scored, reference: Scored) -> dict[s
         temperature=job.configuration["rollout"]["temperature"],
         **{key: settings[key] for key in ("samples", "quantile_samples", "bon_levels", "forward_samples")},
     )
-    examples = [
-        {"prompt": prompt, "response": example(prompt, drawn), "reward": round(reward, 4)}
-        for (prompt, _), drawn, reward in zip(pairs, policy.samples, policy.rewards[:, 0].tolist(), strict=True)
-    ]
-    return {key: _plain(value) for key, value in found.items()} | {"examples": examples[: settings["examples"]]}
+    return {key: _plain(value) for key, value in found.items()}
 
 
 def _namespace(value: Any) -> Any:

@@ -52,9 +52,6 @@ _SHARED = (
     *(f"data.{name}" for name in _TEMPLATES),
 )
 
-#: What is measured of each policy, and shown of the reference alone.
-_UNUSED = ("seconds", "generated_tokens", "prompts")
-
 Say = Callable[[str], None]
 
 
@@ -272,12 +269,8 @@ class Runner:
                 "temperature": configuration["rollout"]["temperature"],
                 "quantile_samples": evaluation.quantile_samples,
                 "bon_levels": evaluation.bon_levels,
-                "prompts": found.pop("prompts"),
                 "rewards": [[float(f"{r:.6g}") for r in row] for row in samples["rewards"]],
-                "seconds": found.pop("seconds"),
-                "generated_tokens": found.pop("generated_tokens"),
-                "examples": found.pop("examples"),
-                "evaluation": found,
+                **{name: value for name, value in found.items() if name != "cached_tokens"},
             },
         )
         measured.unlink()
@@ -286,15 +279,16 @@ class Runner:
     def _reference_key(self, configuration: dict[str, Any]) -> str:
         labels = None if self.matrix.evaluation.label_key is None else [row["label"] for row in self.rows]
         templates = [configuration["data"][name] for name in _TEMPLATES]
+        model = configuration["actor"]["model_name_or_path"]
         return fingerprints.of_value(
             [
-                fingerprints.of_model(configuration["actor"]["model_name_or_path"]),
+                fingerprints.of_model(model),
                 self.matrix.evaluation.model_dump(),
                 [row["input"] for row in self.rows],
                 labels,
                 {name: _get(configuration, name) for name in _SHARED[: -len(_TEMPLATES)]},
                 [fingerprints.of_file(path) for path in configuration["reward"]["remote_url"] or [] if ".py" in path],
-                *([templates] if any(templates) else []),
+                *([templates, fingerprints.of_tokenizer(model)] if any(templates) else []),
             ]
         )
 
@@ -333,9 +327,9 @@ class Runner:
             measured.unlink()
             result |= {
                 "status": "done",
-                "training": known["training"] | {"cached_tokens": found.pop("cached_tokens", 0)},
-                "examples": found.pop("examples"),
-                "evaluation": {k: v for k, v in found.items() if k not in _UNUSED},
+                "training": known["training"] | {"cached_tokens": found["cached_tokens"]},
+                "examples": found["examples"],
+                "evaluation": found["evaluation"],
             }
             if not self.options.keep_policies:
                 shutil.rmtree(folder / "policy")

@@ -20,7 +20,7 @@ from bond_plugin.bestofn.limits import (
     BestOfNCurve,
     Front,
     best_of_n_curve,
-    interpolate,
+    over_root,
     reward_front,
     win_rate_front,
 )
@@ -256,15 +256,15 @@ class _Summariser:
     def best_of_n_at(self, measure: str, kl: Tensor) -> Tensor:
         """Best-of-N's value at ``[B + 1, G]`` KLs, linear in the root of the KL between two N (as Best-of-n
         would be for n in between); NaN beyond the last N."""
-        found = interpolate(kl.clamp(min=0).sqrt(), self.bon["kl"].sqrt(), self.bon[measure])
+        found = over_root(kl, self.bon["kl"], self.bon[measure])
         return torch.where(kl <= self.bon["kl"][:, -1:], found, math.nan)
 
     def limit_at(self, measure: str, kl: Tensor) -> Tensor:
         """The limit at ``[B + 1, G]`` KLs, its bias taken off; NaN where :meth:`Front.at` does not know it either."""
         found_kl, value, _ = self.front[measure]
-        root, limit = kl.clamp(min=0).sqrt(), self.uncorrected[measure]
-        bias = interpolate(root, *(part.expand(len(kl), -1) for part in (limit.kl.sqrt(), limit.bias)))
-        found = interpolate(root, found_kl.sqrt(), value) - bias
+        limit = self.uncorrected[measure]
+        bias = over_root(kl, *(part.expand(len(kl), -1) for part in (limit.kl, limit.bias)))
+        found = over_root(kl, found_kl, value) - bias
         known = (kl <= found_kl[:, -1:]) | limit.supported[-1]
         return torch.where(known, found, math.nan)
 
@@ -284,8 +284,7 @@ class _Summariser:
     def tilted_share(self, kl: Tensor) -> Tensor:
         """Draws ``[B + 1]`` of what the reference tilted by its reward has of the limit of the win rate."""
         found_kl, _, win_rate = self.front["reward"]
-        at = kl.unsqueeze(-1)
-        found = interpolate(at.clamp(min=0).sqrt(), found_kl.sqrt(), win_rate).squeeze(-1)
+        found = over_root(kl.unsqueeze(-1), found_kl, win_rate).squeeze(-1)
         known = torch.where(kl <= found_kl[:, -1], found, math.nan)
         return self.against_the_limit("win_rate", kl, known)["win_rate_share"]
 

@@ -186,9 +186,13 @@ class _Work:
     say: Say
 
     def scored(self, name: str, model: str | Path, seed: int) -> Scored:
-        tokenizer = [fingerprints.of_file(path) for path in sorted(Path(model).glob("*token*.json"))]
         settings = {**asdict(self.sampling), "kl_samples": None, "seed": seed}
-        key = [fingerprints.of_model(model), tokenizer, settings, [prompt for prompt, _ in self.pairs]]
+        key = [
+            fingerprints.of_model(model),
+            fingerprints.of_tokenizer(model),
+            settings,
+            [prompt for prompt, _ in self.pairs],
+        ]
         samples = self.samples(name, model, self.cache / f"samples-{name}-{fingerprints.of_value(key)}.json", seed)
         key += [self.reward, self.pairs]
         return Scored(

@@ -95,7 +95,7 @@ class Front:
             0/1 rewards, and with constant ones, whose front is a point): more KL buys nothing then. Else NaN.
         """
         kl = torch.as_tensor(kl, dtype=torch.float64, device=self.kl.device).clamp(min=0)
-        found = interpolate(kl.sqrt().reshape(1, -1), self.kl.sqrt()[None], self.value[None]).reshape(kl.shape)
+        found = over_root(kl.reshape(1, -1), self.kl[None], self.value[None]).reshape(kl.shape)
         known = (kl <= self.kl[-1]) | (self.supported[-1] & ~kl.isnan())
         return torch.where(known, found, math.nan)
 
@@ -155,7 +155,7 @@ def _front(rewards: Tensor, ranked: bool, points: int, tolerance: float) -> Fron
         half_kl, half_value = _tilted(half, ranked, points)
         # Beyond its own end a half keeps its last value. Unless that is the best there is, the bias then counts
         # as larger than it is, which is on the safe side.
-        found = interpolate(kl.sqrt()[None], half_kl.sqrt()[None], half_value[None])[0]
+        found = over_root(kl[None], half_kl[None], half_value[None])[0]
         bias = bias + (found - half_value[0]) / 2
     supported = (bias.abs() <= tolerance * gain).long().cummin(dim=0).values.bool()
     return Front(kl, value, bias, supported)
@@ -360,6 +360,11 @@ def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
     start, end = knots.gather(-1, right - 1), knots.gather(-1, right)
     share = torch.where(end > start, (x - start) / (end - start), 1.0).clamp(0, 1)
     return torch.lerp(values.gather(-1, right - 1), values.gather(-1, right), share)
+
+
+def over_root(kl: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """:func:`interpolate` in the root of the KL, in which fronts begin as straight lines; KLs below 0 count as 0."""
+    return interpolate(kl.clamp(min=0).sqrt(), knots.sqrt(), values)
 
 
 def _checked(rewards: Tensor) -> Tensor:

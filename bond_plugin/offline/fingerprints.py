@@ -79,6 +79,16 @@ def of_model(name: str | Path) -> str | None:
     return _short(digest)
 
 
+def of_tokenizer(name: str | Path) -> str | None:
+    """A hash of a model's tokenizer, chat template included, or ``None`` if it is not on this machine."""
+    folder = _folder(os.fspath(name))
+    if folder is None:
+        return None
+    patterns = ("*token*", "vocab*", "merges*", "chat_template*")
+    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return of_value([(path.name, of_file(path)) for path in sorted(files)])
+
+
 def _folder(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():

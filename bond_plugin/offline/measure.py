@@ -167,8 +167,3 @@ def distinct(responses: Sequence[Sequence[Sequence[int]]], n: int) -> float:
         if grams:
             shares.append(len(set(grams)) / len(grams))
     return sum(shares) / len(shares) if shares else 0.0
-
-
-def example(prompt: str, samples: PromptSamples) -> str:
-    """The first response of a prompt, as a text."""
-    return samples.queries[0][len(prompt) :]
