@@ -80,6 +80,7 @@ def run(job: Job) -> None:
         max_len=args.data.max_len,
         temperature=args.rollout.temperature,
         seed=job.seed,
+        engine=scoring.room_beside(score),
     )
     rewards = scoring.rewards(score, pairs, drawn)
     if job.is_reference:

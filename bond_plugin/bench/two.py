@@ -215,6 +215,7 @@ class _Work:
             max_len=self.sampling.max_len,
             temperature=self.sampling.temperature,
             seed=seed,
+            engine=scoring.room_beside(self.score),
             progress=_ticker(self.say, name),
         )
         tokens = sum(len(ids) for one in drawn for ids in one.response_ids)

@@ -18,11 +18,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from bond_plugin.files import write_whole
 from bond_plugin.host import flags
 
 #: Weights that are compared at a time: at 12 bytes each what :meth:`Weights.anchor_distance` needs.
@@ -315,10 +317,7 @@ def save_ckpt(original: Any, self: Any, model: Any, save_dir: str, tag: str | No
     os.replace(f"{path}.part", path)
     dist.barrier()
     if latest and self.is_rank_0():
-        pointer = os.path.join(save_dir, "latest")
-        with open(f"{pointer}.part", "w") as file:
-            file.write(tag)
-        os.replace(f"{pointer}.part", pointer)
+        write_whole(Path(save_dir, "latest"), tag)
     dist.barrier()
 
 

@@ -61,6 +61,7 @@ def sample(
     temperature: float,
     seed: int,
     max_len: int | None = None,
+    engine: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[PromptSamples]:
     """Draw ``n`` responses for each prompt from a model's own distribution: no top-p, top-k or least length.
@@ -76,7 +77,7 @@ def sample(
         "max_new_tokens": max_new_tokens,
         "max_len": max_len,
         "temperature": temperature,
-        "engine": {"seed": seed},
+        "engine": {"seed": seed, **(engine or {})},
     }
     return [one for chunk in _run(job, progress) for one in chunk]
 

@@ -241,6 +241,9 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
     responses = args.cache.chunk or _CHUNK["cuda" if torch.cuda.is_available() else "cpu"]
     chunk = -(-responses // args.cache.samples)
     score = scoring.scorer(args, tokenizer)
+    arguments = scoring.room_beside(score)
+    if args.vllm.tensor_parallel_size > 1:
+        arguments["tensor_parallel_size"] = args.vllm.tensor_parallel_size
     interactive = sys.stderr.isatty()
     total, count, waiting, progress = 0.0, 0, True, ""
     with tqdm(
@@ -279,20 +282,8 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
                 seed=args.cache.seed,
                 chunk=chunk,
                 use_fast_tokenizer=not args.data.disable_fast_tokenizer,
-                engine=_engine_arguments(args, score),
+                engine=arguments,
                 progress=sampled,
             )
 
         reward_cache.fill(writer, pairs, draw, scored, chunk, args.cache.responses, lambda prompt: bar.update())
-
-
-def _engine_arguments(args: SimpleNamespace, score: scoring.Score) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if args.vllm.tensor_parallel_size > 1:
-        found["tensor_parallel_size"] = args.vllm.tensor_parallel_size
-    if isinstance(score, scoring.ModelScore) and score.device.type == "cuda" and score.device.index == 0:
-        import torch
-
-        free, total = torch.cuda.mem_get_info(score.device)  # vLLM shares the device with the reward model
-        found["gpu_memory_utilization"] = round(min(0.9, free / total - 0.1), 2)
-    return found

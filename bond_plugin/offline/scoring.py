@@ -87,6 +87,16 @@ def identity(args: SimpleNamespace) -> dict[str, Any]:
     return {"kind": "server", "url": ",".join(sorted(args.reward.remote_url))}
 
 
+def room_beside(score: Score) -> dict[str, Any]:
+    """Arguments of vLLM's engine that leave a reward model its place on a GPU that both use."""
+    if not (isinstance(score, ModelScore) and score.device.type == "cuda" and score.device.index == 0):
+        return {}
+    import torch
+
+    free, total = torch.cuda.mem_get_info(score.device)
+    return {"gpu_memory_utilization": round(min(0.9, free / total - 0.1), 2)}
+
+
 class RemoteScore:
     """Rewards of ``--reward.remote_url``, through the host's own calls of it, one query each.
 
