@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import http.server
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,6 +331,62 @@ def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: F
     shown = json.loads(result.to_json())
     assert shown["best_of"]["2"]["mean"] == pytest.approx(result.best_of[2].value)
     assert shown["examples"][0]["before"].startswith("ab")
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The address of a reward server that counts letters."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.dumps({"rewards": [len(query) for query in asked["query"]]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/score"
+        running.shutdown()
+
+
+def test_a_reward_server_scores_as_in_training(
+    server: str, argv: Callable[..., list[str]], fake: FakeEngine, tmp_path: Path
+) -> None:
+    assert command.main(argv(reward=server, samples=4, kl_samples=1)) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    prompts = [json.loads(line)["input"] for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    expected = sum(map(len, prompts)) / len(prompts) + 2.5  # responses have 1 to 4 letters
+    assert found["reward_before"]["mean"] == found["reward_after"]["mean"] == pytest.approx(expected)
+
+
+def test_a_reward_model_scores_as_in_training(
+    tiny: Tiny, argv: Callable[..., list[str]], fake: FakeEngine, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
+
+    torch.manual_seed(3)
+    config = AutoConfig.from_pretrained(tiny.model)
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(tiny.model).save_pretrained(tmp_path / "rm")
+    assert command.main(argv(reward=tmp_path / "rm", samples=4, kl_samples=1)) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    prompts = [json.loads(line)["input"] for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    expected = []
+    for prompt in prompts:
+        for count in range(1, 5):
+            with torch.no_grad():
+                hidden = model.model(torch.tensor([[5] * len(prompt) + [6] * count])).last_hidden_state[0, -1]
+            expected.append(model.score(hidden).item())
+    assert max(expected) - min(expected) > 0.05
+    assert found["reward_before"]["mean"] == pytest.approx(sum(expected) / len(expected), abs=0.01)
 
 
 def test_different_tokenizers_are_refused(

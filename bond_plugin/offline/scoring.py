@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from bond_plugin.host import cpu
 from bond_plugin.host.rewards import RewardError, finite
 from bond_plugin.offline import fingerprints
 from bond_plugin.offline.engine import PromptSamples
@@ -144,9 +146,10 @@ class ModelScore:
 
     def __init__(self, args: SimpleNamespace, pad_token_id: int) -> None:
         import torch
-        from openrlhf.models import get_llm_for_sequence_regression
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        with contextlib.nullcontext() if count else cpu.flash_attn_stand_in():
+            from openrlhf.models import get_llm_for_sequence_regression
         # vLLM takes the first devices.
         index = count - 1 if count > args.vllm.tensor_parallel_size else 0
         self.device = torch.device("cuda", index) if count else torch.device("cpu")
