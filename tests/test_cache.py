@@ -179,7 +179,7 @@ def made(path: Path, drawn: list[str] | None = None) -> bytes:
                 drawn.extend(prompts)
             return draw(prompts)
 
-        cache.fill(writer, PROMPTS, recording, score, chunk=2)
+        list(cache.fill(writer, PROMPTS, recording, score, chunk=2))
     return path.read_bytes()
 
 
@@ -211,7 +211,7 @@ def test_an_exception_in_the_reward_keeps_what_is_written(tmp_path: Path) -> Non
         return score(prompt, label, samples)
 
     with cache.Writer(path, RECORD) as writer, pytest.raises(RuntimeError, match="the judge is out"):
-        cache.fill(writer, PROMPTS, drawing, failing, chunk=2)
+        list(cache.fill(writer, PROMPTS, drawing, failing, chunk=2))
     assert samplers[0].gi_frame is None  # closed, and with it vLLM's process
     assert whole.startswith(path.read_bytes())
     assert read_cache(path).prompts == ["prompt 0", "prompt 1", "prompt 2"]

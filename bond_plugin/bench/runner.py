@@ -40,7 +40,6 @@ _NOISE = re.compile(
 )  # Ray's prefixes and colours
 #: The last line of a traceback, unless it only says that a worker of Ray's has ended.
 _EXCEPTION = re.compile(r"\s*(?!ray\.exceptions\.)[\w.]*(Error|Exception)(\(.*\))?: ")
-_TEMPLATES = ("apply_chat_template", "input_template")
 #: Flags that say what is compared: every cell must have them alike.
 _SHARED = (
     "actor.model_name_or_path",
@@ -49,8 +48,9 @@ _SHARED = (
     "rollout.temperature",
     "reward.remote_url",
     "reward.model_name_or_path",
-    *(f"data.{name}" for name in _TEMPLATES),
 )
+#: Likewise; they also say what is put around the held-out prompts.
+_TEMPLATES = ("data.apply_chat_template", "data.input_template")
 
 Say = Callable[[str], None]
 
@@ -229,7 +229,7 @@ class Runner:
             raise BenchError("these cells cannot run:\n  " + "\n  ".join(problems))
         first = self.configurations[self.matrix.cells[0].name]
         for cell in self.matrix.cells:
-            for name in _SHARED:
+            for name in (*_SHARED, *_TEMPLATES):
                 mine, theirs = _get(self.configurations[cell.name], name), _get(first, name)
                 if mine != theirs:
                     raise BenchError(
@@ -278,7 +278,7 @@ class Runner:
 
     def _reference_key(self, configuration: dict[str, Any]) -> str:
         labels = None if self.matrix.evaluation.label_key is None else [row["label"] for row in self.rows]
-        templates = [configuration["data"][name] for name in _TEMPLATES]
+        templates = [_get(configuration, name) for name in _TEMPLATES]
         model = configuration["actor"]["model_name_or_path"]
         return fingerprints.of_value(
             [
@@ -286,7 +286,7 @@ class Runner:
                 self.matrix.evaluation.model_dump(),
                 [row["input"] for row in self.rows],
                 labels,
-                {name: _get(configuration, name) for name in _SHARED[: -len(_TEMPLATES)]},
+                {name: _get(configuration, name) for name in _SHARED},
                 [fingerprints.of_file(path) for path in configuration["reward"]["remote_url"] or [] if ".py" in path],
                 *([templates, fingerprints.of_tokenizer(model)] if any(templates) else []),
             ]

@@ -21,7 +21,7 @@ The file:
   common: {...}          flags of every cell, nested as in a recipe
   evaluation:            how every policy is measured
     prompts: FILE.jsonl  (also: input_key, label_key, samples, reference_samples, quantile_samples, bon_levels,
-                         forward_samples, seed, examples)
+                         forward_samples, seed, examples); a template that is in common is put around them
   seeds: [1, 2, 3]       --train.seed
   methods:
     jbond:

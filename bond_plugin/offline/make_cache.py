@@ -263,13 +263,6 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
             progress = f"{done}/{wanted} responses sampled"
             bar.set_postfix_str(progress, refresh=interactive)
 
-        def scored(prompt: str, label: Any, samples: engine.PromptSamples) -> Sequence[float]:
-            nonlocal total, count
-            rewards = score(prompt, label, samples)
-            total, count = total + sum(rewards), count + len(rewards)
-            bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
-            return rewards
-
         def draw(prompts: list[str]) -> Iterator[list[engine.PromptSamples]]:
             return engine.stream(
                 args.actor.model_name_or_path,
@@ -286,4 +279,7 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
                 progress=sampled,
             )
 
-        reward_cache.fill(writer, pairs, draw, scored, chunk, args.cache.responses, lambda prompt: bar.update())
+        for rewards in reward_cache.fill(writer, pairs, draw, score, chunk, args.cache.responses):
+            total, count = total + sum(rewards), count + len(rewards)
+            bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
+            bar.update()

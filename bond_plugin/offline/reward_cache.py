@@ -13,12 +13,14 @@ Rewards are compared as the host has them, rounded to float32; so a tie in train
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +29,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from bond_plugin.offline.prompts import label_text
+from bond_plugin.offline.engine import PromptSamples
+from bond_plugin.offline.prompts import Pairs, label_text
+from bond_plugin.offline.scoring import Score
 from bond_plugin.schema import Open, explain
 from bond_plugin.words import shorten
 
@@ -394,13 +398,12 @@ _START = json.dumps({_MARK: VERSION}).removesuffix("}").encode()
 
 def fill(
     writer: Writer,
-    prompts: Sequence[tuple[str, Any]],
-    draw: Callable[[list[str]], Iterator[list[Any]]],
-    score: Callable[[str, Any, Any], Sequence[float]],
+    pairs: Pairs,
+    draw: Callable[[list[str]], Generator[list[PromptSamples]]],
+    score: Score,
     chunk: int,
     keep_responses: bool = True,
-    written: Callable[[str], None] | None = None,
-) -> None:
+) -> Iterator[Sequence[float]]:
     """Sample, score and write the prompts that a cache does not have.
 
     Chunks are of the whole list of prompts, and one that is there in part is drawn again as a whole, so that its
@@ -408,41 +411,30 @@ def fill(
 
     Args:
         writer: of the cache.
-        prompts: all (prompt, label) pairs, the prompts all different.
-        draw: a list of prompts to their samples, ``chunk`` at a time and in order; see
+        pairs: all (prompt, label), the prompts all different.
+        draw: a list of prompts to their samples, ``chunk`` prompts at a time and in order; see
             :func:`bond_plugin.offline.engine.stream`.
-        score: (prompt, label, samples of the prompt) to their rewards.
+        score: the reward.
         chunk: prompts in a chunk.
         keep_responses: write the responses beside their rewards.
-        written: called with each prompt once its line is on the disk.
+
+    Yields:
+        The rewards of each prompt once its line is on the disk.
 
     Raises:
         PromptError: a reward is not finite. What ``draw`` and ``score`` raise passes. What is written stays.
     """
-    wanted = [
-        pair
-        for start in range(0, len(prompts), chunk)
-        if any(prompt not in writer.cache for prompt, _ in prompts[start : start + chunk])
-        for pair in prompts[start : start + chunk]
-    ]
+    chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
+    unfinished = [part for part in chunks if any(prompt not in writer.cache for prompt, _ in part)]
+    wanted = [pair for part in unfinished for pair in part]
     if not wanted:
         return
-    drawn = draw([prompt for prompt, _ in wanted])
-    pairs = iter(wanted)
-    try:
-        for part in drawn:
-            for samples in part:
-                prompt, label = next(pairs)
-                if prompt in writer.cache:
-                    continue
+    with contextlib.closing(draw([prompt for prompt, _ in wanted])) as drawn:
+        for (prompt, label), samples in zip(wanted, itertools.chain.from_iterable(drawn), strict=True):
+            if prompt not in writer.cache:
                 rewards = score(prompt, label, samples)
                 writer.append(prompt, rewards, samples.responses if keep_responses else None, label)
-                if written is not None:
-                    written(prompt)
-    finally:
-        close = getattr(drawn, "close", None)
-        if close is not None:
-            close()
+                yield rewards
 
 
 @dataclass(frozen=True)
