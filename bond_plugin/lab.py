@@ -677,11 +677,13 @@ class HarmonicBOND(BOND):
 
 
 def method_class(name: str) -> type[Method]:
-    """The algorithm or reward transform that any installed package registers as ``name``.
+    """The algorithm or reward transform that any installed package registers as ``name``, or an algorithm's import path.
 
     Raises:
         RegistryError: nobody does, it cannot be imported, or it is not of the class it should be.
     """
+    if ":" in name:  # package.module:Class
+        return registry.load_class(registry.ADVANTAGE_ESTIMATORS, name, Algorithm)
     kinds = ((registry.ADVANTAGE_ESTIMATORS, Algorithm), (registry.REWARD_TRANSFORMS, RewardTransform))
     for group, base in kinds:
         if name in registry.names(group):

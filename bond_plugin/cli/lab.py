@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
     parser = build_parser()
     try:
         name = _value_of(argv, "--algorithm")
+        if name is not None and ":" in name and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # an import path: a module in this folder is as good as an installed one
         found = None if name is None else _class_of(name)
         prefix = "bond"
         if found is not None:
@@ -102,7 +104,7 @@ def main(argv: list[str]) -> int:
             training, n = _settings(args, method)
             _trial(method, training)
             say(f"training {name}: {training.steps} steps of {training.prompts} prompts x {training.samples} samples")
-            report = lab.examine(name, method, n, training, args.policy or "full", args.reward or "strict")
+            report = lab.examine(name.rpartition(":")[2], method, n, training, args.policy or "full", args.reward or "strict")
     except UsageError as error:
         print(f"bond lab: error: {error}", file=sys.stderr)
         return 2
@@ -136,7 +138,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--algorithm",
         metavar="NAME",
-        help="a name in the entry-point groups openrlhf.advantage_estimators or openrlhf.reward_transforms",
+        help="a name in the entry-point groups openrlhf.advantage_estimators or openrlhf.reward_transforms, or an "
+        "algorithm's import path, package.module:Class",
     )
     only = parser.add_argument_group("with --algorithm only (without it, each method has settings that suit it)")
     only.add_argument(
