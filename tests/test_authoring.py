@@ -1,6 +1,6 @@
 """The algorithm of docs/authoring.md: what it says it aims at, and that the laboratory takes it by its import path.
 
-That the host takes it is tested by the shipped matrices (test_command_line.py) and by a whole run (test_end_to_end.py).
+That the host takes it, test_command_line.py tests with the shipped matrices and test_end_to_end.py with a whole run.
 """
 
 from __future__ import annotations

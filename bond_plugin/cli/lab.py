@@ -104,7 +104,9 @@ def main(argv: list[str]) -> int:
             training, n = _settings(args, method)
             _trial(method, training)
             say(f"training {name}: {training.steps} steps of {training.prompts} prompts x {training.samples} samples")
-            report = lab.examine(name.rpartition(":")[2], method, n, training, args.policy or "full", args.reward or "strict")
+            report = lab.examine(
+                name.rpartition(":")[2], method, n, training, args.policy or "full", args.reward or "strict"
+            )
     except UsageError as error:
         print(f"bond lab: error: {error}", file=sys.stderr)
         return 2

@@ -361,6 +361,16 @@ def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def own_flags(caching: bool = False) -> argparse.ArgumentParser:
+    """Our flags that do not depend on the algorithm, with those of ``bond cache`` for ``caching``: see docs/pages.py."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
+    if caching:
+        parser = argparse.ArgumentParser(add_help=False)
+        _add_cache_flags(parser)
+    return parser
+
+
 def _settle_output(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """The run's reward cache and the file to write are each other's default."""
     values, output, read = vars(parsed), "cache.output", REWARD_CACHE[2:]
