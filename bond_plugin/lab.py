@@ -677,7 +677,7 @@ class HarmonicBOND(BOND):
 
 
 def method_class(name: str) -> type[Method]:
-    """The algorithm or reward transform that an installed package registers as ``name``, or that an import path names.
+    """The algorithm or reward transform that an installed package registers as ``name``, or that it is the path of.
 
     Raises:
         RegistryError: nobody does, it cannot be imported, or it is not of the class it should be.

@@ -362,7 +362,7 @@ def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def own_flags(caching: bool = False) -> argparse.ArgumentParser:
-    """Our flags that do not depend on the algorithm, with those of ``bond cache`` for ``caching``: see docs/pages.py."""
+    """Our flags that do not depend on the algorithm, or those of ``bond cache`` alone. docs/pages.py lists them."""
     parser = argparse.ArgumentParser(add_help=False)
     _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
     if caching:

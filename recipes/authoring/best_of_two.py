@@ -4,8 +4,9 @@ The target is Best-of-2 of the policy, the divergence the forward KL, and the sa
 
     minimise  KL(Best-of-2 || pi) + pull KL(pi || initial policy)        the target held fixed at each step
 
-Of n samples of a prompt, share_i is the share of the others that y_i beats; an equal one counts one half. Then 2 share_i
-estimates the density of Best-of-2 relative to pi without bias, and the advantage of y_i is 2 share_i - 1, less the KL part.
+Of n samples of a prompt, share_i is the share of the others that y_i beats; an equal one counts one half. 2 share_i
+estimates the density of Best-of-2 relative to pi, without bias. So the advantage of y_i is 2 share_i - 1, less the
+part of the KL.
 """
 
 from __future__ import annotations
