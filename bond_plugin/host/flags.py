@@ -310,7 +310,7 @@ Sample M responses a prompt from the initial policy, score them by the run's rew
 that `bond train --bond.reward_cache FILE` reads: once for all runs with the same prompts, model and reward.
 
 Takes the flags, or the recipe, of the training run, so that prompts, template, tokenizer, sampling and reward are the
-same; those that say nothing about them are checked and not used. Stopped at any moment, the same command goes on
+same; those that say nothing about them are checked and not used. If it is interrupted, the same command goes on
 where it was. Needs no Ray.
 """
 
