@@ -6,6 +6,7 @@ That the host takes it, test_command_line.py tests with the shipped matrices and
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from bond_plugin import lab
 from bond_plugin.cli.main import main
 
 FILE = REPOSITORY / "recipes" / "authoring" / "best_of_two.py"
+PAGE = REPOSITORY / "docs" / "authoring.md"
 PATH = "recipes.authoring.best_of_two:BestOfTwo"
 
 
-def test_the_whole_algorithm_is_under_sixty_lines() -> None:
-    assert len(FILE.read_text().splitlines()) < 60
+def test_the_whole_algorithm_is_under_sixty_lines_and_the_page_shows_them() -> None:
+    lines = FILE.read_text().splitlines()
+    assert len(lines) < 60
+    (shown,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert "def advantages" in shown
+    assert set(shown.splitlines()) <= set(lines)
 
 
 @pytest.mark.parametrize("rewards", ["strict", "tied"])

@@ -62,6 +62,15 @@ def test_a_dead_link_and_a_dead_anchor_are_found(tmp_path: Path) -> None:
     assert dead_links(page) == ["gone.md", "there.md#three", "#f", "h.png"]
 
 
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("docs/*.md")), ids=lambda path: path.name)
+def test_files_that_a_page_names_are_there(path: Path) -> None:
+    """`host/weights.py`, say; results name files of their time."""
+    named = set(re.findall(r"`([a-z][\w./-]*\.(?:py|yaml))(?:::\w+)?`", path.read_text()))
+    folders = ("bond_plugin", "recipes", "tests", "benchmarks", "docs")
+    there = [file.as_posix() for folder in folders for file in (REPOSITORY / folder).rglob("*.*")]
+    assert [name for name in named if not any(file.endswith(f"/{name}") for file in there)] == []
+
+
 def test_no_picture_is_kept_that_no_page_shows() -> None:
     shown = {
         (path.parent / target).resolve()
