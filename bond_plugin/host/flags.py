@@ -202,10 +202,25 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
 def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespace:
     """Keep the host's nested arguments: the host goes on to complete them, and the launch reads them."""
     nested = original(args)
+    _complete_older_hosts(nested)
     if _current is not None and hasattr(args, ESTIMATOR[2:]):
         _current.args = nested
         _current.critic = nested.critic.model_name_or_path
     return nested
+
+
+def _complete_older_hosts(args: SimpleNamespace) -> None:
+    """What OpenRLHF 0.11.0 and 0.11.1 do, under the names of the flags of 0.11.2."""
+    if not hasattr(args, "algo") or not hasattr(args.algo, "advantage"):
+        return  # one of the host's other trainers
+    if not hasattr(args.algo.advantage, "is_correction_level"):
+        args.algo.advantage.is_correction_level = "token" if args.algo.advantage.is_correction_enable else "off"
+    for node, name, value in (
+        (args.actor, "loss_agg_mode", "token-mean"),
+        (args.algo.kl, "unbiased_gradient", False),
+    ):
+        if not hasattr(node, name):
+            setattr(node, name, value)
 
 
 def _last_value(argv: list[str], option: str) -> str | None:

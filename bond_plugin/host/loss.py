@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bond_plugin import registry
 from bond_plugin.algorithms.base import LossInputs, LossOutputs
-from bond_plugin.host import batches, checks, classifier, flags, weights
+from bond_plugin.host import batches, checks, classifier, flags, hooks, weights
 from bond_plugin.host.experience import COMPANION
 
 
@@ -73,7 +73,7 @@ class PromptMeanLoss(nn.Module):
         dp_size: int = 1,
         batch_num_tokens: Any = None,
         global_batch_size: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    ) -> tuple[Any, ...]:
         companion = self._companion
         if companion is None:
             companion = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
@@ -95,7 +95,8 @@ class PromptMeanLoss(nn.Module):
         loss = row_losses.sum() * (dp_size * self._micro_batches / self._prompts)
         mask = action_mask.to(log_probs.dtype)
         moved = ((old_log_probs - log_probs.detach()) * mask).sum() / mask.sum().clamp(min=1)
-        return loss, found.clip_fraction, moved, None, None
+        # The last two are of a correction that this loss does not make; the host has the second from 0.11.2 on.
+        return (loss, found.clip_fraction, moved, None, None)[: hooks.policy_loss_values()]
 
 
 def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
