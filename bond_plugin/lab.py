@@ -308,7 +308,7 @@ class Learner:
             raise LabError("a batch needs at least two samples of the policy")
         self.problem, self.method, self.policy, self.training = problem, method, policy, training
         self.generator = torch.Generator().manual_seed(training.seed)
-        self.wants = method.samples() if isinstance(method, Algorithm) else None
+        self.needs = method.needs() if isinstance(method, Algorithm) else None
         self.anchor = policy.parameters.detach().clone()
         self.classifier = torch.zeros(len(RESPONSES), dtype=torch.float64, requires_grad=True)
         self.metrics: dict[str, float] = {}
@@ -316,7 +316,7 @@ class Learner:
         if isinstance(method, Algorithm) and method.policy_loss != "ppo":
             self.loss_function = registry.load(registry.POLICY_LOSSES, method.policy_loss)
         self.cache: Tensor | None = None
-        if self.wants is None or self.wants.reward_cache:
+        if self.needs is None or self.needs.reward_cache:
             self.draw_cache()
 
     def draw_cache(self) -> None:
@@ -345,7 +345,7 @@ class Learner:
 
         advantages = _per_token("advantages", outputs.advantages, drawn.shape)
         if companions.shape[-1]:
-            extra = _per_token("companion_advantages", outputs.companion_advantages, companions.shape)
+            extra = _per_token("selected_advantages", outputs.selected_advantages, companions.shape)
             advantages = torch.cat([advantages, extra], dim=1)
         rows = torch.cat([drawn, companions], dim=-1)
         companion = torch.zeros(rows.shape, dtype=torch.bool)
@@ -358,7 +358,7 @@ class Learner:
                 old_log_probs=tokens.detach(),
                 advantages=advantages.flatten(0, 1) * MASK[flat],
                 mask=MASK[flat],
-                companion=companion.flatten(),
+                from_source=companion.flatten(),
                 on_policy=True,
                 clip_low=0.2,
                 clip_high=0.2,
@@ -370,7 +370,7 @@ class Learner:
             loss = loss + by_prompt[:, drawn.shape[-1] :].mean()
 
         classified = None
-        if self.wants is not None and self.wants.classifier:
+        if self.needs is not None and self.needs.classifier:
             targets = _checked("classifier_targets", outputs.classifier_targets, drawn.shape)
             classified = torch.nn.functional.binary_cross_entropy_with_logits(self.classifier[drawn], targets)
         return loss, classified
@@ -381,12 +381,12 @@ class Learner:
 
     def move_anchor(self, step: int) -> bool:
         """After optimiser step ``step`` (from 1); returns whether a periodic anchor has been renewed."""
-        if self.wants is None or not self.wants.anchor:
+        if self.needs is None or not self.needs.anchor:
             return False
         with torch.no_grad():
-            if self.wants.anchor_eta is not None:
-                self.anchor += self.wants.anchor_eta * (self.policy.parameters - self.anchor)
-            elif step % self.wants.anchor_interval == 0:
+            if self.needs.anchor_eta is not None:
+                self.anchor += self.needs.anchor_eta * (self.policy.parameters - self.anchor)
+            elif step % self.needs.anchor_interval == 0:
                 self.anchor.copy_(self.policy.parameters)
                 return True
         return False
@@ -394,7 +394,7 @@ class Learner:
     @property
     def _source(self) -> Tensor:
         """The parameters of what the companions come from."""
-        return torch.zeros_like(self.anchor) if self.wants.source == "reference" else self.anchor
+        return torch.zeros_like(self.anchor) if self.needs.source == "reference" else self.anchor
 
     def _draw(self, log_probs: Tensor, count: int) -> Tensor:
         size = self.training.prompts * count
@@ -412,16 +412,16 @@ class Learner:
 
     @torch.no_grad()
     def _advantages(self, method: Algorithm, drawn: Tensor, log_probs: Tensor) -> tuple[Tensor, AdvantageOutputs]:
-        wants = self.wants
+        needs = self.wants
         source = self.policy.log_probs(self._source)
-        companions = self._draw(source, wants.companions)
+        companions = self._draw(source, needs.source_samples)
         selected = companions[:, :0]
-        if wants.trained_companions:
+        if needs.selected_samples:
             chosen = method.select(self.problem.rewards[companions], self.generator)
-            chosen = _checked("select's indices", chosen, (self.training.prompts, wants.trained_companions))
-            if not ((chosen >= 0) & (chosen < wants.companions)).all():
+            chosen = _checked("select's indices", chosen, (self.training.prompts, needs.selected_samples))
+            if not ((chosen >= 0) & (chosen < needs.source_samples)).all():
                 raise LabError(
-                    f"select's indices must lie in 0 ... {wants.companions - 1}, as companions has as many"
+                    f"select's indices must lie in 0 ... {needs.source_samples - 1}, as companions has as many"
                 )
             selected = companions.gather(-1, chosen)
         rows = torch.cat([drawn, selected], dim=-1)
@@ -431,16 +431,16 @@ class Learner:
             AdvantageInputs(
                 rewards=self.problem.rewards[drawn],
                 log_probs=log_probs[drawn],
-                companion_rewards=self.problem.rewards[companions],
-                companion_log_probs=log_probs[selected],
-                source_log_probs=source[drawn] if wants.source_log_probs else None,
+                source_rewards=self.problem.rewards[companions],
+                selected_log_probs=log_probs[selected],
+                source_log_probs=source[drawn] if needs.source_log_probs else None,
                 generator=self.generator,
                 reference_rewards=self.cache,
-                classifier_logits=self.classifier.detach()[drawn] if wants.classifier else None,
+                classifier_logits=self.classifier.detach()[drawn] if needs.classifier else None,
                 source_log_ratios=(tokens - self.policy.token_log_probs(self._source)[rows])
-                if wants.source_log_probs
+                if needs.source_log_probs
                 else None,
-                reference_log_ratios=to_reference if wants.reference_log_probs else None,
+                reference_log_ratios=to_reference if needs.reference_log_probs else None,
             )
         )
 
@@ -487,9 +487,9 @@ def train(
     learner = Learner(problem, method, policy, training)
     parameters = [{"params": [policy.parameters]}, {"params": [learner.classifier]}]
     optimiser = torch.optim.Adam(parameters, lr=training.lr)
-    wants = learner.wants
-    moving = wants is not None and bool(wants.anchor_eta)
-    period = (wants.anchor_interval if wants is not None else None) or training.steps
+    needs = learner.wants
+    moving = needs is not None and bool(needs.anchor_eta)
+    period = (needs.anchor_interval if needs is not None else None) or training.steps
     trajectory = [problem.measure(policy.log_probs().detach(), n)]
     rounds: list[Point] = []
     for step in range(1, training.steps + 1):
@@ -935,7 +935,7 @@ def _batch(method: Method) -> Training:
 
 
 def _cached(method: Method) -> bool:
-    return isinstance(method, RewardTransform) or method.samples().reward_cache
+    return isinstance(method, RewardTransform) or method.needs().reward_cache
 
 
 def examine(
@@ -962,7 +962,7 @@ def examine(
     problem = Problem.make(rewards)
     run = train(problem, method, problem.policy(policy), n, training)
     rows = [*_levels(problem, n), Row(name, run.end, "at the end", run.trajectory)]
-    moving = isinstance(method, Algorithm) and method.samples().anchor
+    moving = isinstance(method, Algorithm) and method.needs().anchor
     if moving:
         rows.append(Row(f"{name}, closest", run.closest, f"step {run.closest.step} of {training.steps}"))
     own = getattr(method.config, "n", None) or (2 if moving else n)

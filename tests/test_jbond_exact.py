@@ -93,15 +93,15 @@ def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor
             AdvantageInputs(
                 rewards=rewards[y].unsqueeze(1),
                 log_probs=log_probs[y].unsqueeze(1),
-                companion_rewards=rewards[companions],
-                companion_log_probs=log_probs[selected],
+                source_rewards=rewards[companions],
+                selected_log_probs=log_probs[selected],
                 source_log_probs=anchor[y].unsqueeze(1),
                 generator=generator,
             )
         )
     trained = selected.shape[1]
     rows = torch.cat([y, selected.T.flatten()])
-    advantages = torch.cat([found.advantages[:, 0], found.companion_advantages.T.flatten()]).unsqueeze(1) * MASK[rows]
+    advantages = torch.cat([found.advantages[:, 0], found.selected_advantages.T.flatten()]).unsqueeze(1) * MASK[rows]
     tokens = POLICY.token_log_probs()[rows]
     out = policy_loss(
         LossInputs(
@@ -109,7 +109,7 @@ def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor
             old_log_probs=tokens.detach(),
             advantages=advantages,
             mask=MASK[rows],
-            companion=torch.arange(len(rows)) >= len(y),
+            from_source=torch.arange(len(rows)) >= len(y),
             on_policy=True,
             clip_low=0.2,
             clip_high=0.2,
@@ -212,7 +212,7 @@ def test_monte_carlo_mean_agrees_within_its_error(baseline: str, n: int) -> None
         )
         coefficient = torch.zeros(len(RESPONSES), dtype=torch.float64)
         coefficient.index_add_(0, y.flatten(), found.advantages.flatten() / n)
-        coefficient.index_add_(0, best.flatten(), found.companion_advantages.flatten())
+        coefficient.index_add_(0, best.flatten(), found.selected_advantages.flatten())
         gradients.append(-(coefficient / prompts) @ jacobian)
     gradients = torch.stack(gradients)
     wanted = gradient(0.5, 0.5, STRICT).flatten()

@@ -142,13 +142,13 @@ def test_the_loss_gets_what_training_gives_it() -> None:
     learner.loss_function = record
     learner.losses()
     (inputs,) = seen
-    assert inputs.companion.tolist() == [False, False, True] * 3
+    assert inputs.from_source.tolist() == [False, False, True] * 3
     assert inputs.on_policy
     assert inputs.log_probs.requires_grad
     assert not inputs.old_log_probs.requires_grad
     torch.testing.assert_close(inputs.log_probs, inputs.old_log_probs)
     assert (inputs.advantages[inputs.mask == 0] == 0).all()
-    assert (inputs.advantages[inputs.companion] == 0.5 * inputs.mask[inputs.companion]).all()
+    assert (inputs.advantages[inputs.from_source] == 0.5 * inputs.mask[inputs.from_source]).all()
 
 
 def test_cached_rewards_are_drawn_once_a_run_and_anew_for_each_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

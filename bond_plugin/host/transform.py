@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bond_plugin.algorithms.base import TransformInputs
-from bond_plugin.host import flags
+from bond_plugin.host import flags, state
 from bond_plugin.host.rewards import finite
 
 
@@ -42,7 +42,7 @@ def apply(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     for e in experiences:
         e.rewards = found.rewards[start : start + len(e.sequences), 0].float()
         start += len(e.sequences)
-    self.bond_metrics = {
+    state.of(self).metrics |= {
         **found.metrics,
         "reward/policy": rewards.mean().item(),
         "bond/kl_ref": kl.mean().item(),

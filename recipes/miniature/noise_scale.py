@@ -75,11 +75,11 @@ def of_algorithm(algorithm: Algorithm) -> Weights:
 
     def weights(known: Known) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        wanted = algorithm.samples()
-        own = RESPONSES - wanted.companions
+        wanted = algorithm.needs()
+        own = RESPONSES - wanted.source_samples
         policy, companions = known.rewards[:, :own], known.rewards[:, own:]
         chosen = torch.zeros(len(policy), 0, dtype=torch.long)
-        if wanted.trained_companions:
+        if wanted.selected_samples:
             chosen = algorithm.select(companions, generator) + own
         rows = torch.cat([torch.arange(own).expand(len(policy), own), chosen], dim=1).unsqueeze(-1)
         log_ratios = known.log_ratios.take_along_dim(rows, dim=1)
@@ -88,8 +88,8 @@ def of_algorithm(algorithm: Algorithm) -> Weights:
             AdvantageInputs(
                 rewards=policy,
                 log_probs=totals[:, :own],
-                companion_rewards=companions,
-                companion_log_probs=totals.gather(1, chosen),
+                source_rewards=companions,
+                selected_log_probs=totals.gather(1, chosen),
                 source_log_probs=totals[:, :own] - log_ratios[:, :own].sum(dim=-1),
                 generator=generator,
                 source_log_ratios=log_ratios,
@@ -99,7 +99,7 @@ def of_algorithm(algorithm: Algorithm) -> Weights:
         result = torch.zeros_like(known.log_probs)
         result[:, :own] = _per_token(made.advantages) / own
         if chosen.shape[1]:
-            extra = _per_token(made.companion_advantages).expand(*chosen.shape, result.shape[-1])
+            extra = _per_token(made.selected_advantages).expand(*chosen.shape, result.shape[-1])
             result.scatter_(1, chosen.unsqueeze(-1).expand(extra.shape), extra / chosen.shape[1])
         return result
 
