@@ -122,7 +122,7 @@ def test_forward_term_takes_the_best_of_the_first_n() -> None:
     assert share.item() == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize(("settings", "companions", "trained", "source"), [
+@pytest.mark.parametrize(("settings", "drawn", "selected", "source"), [
     ({}, 16, 1, "reference"),
     ({"beta": 1.0, "n_anchor_samples": 3}, 3, 0, "reference"),
     ({"anchor": "ema"}, 16, 1, "anchor"),
@@ -132,11 +132,9 @@ def test_forward_term_takes_the_best_of_the_first_n() -> None:
     ({"quantile": "learned", "correction": False}, 8, 1, "reference"),
     ({"quantile": "learned", "correction": False, "beta": 1.0}, 1, 0, "reference"),
 ])  # fmt: skip
-def test_only_the_samples_that_are_needed_are_drawn(
-    settings: dict, companions: int, trained: int, source: str
-) -> None:
+def test_only_the_samples_that_are_needed_are_drawn(settings: dict, drawn: int, selected: int, source: str) -> None:
     needs = BOND(BONDConfig(**settings)).needs()
-    assert (needs.source_samples, needs.selected_samples, needs.source) == (companions, trained, source)
+    assert (needs.source_samples, needs.selected_samples, needs.source) == (drawn, selected, source)
     assert needs.anchor == (source == "anchor")
     assert needs.reward_cache == ("reward_cache" in settings)
     assert needs.classifier == ("quantile" in settings)
