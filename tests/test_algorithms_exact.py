@@ -18,7 +18,7 @@ from bond_plugin.algorithms.bon_sft import BoNSFT, BoNSFTConfig
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
-from bond_plugin.bestofn import bon_log_probs, log_bon_ratio, quantiles
+from bond_plugin.bestofn.distribution import bon_log_probs, log_bon_ratio, quantiles
 
 SIZE = 12
 GENERATOR = torch.Generator().manual_seed(0)
