@@ -11,7 +11,7 @@ from bond_plugin import registry
 from bond_plugin.algorithms.base import Algorithm, RewardTransform
 from bond_plugin.host import flags, on_cpu
 
-_HOST_LOSSES = ("ppo", "gspo")
+HOST_LOSSES = ("ppo", "gspo")
 
 _NO_KL = "the KL is to the anchor; --bond.gamma_ref is a pull to the initial policy"
 #: Flags of the estimator that an algorithm of ours replaces, what they become (``...``: they stay), and why.
@@ -198,7 +198,7 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     found = [*_files(args), *_groups(args), *_host_cannot(args)]
     algorithm = flags.algorithm(args)
     loss = args.actor.policy_loss_type
-    if loss not in _HOST_LOSSES:
+    if loss not in HOST_LOSSES:
         registry.load(registry.POLICY_LOSSES, loss)
         found += _own_loss(args, loss)
     if algorithm is not None:
@@ -485,7 +485,7 @@ def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
         for dest, (on, why) in refused.items()
         if on
     ]
-    if algorithm.needs().selected_samples and args.actor.policy_loss_type in _HOST_LOSSES:
+    if algorithm.needs().selected_samples and args.actor.policy_loss_type in HOST_LOSSES:
         found.append(
             f"--actor.policy_loss_type {args.actor.policy_loss_type}: {name} trains on source samples too, so it "
             "needs a policy loss of its own, such as jbond: drop the flag"
@@ -501,7 +501,7 @@ def _sizes(args: SimpleNamespace, selected: int) -> list[str]:
     ranks = max(1, args.actor.num_nodes * args.actor.num_gpus_per_node // copies)
     dynamic = args.train.dynamic_batch_enable
     found = []
-    if batch % n and args.actor.policy_loss_type not in _HOST_LOSSES:
+    if batch % n and args.actor.policy_loss_type not in HOST_LOSSES:
         return [
             f"--train.batch_size {batch} must be a multiple of --rollout.n_samples_per_prompt {n}: it counts "
             "samples of the policy, and an optimiser step takes whole prompts"

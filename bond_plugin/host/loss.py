@@ -101,7 +101,7 @@ def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> N
     """Put a registered policy loss in the place of the host's."""
     original(self, *args, **kwargs)
     name = self.args.actor.policy_loss_type
-    if name not in checks._HOST_LOSSES:
+    if name not in checks.HOST_LOSSES:
         loss = registry.load(registry.POLICY_LOSSES, name)
         self.actor_loss_fn = PromptMeanLoss(loss, self.args, batches.divisor(self.strategy))
 
