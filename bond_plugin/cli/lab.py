@@ -55,6 +55,16 @@ examples:
 
 _MADE_BY = "bond lab"
 
+#: Numbers that go with ``--algorithm``: their type, the least that makes sense, and their help.
+_NUMBERS = {
+    "n": (int, 2, "measure against Best-of-N of the reference (default: the algorithm's own n, else 4)"),
+    "steps": (int, 1, "optimiser steps (default 160)"),
+    "lr": (float, 0, "learning rate of Adam, above 0 (default 0.25)"),
+    "prompts": (int, 1, "prompts a batch, all alike (default 256; 64 with cached rewards)"),
+    "samples": (int, 1, "samples of the policy a prompt (default 8; 32 with cached rewards)"),
+    "cached": (int, 1, "cached rewards of the reference a prompt, if used (default 300)"),
+}
+
 
 def main(argv: list[str]) -> int:
     """Run the laboratory. Returns the exit status: 2 for unusable flags, 1 if a method breaks its contract."""
@@ -143,23 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("strict", "tied"),
         help="'strict': all responses differ; 'tied': 0 or 1 (default strict)",
     )
-    only.add_argument(
-        "--n",
-        type=int,
-        metavar="N",
-        help="measure against Best-of-N of the reference (default: the algorithm's own n, else 4)",
-    )
-    only.add_argument("--steps", type=int, help="optimiser steps (default 160)")
-    only.add_argument("--lr", type=float, help="learning rate of Adam (default 0.25)")
-    only.add_argument(
-        "--prompts", type=int, metavar="P", help="prompts a batch, all alike (default 256; 64 with cached rewards)"
-    )
-    only.add_argument(
-        "--samples", type=int, metavar="S", help="samples of the policy a prompt (default 8; 32 with cached rewards)"
-    )
-    only.add_argument(
-        "--cached", type=int, metavar="M", help="cached rewards of the reference a prompt, if used (default 300)"
-    )
+    for name, (kind, _, text) in _NUMBERS.items():
+        only.add_argument(f"--{name}", type=kind, metavar="X" if kind is float else "N", help=text)
     return parser
 
 
@@ -169,28 +164,25 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the first problem found.
     """
-    alone = ("policy", "reward", "n", "steps", "lr", "prompts", "samples", "cached")
-    given = [f"--{name}" for name in alone if getattr(args, name) is not None]
+    given = [f"--{name}" for name in ("policy", "reward", *_NUMBERS) if getattr(args, name) is not None]
     if args.algorithm is None and given:
         raise ValueError(f"{given[0]} needs --algorithm NAME: without it every method has settings that suit it")
-    least = {"seed": 0, "n": 2, "steps": 1, "prompts": 1, "samples": 1, "cached": 1}
-    for name, limit in least.items():
+    for name, least in (("seed", 0), *((name, least) for name, (_, least, _) in _NUMBERS.items())):
         value = getattr(args, name)
-        if value is not None and value < limit:
-            why = " (Best-of-1 is the reference itself)" if name == "n" else ""
-            raise ValueError(f"--{name} must be at least {limit}{why}, got {value}")
-    if args.seed > 2**40:
-        raise ValueError(f"--seed must be at most 2^40, got {args.seed}")
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be above 0, got {args.lr}")
+    if args.seed > 2**40:
+        raise ValueError(f"--seed must be at most 2^40, got {args.seed}")
     if args.n is not None and args.n > 10_000:
         raise ValueError(f"--n must be at most 10000, got {args.n}")
 
     folder = args.output_dir
-    if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
+    parts = (folder.resolve(), *folder.resolve().parents)
+    if any(part.exists() and not part.is_dir() for part in parts):
         raise ValueError(f"--output-dir {folder} is a file, or lies in one: name a folder")
-    nearest = next(part for part in (folder, *folder.resolve().parents) if part.exists())
-    if not os.access(nearest, os.W_OK):
+    if not os.access(next(part for part in parts if part.exists()), os.W_OK):
         raise ValueError(f"--output-dir {folder} cannot be written: name another folder")
     files = [path for path in (folder / "lab.json", folder / "lab.png") if path.exists()]
     if files and not _is_ours(folder / "lab.json"):
@@ -202,10 +194,9 @@ def check(args: argparse.Namespace) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))["made_by"] == _MADE_BY
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return isinstance(content, dict) and content.get("made_by") == _MADE_BY
 
 
 # The algorithm and its flags.
@@ -269,10 +260,8 @@ def _explain(unknown: list[str], parser: argparse.ArgumentParser, name: str | No
 def _training(args: argparse.Namespace, method: Method) -> Training:
     from bond_plugin.lab.programme import training_of
 
-    given = {name: getattr(args, name) for name in ("steps", "lr", "prompts", "samples", "cached")}
-    training = replace(
-        training_of(method, seed=args.seed), **{name: value for name, value in given.items() if value is not None}
-    )
+    given = {name: getattr(args, name) for name in _NUMBERS if name != "n" and getattr(args, name) is not None}
+    training = replace(training_of(method, seed=args.seed), **given)
     if getattr(method.config, "baseline", None) == "leave_one_out" and training.samples < 2:
         raise ValueError("--bond.baseline leave_one_out needs two samples a prompt: raise --samples")
     if training.prompts * training.samples < 2:

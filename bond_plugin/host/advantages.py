@@ -13,7 +13,6 @@ import torch
 
 from bond_plugin.host import flags, state, transform
 from bond_plugin.host.experience import Batch, assembled, engine_gap, of_step
-from bond_plugin.host.rewards import finite
 
 
 @torch.no_grad()
@@ -26,9 +25,6 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         return original(self, experiences)
     experiences = original(self, experiences)
     batch = Batch(experiences, self.args.rollout.n_samples_per_prompt)
-    for e in experiences:
-        for reward, prompt in zip(e.rewards.tolist(), e.prompts, strict=True):
-            finite(reward, prompt)
     found = assembled(self, algorithm, batch, batch.n)
     batch.spread(found.advantages)
 

@@ -44,6 +44,18 @@ class Batch:
         """One number a row, ``[B]`` for each experience, as ``[P, n]`` float64."""
         return torch.cat([v.flatten() for v in values]).double()[self.order].reshape(-1, self.n)
 
+    def rewards(self) -> torch.Tensor:
+        """``[P, n]`` float64.
+
+        Raises:
+            RewardError: one is no number; the message has its prompt.
+        """
+        found = self.rows([e.rewards for e in self.experiences])
+        for prompt, of_prompt in zip(self.prompts, found.tolist(), strict=True):
+            for reward in of_prompt:
+                finite(reward, prompt)
+        return found
+
     def tokens(self, values: list[torch.Tensor]) -> torch.Tensor:
         """One number a token, ``[B, A]`` for each experience, as ``[P, n, A']``: response tokens from the left."""
         rows: list[torch.Tensor] = []
@@ -96,13 +108,14 @@ def assembled(
 
     Raises:
         ContractError: see :func:`bond_plugin.algorithms.assemble.advantages`.
+        RewardError: see :meth:`Batch.rewards`.
     """
     args = maker.args
     under = {name: batch.tokens(values) for name, values in under_weights(maker, batch.experiences).items()}
     drawn = [e.rollout_log_probs for e in batch.experiences]
     if args.train.async_enable and all(each is not None for each in drawn):
         under["behaviour"] = batch.tokens(drawn)
-    rewards = batch.rows([e.rewards for e in batch.experiences])[:, :n]
+    rewards = batch.rewards()[:, :n]
     reference_rewards = None
     if algorithm.needs().reward_cache:
         from bond_plugin.host import caching
@@ -148,8 +161,8 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
     for sample in (*policy, *source):
         sample.rewards = sample.rewards.float()
     apply_length_penalties([*policy, *source], self.args)
-    _finite_rewards(policy)
-    source_rewards = _finite_rewards(source).reshape(prompts, m)
+    scored = [finite(float(sample.rewards.flatten()[0]), sample.prompts[0]) for sample in source]
+    source_rewards = torch.tensor(scored, dtype=torch.float64).reshape(prompts, m)
 
     samples = [policy[p * n : (p + 1) * n] + source[p * m : (p + 1) * m] for p in range(prompts)]
     places = assemble.select(algorithm, n, source_rewards, kept.generator("select"))
@@ -197,12 +210,6 @@ def _score(maker: Any, rows: list[Any]) -> None:
     for row, score in zip((rows[place] for place in places), scores, strict=True):
         row.rewards = score.reshape(1)
         row.info["reward"] = score.reshape(1)
-
-
-def _finite_rewards(rows: list[Any]) -> torch.Tensor:
-    """The rewards of single-sample rows as float64 ``[rows]``; raises with the prompt if one is no number."""
-    values = [finite(float(row.rewards.flatten()[0]), row.prompts[0]) for row in rows]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def engine_gap(
