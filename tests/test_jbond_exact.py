@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms import assemble
-from bond_plugin.algorithms.base import AdvantageInputs, LossInputs
+from bond_plugin.algorithms.base import LossInputs
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig, policy_loss
 
 VOCABULARY, LENGTH = 4, 3
@@ -186,22 +186,22 @@ def test_monte_carlo_mean_agrees_within_its_error(baseline: str, n: int) -> None
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         log_pi, log_anchor = POLICY.log_probs(), ANCHOR.log_probs()
+        tokens = {"policy": POLICY.token_log_probs() * MASK, "anchor": ANCHOR.token_log_probs() * MASK}
         jacobian = torch.autograd.functional.jacobian(
             lambda logits: _log_probs_of(logits), POLICY.logits.detach()
         ).flatten(1)
-    prompts, batches = 8, 3000
+    prompts, batches, shape = 8, 3000, assemble.Rows(n, 1)
     gradients = []
     for _ in range(batches):
         y = torch.multinomial(log_pi.exp(), prompts * n, replacement=True, generator=generator).reshape(prompts, n)
         a = torch.multinomial(log_anchor.exp(), prompts * 2, replacement=True, generator=generator)
         a = a.reshape(prompts, 2)
-        best = a.gather(1, algorithm.select(STRICT[a], generator))
-        found = algorithm.advantages(
-            AdvantageInputs(STRICT[y], log_pi[y], STRICT[a], log_pi[best], log_anchor[y], generator)
-        )
+        rows = torch.cat([y, a], dim=1).gather(1, assemble.select(algorithm, n, STRICT[a], generator))
+        under = {name: of_tokens[rows] for name, of_tokens in tokens.items()}
+        found = assemble.advantages(algorithm, STRICT[y], STRICT[a], under, generator)
+        share = shape.weights(shape.from_source(prompts))
         coefficient = torch.zeros(len(RESPONSES), dtype=torch.float64)
-        coefficient.index_add_(0, y.flatten(), found.advantages.flatten() / n)
-        coefficient.index_add_(0, best.flatten(), found.selected_advantages.flatten())
+        coefficient.index_add_(0, rows.flatten(), (found.advantages[..., 0] * share).flatten())
         gradients.append(-(coefficient / prompts) @ jacobian)
     gradients = torch.stack(gradients)
     wanted = gradient(0.5, 0.5, STRICT).flatten()

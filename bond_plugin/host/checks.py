@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from bond_plugin import registry
 from bond_plugin.algorithms.base import Algorithm, RewardTransform
 from bond_plugin.host import flags, on_cpu
+from bond_plugin.host.rows import rows_of
 
 HOST_LOSSES = ("ppo", "gspo")
 
@@ -244,10 +245,7 @@ def _groups(args: SimpleNamespace) -> list[str]:
     if args.algo.kl.init_coef > 0 and flags.moving_reference(args) is None:
         sizes["ref"] = args.ref
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
-    algorithm = flags.algorithm(args)
-    if algorithm is not None:
-        samples += args.rollout.batch_size * algorithm.needs().selected_samples
+    samples = args.rollout.batch_size * rows_of(args).all
     found = []
     for group, node in sizes.items():
         ranks = max(1, node.num_nodes * node.num_gpus_per_node // copies)

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bond_plugin import registry
-from bond_plugin.algorithms.assemble import PolicyLoss, Rows, weighed_loss
+from bond_plugin.algorithms.assemble import PolicyLoss, weighed_loss
 from bond_plugin.algorithms.base import LossInputs
 from bond_plugin.host import batches, checks, flags, weights
-from bond_plugin.host.rows import ROWS
-
-
-def rows_of(args: SimpleNamespace) -> Rows:
-    """The rows of a prompt."""
-    algorithm = flags.algorithm(args)
-    return Rows(args.rollout.n_samples_per_prompt, algorithm.needs().selected_samples if algorithm is not None else 0)
+from bond_plugin.host.rows import ROWS, rows_of
 
 
 def rows_per_step(args: SimpleNamespace) -> int:

@@ -1,8 +1,8 @@
 """Rollouts: samples of the policy, and samples of the anchor or reference for the same prompts.
 
-The engines hold one set of weights at a time. :class:`Engines` knows which, asks the training workers to
-send others when they are needed, and gives every sample a seed of its own, so that a resumed run draws what
-the uninterrupted one would have drawn.
+The engines hold one set of weights at a time. :class:`Engines` knows which, and asks the training workers to send
+others when they are needed. Every sample has a seed of its own (:meth:`bond_plugin.host.state.State.seed`), so that a
+resumed run draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations

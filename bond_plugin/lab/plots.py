@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bond_plugin.lab.problem import Point
-from bond_plugin.lab.programme import Report, Row
+from bond_plugin.lab.programme import Report
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
@@ -121,10 +121,10 @@ def _convergence(axes: Axes, report: Report) -> None:
     table = report.tables["full"]
     chosen = {**_STYLES, "jbond pooled, eta 0.01": (_AMBER, "", "-")}
     for name, (colour, marker, line) in chosen.items():
-        row: Row = table.row(name)
+        (trajectory,) = (row.trajectory for row in table.rows if row.name == name)
         axes.plot(
-            [p.step for p in row.trajectory],
-            [p.kl_to_bon for p in row.trajectory],
+            [p.step for p in trajectory],
+            [p.kl_to_bon for p in trajectory],
             color=colour,
             linestyle=line,
             marker=marker or None,

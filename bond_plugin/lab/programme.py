@@ -45,10 +45,6 @@ class Table:
     n: int
     rows: list[Row]
 
-    def row(self, name: str) -> Row:
-        """The row called ``name``."""
-        return next(row for row in self.rows if row.name == name)
-
 
 @dataclass(frozen=True)
 class Round:

@@ -24,7 +24,7 @@ from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 
 from bond_plugin.host import batches, loss
-from bond_plugin.host.rows import ROWS, Row
+from bond_plugin.host.rows import ROWS, Row, rows_of
 
 STEPS, TOKENS, LENGTH = 2, 48, 20
 mark, setup = batches.mark, batches.setup_dynamic_batch
@@ -33,7 +33,7 @@ with open(sys.argv[1]) as file:
 words = list(sys.argv)
 
 
-def rows_of(count: int, selected: int) -> Experience:
+def experience_of(count: int, selected: int) -> Experience:
     """``count`` rows of unequal length, the same on all ranks; every other one a source sample, if any are."""
     data = torch.Generator().manual_seed(0)
     first = torch.randint(0, 5, (count, 1), generator=data)
@@ -101,7 +101,7 @@ def run(kind: str, stage: int, mode: str) -> dict:
         trainer = ActorPPOTrainer(strategy, model, None, optimizer, scheduler, micro_train_batch_size=1)
         engine, fit = model.model, lambda: trainer.ppo_train(0.0)
 
-    rows = rows_of(steps * loss.rows_per_step(args), loss.rows_of(args).selected)
+    rows = experience_of(steps * loss.rows_per_step(args), rows_of(args).selected)
     share = len(rows.sequences) // dist.get_world_size()
     mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     trainer.replay_buffer.append(
