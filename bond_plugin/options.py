@@ -16,16 +16,17 @@ def add_flag(group: Any, dotted: str, f: Field, **changes: Any) -> None:
         group: a parser, or a group of one.
         dotted: the flag's name without dashes.
         f: made by :func:`bond_plugin.algorithms.flag`.
-        changes: arguments of ``add_argument`` that differ from what the field says.
+        changes: ``default``, ``help`` or ``choices`` that differ from what the field says.
     """
-    default = changes.get("default", f.default)
-    kind: dict[str, Any] = {"type": type(f.default), "choices": f.metadata.get("choices")}
-    if kind["choices"] is None:
-        kind["metavar"] = {int: "N", float: "X"}.get(kind["type"], "TEXT")
-    if isinstance(f.default, bool):
-        kind = {"action": argparse.BooleanOptionalAction}
-    text = f"{changes.pop('help', f.metadata.get('help', ''))} (default: {'none' if default == '' else default})"
-    group.add_argument(f"--{dotted}", **{"default": default, **kind, **changes, "help": text.replace("%", "%%")})
+    said = {"default": f.default, "help": "", **f.metadata, **changes}
+    default, text = said["default"], said["help"]
+    kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    if "choices" in said:
+        kind = {"type": type(f.default), "choices": said["choices"]}
+    elif not isinstance(f.default, bool):
+        kind = {"type": type(f.default), "metavar": {int: "N", float: "X"}.get(type(f.default), "TEXT")}
+    text = f"{text} (default: {'none' if default == '' else default})".replace("%", "%%")
+    group.add_argument(f"--{dotted}", default=default, help=text, **kind)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
