@@ -13,7 +13,7 @@ import torch
 from conftest import Tiny, moved_model
 
 from bond_plugin.bench import measure
-from bond_plugin.bestofn import bon_log_probs, level_probabilities
+from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities
 from bond_plugin.host.engine import Samples
 from bond_plugin.host.rewards import RewardError
 

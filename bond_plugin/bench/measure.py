@@ -150,7 +150,8 @@ def evaluate(job: Job, drawn: Samples, rewards: Tensor, kept: dict[str, Any]) ->
     import torch
 
     from bond_plugin import likelihood
-    from bond_plugin.bestofn import log_bon_ratio, pass_at_n, quantiles, win_rate
+    from bond_plugin.bestofn.distribution import log_bon_ratio, quantiles
+    from bond_plugin.bestofn.estimates import pass_at_n, win_rate
 
     settings = job.evaluation
     if drawn.prompt_ids != kept["prompt_ids"]:

@@ -7,7 +7,6 @@ happens when that parser is asked to parse: it is recognised by ``--algo.advanta
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
 from bond_plugin.host import cpu, on_cpu
+from bond_plugin.options import add_flag, nearest
 
 if TYPE_CHECKING:
     from bond_plugin.algorithms.base import Algorithm, RewardTransform
@@ -407,16 +407,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, o
             raise registry.RegistryError(
                 f"'{name}' defines {option}, which every algorithm has already; rename the field"
             )
-        default = f"(default: {f.default})" if f.default != "" else "(default: none)"
-        help_text = f"{f.metadata.get('help', '')} {default}".replace("%", "%%")
-        kind: dict[str, Any]
-        if isinstance(f.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            kind = {"type": type(f.default)}
-            if "choices" in f.metadata:
-                kind["choices"] = f.metadata["choices"]
-        group.add_argument(option, default=f.default, help=help_text, **kind)
+        add_flag(group, dotted, f)
 
 
 def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estimator: str) -> str:
@@ -435,12 +426,6 @@ def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estima
             continue
         messages.append(f"unknown flag {option}{nearest(option, parser._option_string_actions)}")
     return "; ".join(messages)
-
-
-def nearest(option: str, known: Any) -> str:
-    """`` (did you mean …?)``, or nothing."""
-    close = difflib.get_close_matches(option, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _owners(option: str) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Samples, flag
+from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class BestOfTwo(Algorithm):
     Config = BestOfTwoConfig
     config: BestOfTwoConfig
 
-    def samples(self) -> Samples:
+    def needs(self) -> Needs:
         """At least two samples of the policy a prompt, and log pi_initial of them."""
-        return Samples(least=2, source="reference", source_log_probs=True)
+        return Needs(least=2, source="reference", source_log_probs=True)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """From ``[P, n]`` rewards and log-probabilities to ``[P, n]`` advantages."""
