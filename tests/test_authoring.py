@@ -15,6 +15,7 @@ from conftest import REPOSITORY
 
 from bond_plugin import lab
 from bond_plugin.cli.main import main
+from bond_plugin.lab import programme
 
 FILE = REPOSITORY / "recipes" / "authoring" / "best_of_two.py"
 PAGE = REPOSITORY / "docs" / "authoring.md"
@@ -36,7 +37,7 @@ def test_it_ends_where_its_gradient_is_zero(rewards: str, monkeypatch: pytest.Mo
     pull = 0.5
     method = lab.build(PATH, pull=pull)
     problem = lab.Problem.make(rewards)
-    training = replace(lab.training_of(method, seed=7), steps=320)
+    training = replace(programme.training_of(method, seed=7), steps=320)
     found = lab.train(problem, method, problem.policy("full"), 4, training).log_probs
     mass = found.exp()
     difference = problem.rewards.unsqueeze(-1) - problem.rewards.unsqueeze(-2)
