@@ -286,6 +286,7 @@ def test_two_ranks_and_dynamic_batches_give_the_numbers_of_one_rank(bond: Callab
         "data.max_samples": 16,
         "data.max_len": 16,
         "actor.max_norm": 0.0,
+        "bond.gamma_ref": 0.1,
     }
     two = {"actor.num_gpus_per_node": 2, "train.micro_batch_size": 4}
     dynamic = {"train.dynamic_batch_enable": True, "train.max_tokens_per_gpu": 96, "actor.policy_loss_type": "jbond"}

@@ -51,8 +51,9 @@ class Config(Settings):
 
     kl_ref: bool = flag(
         True,
-        "report bond/kl_ref, the KL to the initial policy, each step. Costs one more forward pass and two "
-        "bytes a parameter, shared over the data-parallel ranks; it does not change the training",
+        "report bond/kl_ref, the KL to the initial policy, each step, from one micro-batch of four (from all where "
+        "the algorithm needs those log-probabilities anyway, or draws source samples). Costs their forward passes "
+        "and two bytes a parameter, shared over the data-parallel ranks; it does not change the training",
     )
     max_engine_gap: float = flag(
         0.3,

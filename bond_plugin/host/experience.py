@@ -84,8 +84,12 @@ class Batch:
 
 
 def under_weights(maker: Any, experiences: list[Any]) -> dict[str, list[torch.Tensor]]:
-    """Log-probabilities by weights, ``policy`` among them: ``[B, A]`` for each experience."""
-    return {"policy": [e.action_log_probs for e in experiences], **state.of(maker).log_probs}
+    """Log-probabilities by weights, ``policy`` among them: ``[B, A]`` for each experience.
+
+    Without those that are there for a part of the experiences only.
+    """
+    whole = {name: values for name, values in state.of(maker).log_probs.items() if all(v is not None for v in values)}
+    return {"policy": [e.action_log_probs for e in experiences], **whole}
 
 
 def assembled(
@@ -132,12 +136,19 @@ def assembled(
     )
 
 
-def of_step(inputs: AdvantageInputs) -> dict[str, float]:
+def of_step(maker: Any, inputs: AdvantageInputs, batch: Batch) -> dict[str, float]:
     """What is shown of every step, whatever the algorithm."""
     found = {"reward/policy": inputs.rewards.mean().item()}
+    totals = []  # of log pi - log pi_initial, a response each
     if inputs.reference_log_ratios is not None:
-        n = inputs.rewards.shape[-1]
-        found["bond/kl_ref"] = inputs.reference_log_ratios[:, :n].sum(dim=-1).mean().item()
+        totals = [inputs.reference_log_ratios[:, : inputs.rewards.shape[-1]].sum(dim=-1).flatten()]
+    else:
+        for e, log_probs in zip(batch.experiences, state.of(maker).log_probs.get("reference", ()), strict=False):
+            if log_probs is not None:
+                ratios = e.action_log_probs.double() - log_probs.double()
+                totals.append(ratios.where(e.action_mask.bool(), 0.0).sum(dim=-1))
+    if totals:
+        found["bond/kl_ref"] = torch.cat(totals).mean().item()
     return found
 
 
@@ -177,7 +188,7 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
 
     from_source = assemble.Rows(n, needs.selected_samples).from_source(prompts)
     kept.policy_samples = policy
-    kept.metrics |= {**found.metrics, **of_step(found.inputs)}
+    kept.metrics |= {**found.metrics, **of_step(self, found.inputs, batch)}
     kept.metrics[f"reward/{needs.source}"] = source_rewards.mean().item()
     kept.metrics |= _engine_gaps(
         experiences, under_weights(self, experiences), needs.source, batch.in_turn(from_source), algorithm.config

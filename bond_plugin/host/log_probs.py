@@ -22,11 +22,18 @@ from bond_plugin.host import classifier, flags, state, weights
 SLOT = "the policy's workers"
 
 
+#: For ``bond/kl_ref`` alone, one micro-batch of so many is scored under the initial policy.
+_REPORTED = 4
+
+
 class UnderWeights(NamedTuple):
-    """What a worker says of one micro-batch: ``[B, A]`` log-probabilities under the policy and other weights."""
+    """What a worker says of one micro-batch: ``[B, A]`` log-probabilities under the policy and other weights.
+
+    ``None`` where nothing but a report wants them, and this micro-batch is not in it.
+    """
 
     policy: Tensor
-    others: dict[str, Tensor]
+    others: dict[str, Tensor | None]
 
 
 def wanted(args: SimpleNamespace) -> tuple[str, ...]:
@@ -36,6 +43,17 @@ def wanted(args: SimpleNamespace) -> tuple[str, ...]:
         return ("anchor",) if flags.moving_reference(args) else ()
     also = {"reference"} if algorithm.config.kl_ref else set()
     return tuple(sorted(algorithm.needs().log_probs | also))
+
+
+def reported(args: SimpleNamespace) -> bool:
+    """Whether log-probabilities under the initial policy serve a report alone, so that a part of the samples does."""
+    algorithm = flags.algorithm(args)
+    return (
+        algorithm is not None
+        and algorithm.needs().source_samples == 0
+        and "reference" not in algorithm.needs().log_probs
+        and in_slot(args) != "reference"
+    )
 
 
 def in_slot(args: SimpleNamespace) -> str | None:
@@ -58,10 +76,17 @@ def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, st
     names = wanted(self.strategy.args) if kept is not None and method_name == "forward" else ()
     if not names:
         return found
-    others: dict[str, list[Tensor]] = {}
+    others: dict[str, list[Tensor | None]] = {}
     for name in names:
+        data, start, end = all_data, start_idx, end_idx
+        few = name == "reference" and reported(self.strategy.args)
+        if few:
+            data = {key: values[start:end:_REPORTED] for key, values in all_data.items()}
+            start, end = 0, len(range(start, end, _REPORTED))
         with kept.swapped_in(name):
-            others[name] = original(self, method_name, all_data, start_idx, end_idx)
+            others[name] = original(self, method_name, data, start, end)
+        if few:
+            others[name] = [None if i % _REPORTED else others[name][i // _REPORTED] for i in range(len(found))]
     return [UnderWeights(policy, {name: others[name][i] for name in names}) for i, policy in enumerate(found)]
 
 
