@@ -16,12 +16,13 @@ export BOND_REVIEWS_DIR ?= $(abspath $(DEMO))
 NEEDS_PYTHON = test -n "$(PYTHON)" || \
   { echo "Python 3.10, 3.11 or 3.12 is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 
-.PHONY: help env train test wheel lint clean
+.PHONY: help env train test wheel docs lint clean
 help:
 	@echo "make train   train SmolLM2-135M with J-BOND on movie reviews (CPU), and show before and after"
 	@echo "make test    run all tests"
 	@echo "make env     make the environment in $(VENV) (both others do it when it is missing)"
 	@echo "make wheel   build the package into dist/, for machines without a clone"
+	@echo "make docs    make the tables of docs/flags.md anew from the code"
 	@echo "make lint    check the style"
 	@echo "make clean   remove the environment, the wheel, the demo data and the runs"
 
@@ -62,6 +63,9 @@ wheel:
 	rm -rf build dist
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+docs: $(READY)
+	$(BIN)/python docs/pages.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

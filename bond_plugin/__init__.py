@@ -10,4 +10,4 @@ The package has four rooms:
 Importing the package itself costs nothing: every process of a Ray cluster may do it.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -18,7 +18,7 @@ from bond_plugin.algorithms.bon_sft import BoNSFT, BoNSFTConfig
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
-from bond_plugin.bestofn import bon_log_probs, log_bon_ratio, quantiles
+from bond_plugin.bestofn.distribution import bon_log_probs, log_bon_ratio, quantiles
 
 SIZE = 12
 GENERATOR = torch.Generator().manual_seed(0)
@@ -45,8 +45,8 @@ def expected_gradient(algorithm: BOND, rewards: Tensor, pool: Tensor, n_policy: 
         AdvantageInputs(
             rewards=rewards[index],
             log_probs=log_pi.detach()[index],
-            companion_rewards=rewards.new_zeros(len(index), 0),
-            companion_log_probs=rewards.new_zeros(len(index), 0),
+            source_rewards=rewards.new_zeros(len(index), 0),
+            selected_log_probs=rewards.new_zeros(len(index), 0),
             source_log_probs=ANCHOR[index],
             generator=torch.Generator().manual_seed(0),
             reference_rewards=pool.expand(len(index), -1),
@@ -59,7 +59,7 @@ def expected_gradient(algorithm: BOND, rewards: Tensor, pool: Tensor, n_policy: 
             old_log_probs=rows.detach(),
             advantages=out.advantages.flatten().unsqueeze(-1),
             mask=torch.ones_like(rows),
-            companion=torch.zeros(len(rows), dtype=torch.bool),
+            from_source=torch.zeros(len(rows), dtype=torch.bool),
             on_policy=True,
             clip_low=0.2,
             clip_high=0.2,
@@ -97,8 +97,8 @@ def test_beta_scales_the_two_terms() -> None:
     batch = {
         "rewards": STRICT[:6].reshape(3, 2),
         "log_probs": LOGITS[:6].reshape(3, 2),
-        "companion_rewards": STRICT[:12].reshape(3, 4),
-        "companion_log_probs": LOGITS[:3].reshape(3, 1),
+        "source_rewards": STRICT[:12].reshape(3, 4),
+        "selected_log_probs": LOGITS[:3].reshape(3, 1),
         "source_log_probs": ANCHOR[:6].reshape(3, 2),
         "generator": torch.Generator().manual_seed(0),
     }
@@ -107,8 +107,8 @@ def test_beta_scales_the_two_terms() -> None:
         for beta in (0.25, 1.0)
     )
     torch.testing.assert_close(half.advantages, 0.25 * whole.advantages)
-    assert (half.companion_advantages == 0.75).all()
-    assert (whole.companion_advantages == 0).all()
+    assert (half.selected_advantages == 0.75).all()
+    assert (whole.selected_advantages == 0).all()
 
 
 def test_forward_term_takes_the_best_of_the_first_n() -> None:
@@ -122,7 +122,7 @@ def test_forward_term_takes_the_best_of_the_first_n() -> None:
     assert share.item() == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize(("settings", "companions", "trained", "source"), [
+@pytest.mark.parametrize(("settings", "drawn", "selected", "source"), [
     ({}, 16, 1, "reference"),
     ({"beta": 1.0, "n_anchor_samples": 3}, 3, 0, "reference"),
     ({"anchor": "ema"}, 16, 1, "anchor"),
@@ -132,14 +132,12 @@ def test_forward_term_takes_the_best_of_the_first_n() -> None:
     ({"quantile": "learned", "correction": False}, 8, 1, "reference"),
     ({"quantile": "learned", "correction": False, "beta": 1.0}, 1, 0, "reference"),
 ])  # fmt: skip
-def test_only_the_samples_that_are_needed_are_drawn(
-    settings: dict, companions: int, trained: int, source: str
-) -> None:
-    wants = BOND(BONDConfig(**settings)).samples()
-    assert (wants.companions, wants.trained_companions, wants.source) == (companions, trained, source)
-    assert wants.anchor == (source == "anchor")
-    assert wants.reward_cache == ("reward_cache" in settings)
-    assert wants.classifier == ("quantile" in settings)
+def test_only_the_samples_that_are_needed_are_drawn(settings: dict, drawn: int, selected: int, source: str) -> None:
+    needs = BOND(BONDConfig(**settings)).needs()
+    assert (needs.source_samples, needs.selected_samples, needs.source) == (drawn, selected, source)
+    assert needs.anchor == (source == "anchor")
+    assert needs.reward_cache == ("reward_cache" in settings)
+    assert needs.classifier == ("quantile" in settings)
 
 
 @pytest.mark.parametrize(("settings", "says"), [
@@ -170,8 +168,8 @@ def test_learned_quantile_uses_the_classifier_and_labels_it_by_eq_25() -> None:
         AdvantageInputs(
             rewards=STRICT[y].unsqueeze(1),
             log_probs=LOGITS.log_softmax(-1)[y].unsqueeze(1),
-            companion_rewards=STRICT[index].unsqueeze(1),
-            companion_log_probs=torch.zeros(len(y), 0, dtype=torch.float64),
+            source_rewards=STRICT[index].unsqueeze(1),
+            selected_log_probs=torch.zeros(len(y), 0, dtype=torch.float64),
             source_log_probs=ANCHOR[y].unsqueeze(1),
             generator=torch.Generator(),
             classifier_logits=logits[y].unsqueeze(1),
@@ -196,13 +194,13 @@ def test_bon_sft_is_the_forward_kl_and_a_kl_to_the_reference(kl_coef: float) -> 
         AdvantageInputs(
             rewards=STRICT.unsqueeze(1),
             log_probs=log_pi.detach().unsqueeze(1),
-            companion_rewards=STRICT.expand(SIZE, -1)[:, :3],
-            companion_log_probs=log_pi.detach()[y].unsqueeze(1),
+            source_rewards=STRICT.expand(SIZE, -1)[:, :3],
+            selected_log_probs=log_pi.detach()[y].unsqueeze(1),
             source_log_probs=ANCHOR.unsqueeze(1),
             generator=torch.Generator(),
         )
     )
-    assert (out.companion_advantages == 1).all()
+    assert (out.selected_advantages == 1).all()
     loss = -(log_pi.detach().exp() * out.advantages[:, 0] * log_pi).sum()
     found = torch.autograd.grad(loss, logits)[0]
     torch.testing.assert_close(found, kl_coef * backward_gradient(ANCHOR))

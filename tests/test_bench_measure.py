@@ -13,7 +13,7 @@ import torch
 from conftest import Tiny, moved_model
 
 from bond_plugin.bench.measure import Job, _plain, numbers
-from bond_plugin.bestofn import bon_log_probs, level_probabilities
+from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities
 from bond_plugin.host.rewards import RewardError
 from bond_plugin.offline import measure, scoring
 from bond_plugin.offline.engine import PromptSamples

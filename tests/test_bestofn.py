@@ -19,27 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bond_plugin import bestofn
-from bond_plugin.bestofn import (
-    Divergence,
-    backward_kl,
-    bon_kl,
-    bon_kl_bound,
-    bon_log_probs,
-    bond_reward,
-    expected_max,
-    forward_kl,
-    jbond_reward,
-    jeffreys,
-    leave_one_out_mean,
-    level_probabilities,
-    log_bon_ratio,
-    pass_at_n,
-    quantiles,
-    strict_ranks,
-    tied_log_bon_ratio,
-    vbon_reward,
-)
+from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities, log_bon_ratio, quantiles
+from bond_plugin.bestofn.divergences import backward_kl, leave_one_out_mean
+from bond_plugin.bestofn.estimates import expected_max, pass_at_n
+from bond_plugin.bestofn.rewards import bond_reward, jbond_reward, strict_ranks, vbon_reward
 
 EPS = 2.0**-52
 
@@ -179,8 +162,7 @@ def test_the_theorem_with_its_sum_written_out_is_the_closed_form(distribution: F
     closed = [(high**n - low**n) / (high - low) if high > low else n * high ** (n - 1) for low, high in points]
     assert theorem == closed
     low, high = (f64([float(p) for p in column]) for column in zip(*points, strict=True))
-    for ratio in (log_bon_ratio, tied_log_bon_ratio):
-        assert ratio(low, high, n).tolist() == pytest.approx([log_of(p) for p in theorem], abs=1e-12)
+    assert log_bon_ratio(low, high, n).tolist() == pytest.approx([log_of(p) for p in theorem], abs=1e-12)
 
 
 def test_best_of_n_keeps_leading_dimensions_and_each_row_is_its_own() -> None:
@@ -189,7 +171,6 @@ def test_best_of_n_keeps_leading_dimensions_and_each_row_is_its_own() -> None:
     rewards = torch.randint(3, (2, 3, 5), generator=generator).double()
     for function, shape in (
         (lambda log_ref, rewards: bon_log_probs(log_ref, rewards, 4), (2, 3, 5)),
-        (lambda log_ref, rewards: bon_kl(log_ref, rewards, 4), (2, 3)),
         (lambda log_ref, rewards: level_probabilities(log_ref.exp(), rewards)[0], (2, 3, 5)),
     ):
         together = function(log_ref, rewards)
@@ -203,7 +184,6 @@ def test_what_rounding_to_float32_leaves_is_not_raised_to_the_power_of_n() -> No
     assert abs(log_ref.double().exp().sum().item() - 1) > 1e-8
     rewards, n = torch.arange(1000.0), 10_000
     assert bon_log_probs(log_ref, rewards, n).exp().sum().item() == pytest.approx(1.0, abs=1e-10)
-    assert bon_kl(log_ref, rewards, n).item() <= bon_kl_bound(n) + 1e-10
 
 
 def test_a_response_whose_probability_underflows_gets_its_ratio_too() -> None:
@@ -245,9 +225,8 @@ many = st.one_of(st.integers(1, 50), st.integers(1, 10_000), st.sampled_from([1,
 @examples(250)
 def test_log_ratio_is_accurate_to_float64_everywhere(p_le: float, gap: float, n: int) -> None:
     p_lt = max(0.0, p_le - p_le * gap)
-    for ratio in (log_bon_ratio, tied_log_bon_ratio):
-        found = ratio(f64([p_lt]), f64([p_le]), n).item()
-        assert abs(Decimal(found) - exact_log_ratio(p_lt, p_le, n)) <= allowed_error(p_le, n)
+    found = log_bon_ratio(f64([p_lt]), f64([p_le]), n).item()
+    assert abs(Decimal(found) - exact_log_ratio(p_lt, p_le, n)) <= allowed_error(p_le, n)
 
 
 @pytest.mark.parametrize("n", [2, 100, 10_000])
@@ -313,39 +292,6 @@ def test_infinite_n_leaves_the_best_level_in_the_proportions_of_the_reference() 
         assert share.tolist() == pytest.approx([0.25, 0.0, 0.75, 0.0, 0.0], abs=1e-6)
     # The ratio there tends to one over the level's mass.
     assert log_bon_ratio(f64([0.6]), f64([1.0]), 10**9).item() == pytest.approx(-math.log(0.4), abs=1e-14)
-
-
-# --- the distance of Best-of-N from the reference -------------------------------------------------------------------
-
-
-@given(finite_distributions(), st.sampled_from([1, 2, 5, 64, 10_000]))
-@examples(60)
-def test_kl_of_best_of_n_is_exact_and_within_its_bound(distribution: Finite, n: int) -> None:
-    bon = best_of_n_by_levels(distribution, n)
-    wanted = math.fsum(float(p) * log_of(p / ref) for p, ref in zip(bon, distribution[0], strict=True) if p)
-    found = bon_kl(*tensors(distribution), n)
-    assert found.shape == () and found.dtype == torch.float64
-    assert found.item() == pytest.approx(wanted, abs=4 * EPS * (n + 10))
-    assert -4 * EPS * (n + 10) <= found.item() <= bon_kl_bound(n) + 4 * EPS * (n + 10)
-
-
-@pytest.mark.parametrize("n", [2, 4, 16])
-def test_many_small_masses_approach_the_continuous_limit(n: int) -> None:
-    """KL to log N - (N-1)/N and the mean quantile to N/(N+1), from below and above, faster than 1/S."""
-    for size in (100, 1000, 10_000):
-        log_ref = torch.full((size,), -math.log(size), dtype=torch.float64)
-        rewards = torch.randperm(size, generator=torch.Generator().manual_seed(size)).double()
-        slack = bon_kl_bound(n) - bon_kl(log_ref, rewards, n).item()
-        assert 0 < slack < n / size
-        mean = (bon_log_probs(log_ref, rewards, n).exp() * level_probabilities(log_ref.exp(), rewards)[1]).sum()
-        assert 0 < mean.item() - n / (n + 1) < 1 / size
-    ties = (rewards >= size / 2).double()  # however many points there are
-    assert bon_kl_bound(n) - bon_kl(log_ref, ties, n).item() > 0.05
-
-
-def test_the_bound_in_numbers() -> None:
-    assert bon_kl_bound(1) == 0
-    assert bon_kl_bound(4) == pytest.approx(math.log(4) - 0.75)
 
 
 # --- quantiles from samples -----------------------------------------------------------------------------------------
@@ -691,9 +637,6 @@ class Enumerable:
     def ratio(self) -> Tensor:
         return self.log_pi - self.log_ref
 
-    def forward(self) -> Tensor:
-        return (self.log_bon.exp() * (self.log_bon - self.log_pi)).sum()
-
     def backward(self) -> Tensor:
         return (self.log_pi.exp() * (self.log_pi - self.log_bon)).sum()
 
@@ -703,16 +646,6 @@ class Enumerable:
 
 def assert_same(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
-
-
-def test_forward_divergence_in_expectation() -> None:
-    toy = Enumerable(0)
-    found = forward_kl(toy.ratio, toy.target_ratio)
-    assert not found.values.requires_grad and not found.weights.requires_grad
-    mass = toy.log_bon.exp()
-    assert_same((mass * found.values).sum(), toy.forward().detach())
-    assert_same(toy.gradient((mass * found.weights * toy.log_pi).sum()), toy.gradient(toy.forward()))
-    assert toy.gradient(toy.forward()).abs().max() > 0.01
 
 
 def test_backward_divergence_in_expectation() -> None:
@@ -752,7 +685,7 @@ def test_batch_baseline_leaves_the_expected_gradient_as_it_is(prompts: int, n: i
         found = backward_kl(ratio.gather(1, index), target.gather(1, index), baseline="batch")
         drawn = log_pi.gather(1, index)
         mass = drawn.detach().sum().exp()
-        total = total + mass * found.surrogate(drawn)
+        total = total + mass * (found.weights * drawn).mean()
         value = value + mass * found.values.mean()
     exact = torch.stack([toy.backward() for toy in toys]).mean()
     assert_same(value, exact.detach())
@@ -761,39 +694,11 @@ def test_batch_baseline_leaves_the_expected_gradient_as_it_is(prompts: int, n: i
         assert_same(mine, wanted)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
-def test_jeffreys_divergence_in_expectation(beta: float) -> None:
-    """Masses enter as a number of samples would: values and weights times mass, over the mean of the mass."""
-    toy = Enumerable(5)
-    forward, backward = forward_kl(toy.ratio, toy.target_ratio), backward_kl(toy.ratio, toy.target_ratio, "none")
-
-    def weighted(found: Divergence, log_mass: Tensor) -> Divergence:
-        mass = log_mass.exp().detach() * SIZE
-        return Divergence(found.values * mass, found.weights * mass)
-
-    forward, backward = weighted(forward, toy.log_bon), weighted(backward, toy.log_pi)
-    exact = (1 - beta) * toy.forward() + beta * toy.backward()
-    found = jeffreys(forward, backward, beta)
-    assert found.shape == ()
-    assert_same(found, exact.detach())
-    surrogate = (1 - beta) * forward.surrogate(toy.log_pi) + beta * backward.surrogate(toy.log_pi)
-    assert_same(toy.gradient(surrogate), toy.gradient(exact))
-
-
-def test_divergences_vanish_where_the_policy_is_best_of_n() -> None:
+def test_the_divergence_vanishes_where_the_policy_is_best_of_n() -> None:
     toy = Enumerable(6)
     samples = toy.target_ratio.unsqueeze(0)
-    assert forward_kl(samples, samples).values.abs().max() == 0
     backward = backward_kl(samples, samples)
     assert backward.values.abs().max() == backward.weights.abs().max() == 0
-
-
-def test_surrogate_has_the_mean_of_weighted_gradients_as_its_gradient() -> None:
-    log_probs = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    weights = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
-    found = Divergence(torch.zeros(2, 3), weights).surrogate(log_probs)
-    assert found.shape == ()
-    torch.testing.assert_close(torch.autograd.grad(found, log_probs)[0], weights / 6)
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 10**6))
@@ -846,7 +751,6 @@ def test_dtypes_and_shapes_are_the_documented_ones(dtype: torch.dtype, shape: tu
     log_ref = (-50 * torch.rand(shape, generator=generator)).to(dtype)
     for function, arguments in (
         (lambda a, b: log_bon_ratio(a, b, 8), (p_lt, p_le)),
-        (lambda a, b: tied_log_bon_ratio(a, b, 8), (p_lt, p_le)),
         (lambda a, b: bond_reward(a, b, 8), (p_lt, p_le)),
         (lambda a, b: bond_reward(a, b, 8, correction=False), (p_lt, p_le)),
         (lambda a, b: vbon_reward(a, b, 8), (p_lt.log(), log_ref)),
@@ -859,7 +763,7 @@ def test_dtypes_and_shapes_are_the_documented_ones(dtype: torch.dtype, shape: tu
     for ties in ("expected", "textbook"):
         found = jbond_reward(rewards, rewards[..., :2], ties)
         assert found.dtype == dtype and found.shape == shape
-    for found in (forward_kl(p_lt, p_le), backward_kl(p_lt, p_le, "batch"), backward_kl(p_lt, p_le, "none")):
+    for found in (backward_kl(p_lt, p_le, "batch"), backward_kl(p_lt, p_le, "none")):
         assert found.values.dtype == found.weights.dtype == dtype
         assert found.values.shape == found.weights.shape == shape
     assert leave_one_out_mean(p_lt).dtype == dtype
@@ -903,19 +807,12 @@ def test_nothing_is_made_on_a_device_that_nobody_named(device: str) -> None:
             jbond_reward(rewards, samples),
             strict_ranks(rewards, generator),
             bon_log_probs(log_probs, samples, 3),
-            bon_kl(log_probs, samples, 3),
             level_probabilities(log_probs.exp(), samples)[1],
             pass_at_n((samples > 0).float(), 2),
-            forward_kl(p_lt, p_le).weights,
             backward_kl(p_lt, p_le).weights,
             backward_kl(p_lt, p_le, "batch").weights,
         ]
     assert {value.device.type for value in found} == {device}
-
-
-def test_all_that_is_exported_is_there() -> None:
-    assert len(set(bestofn.__all__)) == len(bestofn.__all__)
-    assert all(getattr(bestofn, name).__doc__ for name in bestofn.__all__)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -936,7 +833,6 @@ NAN = f64([math.nan])
         (lambda: quantiles(NAN, torch.zeros(1, 2)), "numbers, got NaN"),
         (lambda: quantiles(torch.zeros(1), NAN.expand(1, 2)), "numbers, got NaN"),
         (lambda: log_bon_ratio(HALF, ONE, 0), "n must be at least 1, got 0"),
-        (lambda: tied_log_bon_ratio(HALF, ONE, -1), "n must be at least 1, got -1"),
         (lambda: log_bon_ratio(f64([0.5, 0.5]), ONE, 2), r"differ in shape: \(2,\) and \(1,\)"),
         (lambda: log_bon_ratio(ONE, HALF, 2), "0 <= p_lt <= p_le <= 1"),
         (lambda: log_bon_ratio(-HALF, HALF, 2), "0 <= p_lt <= p_le <= 1"),
@@ -950,10 +846,6 @@ NAN = f64([math.nan])
         (lambda: bon_log_probs(f64([0.5, 0.5 + 2e-6]).log(), f64(0.0, 1.0), 2), "normalised"),
         (lambda: bon_log_probs(f64(math.nan, 0.0), f64(0.0, 1.0), 2), "normalised"),
         (lambda: bon_log_probs(torch.full((2,), -math.inf), f64(0.0, 1.0), 2), "normalised"),
-        (lambda: bon_kl_bound(0), "n must be at least 1, got 0"),
-        (lambda: bon_kl(LOG_HALF, torch.zeros(3), 2), r"\[..., S\]"),
-        (lambda: bon_kl(LOG_HALF, torch.zeros(2), 0), "n must be at least 1"),
-        (lambda: bon_kl(torch.zeros(2), torch.zeros(2), 2), "normalised"),
         (lambda: strict_ranks(f64(0.0, math.nan)), "finite rewards"),
         (lambda: strict_ranks(f64(0.0, math.inf)), "finite rewards"),
         (lambda: bond_reward(HALF, ONE, 1), "bond_reward needs n >= 2, got 1"),
@@ -979,9 +871,6 @@ NAN = f64([math.nan])
         (lambda: backward_kl(torch.zeros(2, 2), torch.zeros(2, 2), "mean"), "leave_one_out, batch, none, got 'mean'"),
         (lambda: leave_one_out_mean(torch.zeros(1)), "at least two values"),
         (lambda: leave_one_out_mean(torch.zeros(3, 1), dim=-1), "at least two values"),
-        (lambda: jeffreys(forward_kl(ONE, ONE), forward_kl(ONE, ONE), 1.1), r"beta must lie in \[0, 1\], got 1.1"),
-        (lambda: jeffreys(forward_kl(ONE, ONE), forward_kl(ONE, ONE), -0.1), r"beta must lie in \[0, 1\]"),
-        (lambda: jeffreys(forward_kl(ONE, ONE), forward_kl(ONE, ONE), math.nan), r"beta must lie in \[0, 1\]"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call: Callable[[], Any], message: str) -> None:

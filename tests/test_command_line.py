@@ -95,7 +95,7 @@ REFUSED = [
     ({"actor.dual_clip": 3.0}, "--actor.dual_clip"),
     ({"actor.entropy_coef": 0.1}, "--actor.entropy_coef"),
     ({"actor.loss_agg_mode": "seq-mean-token-mean"}, "--actor.loss_agg_mode"),
-    ({"actor.policy_loss_type": "gspo"}, "--actor.policy_loss_type gspo: jbond trains on companions"),
+    ({"actor.policy_loss_type": "gspo"}, "--actor.policy_loss_type gspo: jbond trains on source samples"),
     ({"algo.advantage.is_correction_level": "token"}, "--algo.advantage.is_correction_level"),
     ({"rollout.top_p": 0.9}, "--rollout.top_p"),
     ({"rollout.n_samples_per_prompt": 2, "algo.dynamic_filtering_enable": True}, "--algo.dynamic_filtering_enable"),

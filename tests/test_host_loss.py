@@ -26,12 +26,12 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     return openrlhf.models
 
 
-def prompt_mean(micro_batches: int) -> Any:
+def prompt_mean(micro_batches: int, **settings: Any) -> Any:
     from bond_plugin.host.loss import PromptMeanLoss
 
     args = SimpleNamespace(
         algo=SimpleNamespace(advantage=SimpleNamespace(estimator="jbond")),
-        bond=SimpleNamespace(n_anchor_samples=0),
+        bond=SimpleNamespace(**{"n_anchor_samples": 0, **settings}),
         rollout=SimpleNamespace(n_samples_per_prompt=N, batch_size=PROMPTS),
         train=SimpleNamespace(batch_size=ROWS, max_epochs=1),
         actor=SimpleNamespace(eps_clip_low_high=(0.2, 0.2)),
@@ -90,3 +90,20 @@ def test_the_mean_of_each_response_is_another_objective(host: Any, rows: SimpleN
         rows, rows.a_response, host.PolicyLoss(token_level_loss=False), 1, global_batch_size=torch.tensor(ROWS)
     )
     assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) < 0.99
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_source_rows_have_a_mean_of_their_own(host: Any, micro_batches: int) -> None:
+    """N of the policy and two of the anchor a prompt: the mean over prompts of both means, whatever the split."""
+    random, selected = torch.Generator().manual_seed(4), 2
+    loss = prompt_mean(micro_batches, n_anchor_samples=selected, estimator="pooled")
+    from_source = (torch.arange(N + selected) >= N).expand(PROMPTS, -1)
+    log_probs, advantages = torch.randn(2, PROMPTS, N + selected, TOKENS, generator=random, dtype=torch.float64)
+    per_row = -(log_probs * advantages).sum(-1)
+    wanted = per_row[:, :N].mean(-1).mean() + per_row[:, N:].mean(-1).mean()
+    found = 0.0
+    for part in torch.arange(from_source.numel()).chunk(micro_batches):
+        values, given = log_probs.flatten(0, 1)[part], advantages.flatten(0, 1)[part]
+        loss.expect(from_source.flatten()[part])
+        found += loss(values, values.detach(), given, torch.ones_like(values))[0] / micro_batches
+    torch.testing.assert_close(found, wanted)

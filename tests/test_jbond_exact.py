@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, LossInputs
+from bond_plugin.algorithms import assemble
+from bond_plugin.algorithms.base import LossInputs
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig, policy_loss
 
 VOCABULARY, LENGTH = 4, 3
@@ -82,41 +83,29 @@ def paper(**settings: float | str) -> JBONDConfig:
 
 def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor, seed: int = 0) -> Tensor:
     """The gradient that training would take, in expectation: ``weight`` over the triples ``index``."""
-    algorithm = JBOND(config)
-    generator = torch.Generator().manual_seed(seed)
-    y, companions = index[:, 0], index[:, 1:]
-    chosen = algorithm.select(rewards[companions], generator)
-    selected = companions.gather(1, chosen)
+    algorithm, generator = JBOND(config), torch.Generator().manual_seed(seed)
+    rewards_of = rewards[index]
     with torch.no_grad():
-        log_probs, anchor = POLICY.log_probs(), ANCHOR.log_probs()
-        found = algorithm.advantages(
-            AdvantageInputs(
-                rewards=rewards[y].unsqueeze(1),
-                log_probs=log_probs[y].unsqueeze(1),
-                companion_rewards=rewards[companions],
-                companion_log_probs=log_probs[selected],
-                source_log_probs=anchor[y].unsqueeze(1),
-                generator=generator,
-            )
-        )
-    trained = selected.shape[1]
-    rows = torch.cat([y, selected.T.flatten()])
-    advantages = torch.cat([found.advantages[:, 0], found.companion_advantages.T.flatten()]).unsqueeze(1) * MASK[rows]
-    tokens = POLICY.token_log_probs()[rows]
-    out = policy_loss(
-        LossInputs(
-            log_probs=tokens,
-            old_log_probs=tokens.detach(),
-            advantages=advantages,
-            mask=MASK[rows],
-            companion=torch.arange(len(rows)) >= len(y),
-            on_policy=True,
-            clip_low=0.2,
-            clip_high=0.2,
-        )
+        places = assemble.select(algorithm, 1, rewards_of[:, 1:], generator)
+        rows = index.gather(1, places)
+        under = {
+            name: (model.token_log_probs() * MASK)[rows] for name, model in (("policy", POLICY), ("anchor", ANCHOR))
+        }
+        found = assemble.advantages(algorithm, rewards_of[:, :1], rewards_of[:, 1:], under, generator)
+    flat, shape = rows.flatten(), assemble.Rows(1, 1)
+    tokens = POLICY.token_log_probs()[flat]
+    inputs = LossInputs(
+        log_probs=tokens,
+        old_log_probs=tokens.detach(),
+        advantages=found.advantages.flatten(0, 1) * MASK[flat],
+        mask=MASK[flat],
+        from_source=shape.from_source(len(index)).flatten(),
+        on_policy=True,
+        clip_low=0.2,
+        clip_high=0.2,
     )
-    weight = torch.cat([weight, *[weight / trained] * trained])
-    return torch.autograd.grad((out.row_loss * weight).sum(), POLICY.logits)[0]
+    row_loss = assemble.weighed_loss(policy_loss, inputs, shape).row_loss.reshape(rows.shape)
+    return torch.autograd.grad((row_loss.sum(dim=-1) * weight).sum(), POLICY.logits)[0]
 
 
 def objective(beta: float, gamma: float, rewards: Tensor) -> Tensor:
@@ -197,22 +186,22 @@ def test_monte_carlo_mean_agrees_within_its_error(baseline: str, n: int) -> None
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         log_pi, log_anchor = POLICY.log_probs(), ANCHOR.log_probs()
+        tokens = {"policy": POLICY.token_log_probs() * MASK, "anchor": ANCHOR.token_log_probs() * MASK}
         jacobian = torch.autograd.functional.jacobian(
             lambda logits: _log_probs_of(logits), POLICY.logits.detach()
         ).flatten(1)
-    prompts, batches = 8, 3000
+    prompts, batches, shape = 8, 3000, assemble.Rows(n, 1)
     gradients = []
     for _ in range(batches):
         y = torch.multinomial(log_pi.exp(), prompts * n, replacement=True, generator=generator).reshape(prompts, n)
         a = torch.multinomial(log_anchor.exp(), prompts * 2, replacement=True, generator=generator)
         a = a.reshape(prompts, 2)
-        best = a.gather(1, algorithm.select(STRICT[a], generator))
-        found = algorithm.advantages(
-            AdvantageInputs(STRICT[y], log_pi[y], STRICT[a], log_pi[best], log_anchor[y], generator)
-        )
+        rows = torch.cat([y, a], dim=1).gather(1, assemble.select(algorithm, n, STRICT[a], generator))
+        under = {name: of_tokens[rows] for name, of_tokens in tokens.items()}
+        found = assemble.advantages(algorithm, STRICT[y], STRICT[a], under, generator)
+        share = shape.weights(shape.from_source(prompts))
         coefficient = torch.zeros(len(RESPONSES), dtype=torch.float64)
-        coefficient.index_add_(0, y.flatten(), found.advantages.flatten() / n)
-        coefficient.index_add_(0, best.flatten(), found.companion_advantages.flatten())
+        coefficient.index_add_(0, rows.flatten(), (found.advantages[..., 0] * share).flatten())
         gradients.append(-(coefficient / prompts) @ jacobian)
     gradients = torch.stack(gradients)
     wanted = gradient(0.5, 0.5, STRICT).flatten()
@@ -231,12 +220,12 @@ def _log_probs_of(logits: Tensor) -> Tensor:
 def test_off_policy_loss_has_the_on_policy_gradient_at_the_old_policy_and_clips_away_from_it() -> None:
     rows = torch.arange(40)
     advantages = torch.randn(40, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * MASK
-    companion = rows % 4 == 0
+    from_source = rows % 4 == 0
 
     def gradient_at(shift: float, on_policy: bool) -> tuple[Tensor, float]:
         tokens = POLICY.token_log_probs()
         out = policy_loss(
-            LossInputs(tokens, (tokens - shift).detach(), advantages, MASK, companion, on_policy, 0.2, 0.3)
+            LossInputs(tokens, (tokens - shift).detach(), advantages, MASK, from_source, on_policy, 0.2, 0.3)
         )
         return torch.autograd.grad(out.row_loss.sum(), POLICY.logits)[0], out.clip_fraction.item()
 
@@ -246,10 +235,10 @@ def test_off_policy_loss_has_the_on_policy_gradient_at_the_old_policy_and_clips_
     assert clipped == 0.0
 
     far, clipped = gradient_at(math.log(1.5), False)  # every ratio is 1.5: beyond 1.3
-    gaining = ((advantages > 0) & ~companion.unsqueeze(-1) & MASK.bool()).sum() / MASK.sum()
+    gaining = ((advantages > 0) & ~from_source.unsqueeze(-1) & MASK.bool()).sum() / MASK.sum()
     assert clipped == pytest.approx(gaining.item())
-    # What is left: companions as they are, losing samples with their ratio of 1.5, winning ones not at all.
-    kept = torch.where(companion.unsqueeze(-1), 1.0, torch.where(advantages < 0, 1.5, 0.0))
+    # What is left: source samples as they are, losing samples with their ratio of 1.5, winning ones not at all.
+    kept = torch.where(from_source.unsqueeze(-1), 1.0, torch.where(advantages < 0, 1.5, 0.0))
     tokens = POLICY.token_log_probs()
     wanted = torch.autograd.grad(-(tokens * advantages * kept * MASK).sum(), POLICY.logits)[0]
     torch.testing.assert_close(far, wanted, rtol=1e-10, atol=1e-12)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from bond_plugin import lab, registry
 from bond_plugin.algorithms import AdvantageOutputs, Algorithm
-from bond_plugin.bestofn import level_probabilities
-from bond_plugin.cli import lab as command
+from bond_plugin.algorithms.assemble import ContractError
+from bond_plugin.bestofn.distribution import level_probabilities
 from bond_plugin.cli.main import main
+from bond_plugin.lab import plots, programme
 
 N = 4
 STRICT, TIED = lab.Problem.make("strict"), lab.Problem.make("tied")
@@ -43,7 +44,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> float:
 
 
 def run(method: Any, problem: lab.Problem = STRICT, policy: str = "full", **training: Any) -> lab.Run:
-    settings = replace(lab.training_of(method, seed=7), **training)
+    settings = replace(programme.training_of(method, seed=7), **training)
     return lab.train(problem, method, problem.policy(policy), N, settings)
 
 
@@ -133,22 +134,22 @@ def test_anchors_move_as_asked() -> None:
 def test_the_loss_gets_what_training_gives_it() -> None:
     learner = lab.Learner(STRICT, bond(beta=0.5), STRICT.policy(), lab.Training(prompts=3, samples=2))
     seen: list[Any] = []
-    original = learner.loss_function
+    original = learner.policy_loss
 
     def record(inputs: Any) -> Any:
         seen.append(inputs)
         return original(inputs)
 
-    learner.loss_function = record
+    learner.policy_loss = record
     learner.losses()
     (inputs,) = seen
-    assert inputs.companion.tolist() == [False, False, True] * 3
+    assert inputs.from_source.tolist() == [False, False, True] * 3
     assert inputs.on_policy
     assert inputs.log_probs.requires_grad
     assert not inputs.old_log_probs.requires_grad
     torch.testing.assert_close(inputs.log_probs, inputs.old_log_probs)
     assert (inputs.advantages[inputs.mask == 0] == 0).all()
-    assert (inputs.advantages[inputs.companion] == 0.5 * inputs.mask[inputs.companion]).all()
+    assert (inputs.advantages[inputs.from_source] == 0.5 * inputs.mask[inputs.from_source]).all()
 
 
 def test_cached_rewards_are_drawn_once_a_run_and_anew_for_each_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,14 +386,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole programme, with hardly any training."""
-    original = lab.training_of
-    monkeypatch.setattr(lab, "_PERIOD", 2)
+    original = programme.training_of
+    monkeypatch.setattr(programme, "_PERIOD", 2)
     monkeypatch.setattr(
-        lab,
+        programme,
         "training_of",
         lambda method, steps=0, seed=0: replace(original(method, seed=seed), steps=min(steps, 8), prompts=32),
     )
-    monkeypatch.setattr(lab, "draw_gradients", functools.partial(lab.draw_gradients, batches=3))
+    monkeypatch.setattr(programme, "draw_gradients", functools.partial(lab.draw_gradients, batches=3))
 
 
 def test_without_flags_everything_is_run(
@@ -418,8 +419,8 @@ def test_without_flags_everything_is_run(
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few batches for the estimators, and no picture."""
-    monkeypatch.setattr(lab, "draw_gradients", functools.partial(lab.draw_gradients, batches=3))
-    monkeypatch.setattr(command, "plot", lambda report, path: None)
+    monkeypatch.setattr(programme, "draw_gradients", functools.partial(lab.draw_gradients, batches=3))
+    monkeypatch.setattr(plots, "draw", lambda report: b"")
 
 
 SHORT = ["--steps", "6", "--prompts", "16", "--samples", "4"]
@@ -451,11 +452,11 @@ def test_a_reward_transform_takes_its_own_flags(
 ERRORS = [
     (["--steps", "3"], "--steps needs --algorithm NAME"),
     (["--seed", "-1"], "--seed must be at least 0"),
-    (["--algorithm", "jbonb"], "did you mean --algorithm jbond?"),
+    (["--algorithm", "jbonb"], "did you mean 'jbond'?"),
     (["--algorithm", "bond", "--n", "1"], "--n must be at least 2"),
     (["--algorithm", "bond", "--lr", "nan"], "--lr must be above 0"),
     (["--algorithm", "bond", "--bond.n", "1"], "--bond.n must be at least 2"),
-    (["--algorithm", "bond", "--bond.betta", "1"], "did you mean --bond.beta?"),
+    (["--algorithm", "bond", "--bond.betta", "1"], "did you mean '--bond.beta'?"),
     (["--algorithm", "bond", "--no-bond.kl_ref"], "--no-bond.kl_ref is about the host"),
     (["--algorithm", "bond", "--bond.quantile", "learned"], "add --no-bond.correction"),
     (["--algorithm", "bond", "--bond.reward_cache", "rewards.jsonl"], "choose from 'lab'"),
@@ -478,8 +479,8 @@ def test_errors_before_anything_is_computed(
     def nothing(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("training was started")
 
-    monkeypatch.setattr(lab, "train", nothing)
-    monkeypatch.setattr(lab, "draw_gradients", nothing)
+    monkeypatch.setattr(programme, "train", nothing)
+    monkeypatch.setattr(programme, "draw_gradients", nothing)
     (folder / "file").write_text("")
     (folder / "taken").mkdir()
     (folder / "taken" / "lab.json").write_text('{"mine": 1}')
@@ -583,14 +584,14 @@ def test_values_that_are_not_finite_are_named() -> None:
         def advantages(self, batch: Any) -> AdvantageOutputs:
             return AdvantageOutputs(batch.rewards.log())
 
-    with pytest.raises(lab.LabError, match="advantages must be finite"):
+    with pytest.raises(ContractError, match="advantages must be finite"):
         run(Infinite(Algorithm.Config()), TIED)
 
 
 def test_the_laboratory_needs_no_host() -> None:
     probe = (
         "import sys; from bond_plugin import lab; from bond_plugin.cli import lab as command;"
-        "command._class_of('jbond'); lab.Learner(lab.Problem.make(), lab.build('jbond'), lab.Problem.make().policy(),"
+        "command.build_parser(); lab.Learner(lab.Problem.make(), lab.build('jbond'), lab.Problem.make().policy(),"
         " lab.Training(prompts=4)).losses();"
         "loaded = [name for name in sys.modules if name.split('.')[0] in ('openrlhf', 'ray', 'vllm', 'deepspeed')"
         " or name.startswith('bond_plugin.host')]; assert not loaded, loaded"
@@ -613,7 +614,7 @@ def test_help_teaches_without_torch() -> None:
 def test_more_cached_rewards_bring_vbon_closer_and_l1_stays_off() -> None:
     """The optimum for each cache is a formula; with a very large cache it is Best-of-N for the exact forms."""
     problem = lab.Problem.make("strict")
-    found = {(c.bound, c.samples): c for c in lab.sensitivity(problem, 4, sizes=(8, 64, 100_000), draws=50)}
+    found = {(c.bound, c.samples): c for c in programme.sensitivity(problem, 4, sizes=(8, 64, 100_000), draws=50)}
     for bound in ("exact", "tied"):
         few, some, many = (found[bound, size].kl_to_bon for size in (8, 64, 100_000))
         assert few > 2 * some > 10 * many

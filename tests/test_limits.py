@@ -18,17 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bond_plugin.bestofn import (
+from bond_plugin.bestofn.distribution import bon_kl_bound, bon_log_probs
+from bond_plugin.bestofn.estimates import win_rate
+from bond_plugin.bestofn.limits import (
     Front,
     best_of_n_curve,
-    bon_kl,
-    bon_kl_bound,
     bon_kl_from_samples,
-    bon_log_probs,
     bon_win_rate,
     pareto_front,
     reward_front,
-    win_rate,
     win_rate_front,
 )
 
@@ -41,6 +39,12 @@ def examples(count: int) -> settings:
 
 def f64(*values: Any) -> Tensor:
     return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
+
+
+def bon_kl(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """KL(Best-of-n || reference) of a finite distribution, as it is defined."""
+    best = bon_log_probs(log_ref, rewards, n)
+    return torch.where(best > -math.inf, best.exp() * (best - log_ref), 0.0).sum(dim=-1)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

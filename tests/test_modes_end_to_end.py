@@ -177,7 +177,7 @@ def test_two_turn_agent_with_muon_prompt_mean_loss_and_resume(bond: Callable[...
         assert step["bond/ess"] == pytest.approx(1)
         assert 1.5 < step["turns"] <= 2
         assert step["rollout/response_length_mean"] > step["response_length"] - 1e-6
-    # The estimate of a KL, from few tokens, may be of either sign; 0 is what the resumed policy as reference would give.
+    # Estimated from few tokens, a KL may be of either sign; 0 is what the resumed policy as reference would give.
     assert steps[0]["bond/kl_ref"] == 0
     assert all(abs(step["bond/kl_ref"]) > 1e-4 for step in (steps[1], again[3]))
     assert mean(step["reward/policy"] for step in again[-2:]) > steps[0]["reward/policy"]
@@ -286,6 +286,7 @@ def test_two_ranks_and_dynamic_batches_give_the_numbers_of_one_rank(bond: Callab
         "data.max_samples": 16,
         "data.max_len": 16,
         "actor.max_norm": 0.0,
+        "bond.gamma_ref": 0.1,
     }
     two = {"actor.num_gpus_per_node": 2, "train.micro_batch_size": 4}
     dynamic = {"train.dynamic_batch_enable": True, "train.max_tokens_per_gpu": 96, "actor.policy_loss_type": "jbond"}

@@ -18,6 +18,7 @@ from conftest import REPOSITORY, clean_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import bond_plugin
 from bond_plugin import recipe
 from bond_plugin.cli import recipes
 
@@ -84,7 +85,8 @@ def test_wheel_is_for_the_hosts_pythons_and_its_gpu_extra_builds_nothing(wheel: 
     }
     assert "vllm" in named
     assert not named & {"flash-attn", "openrlhf"}
-    assert wheel.name in (REPOSITORY / "README.md").read_text()
+    assert found.version == bond_plugin.__version__
+    assert wheel.name in (REPOSITORY / "docs" / "install.md").read_text()
 
 
 def test_recipes_of_an_installed_wheel_are_the_repositorys(bond_elsewhere: Path, tmp_path: Path) -> None:

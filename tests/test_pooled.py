@@ -16,16 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bond_plugin.bestofn import (
-    bon_log_probs,
+from bond_plugin.bestofn import pooled
+from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities, log_bon_ratio
+from bond_plugin.bestofn.divergences import leave_one_out_mean
+from bond_plugin.bestofn.pooled import (
     effective_sample_size,
     harmonic_log_quantile,
     harmonic_log_quantile_among,
-    leave_one_out_mean,
-    level_probabilities,
-    log_bon_ratio,
     mixture_weights,
-    pooled,
     pooled_tilt,
 )
 

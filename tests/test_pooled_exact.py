@@ -52,8 +52,8 @@ def inputs(index: Tensor, rewards: Tensor) -> AdvantageInputs:
     return AdvantageInputs(
         rewards=rewards[index],
         log_probs=policy.sum(-1),
-        companion_rewards=none,
-        companion_log_probs=none,
+        source_rewards=none,
+        selected_log_probs=none,
         source_log_probs=None,
         generator=torch.Generator().manual_seed(0),
         source_log_ratios=policy - tokens_of(ANCHOR)[index],
@@ -191,8 +191,8 @@ def test_samples_of_the_anchor_join_by_the_balance_heuristic() -> None:
     """Two of the policy and two of the anchor: near the exact gradient, which one draw of each kind is not."""
     config = JBONDConfig(n_anchor_samples=2, estimator="pooled", beta=0.5)
     algorithm = JBOND(config)
-    wants = algorithm.samples()
-    assert (wants.companions, wants.trained_companions, wants.least) == (2, 2, 1)
+    needs = algorithm.needs()
+    assert (needs.source_samples, needs.selected_samples, needs.least) == (2, 2, 1)
     index = torch.cartesian_prod(*[torch.arange(4)] * 4)
     log_pi, log_anchor = tokens_of(POLICY.detach()).sum(-1), tokens_of(ANCHOR).sum(-1)
     coefficient = torch.zeros(4, 2, dtype=torch.float64)
@@ -204,8 +204,8 @@ def test_samples_of_the_anchor_join_by_the_balance_heuristic() -> None:
             AdvantageInputs(
                 rewards=STRICT[y],
                 log_probs=log_pi[y],
-                companion_rewards=STRICT[a],
-                companion_log_probs=log_pi[a],
+                source_rewards=STRICT[a],
+                selected_log_probs=log_pi[a],
                 source_log_probs=log_anchor[y],
                 generator=torch.Generator(),
                 source_log_ratios=both.source_log_ratios,
@@ -215,7 +215,7 @@ def test_samples_of_the_anchor_join_by_the_balance_heuristic() -> None:
         coefficient.index_add_(
             0, y[0], probability * found.advantages[0] / 2
         )  # the host's mean over each kind of row
-        coefficient.index_add_(0, a[0], probability * found.companion_advantages[0] / 2)
+        coefficient.index_add_(0, a[0], probability * found.selected_advantages[0] / 2)
     found = torch.autograd.grad(-(coefficient * tokens_of(POLICY)).sum(), POLICY)[0].flatten()
     exact = wanted(2, STRICT, 4, 0.5).flatten()
     assert torch.nn.functional.cosine_similarity(found, exact, dim=0) > 0.98

@@ -57,7 +57,7 @@ def test_other_version_of_the_host_is_refused(tiny: Any, tmp_path: Path) -> None
     distribution(tmp_path / "site", "openrlhf", "", "", version="0.12.0")
     done = dry_run(tmp_path / "site", tiny, tmp_path)
     assert done.status == 2
-    assert "OpenRLHF 0.12.0 is installed, but openrlhf-bond supports 0.11.2" in done.output
+    assert "OpenRLHF 0.12.0 is installed, but openrlhf-bond supports 0.11.0, 0.11.1, 0.11.2" in done.output
 
 
 @pytest.mark.parametrize(("change", "says"), [
@@ -76,7 +76,7 @@ def test_symbol_that_differs_is_named(tiny: Any, tmp_path: Path, change: tuple[s
     assert done.status not in (0, -1)
     assert "cannot attach to openrlhf.trainer.ppo_trainer:BasePPOTrainer." in done.output
     assert says in done.output
-    assert "supports OpenRLHF 0.11.2" in done.output
+    assert "supports OpenRLHF 0.11.0, 0.11.1, 0.11.2" in done.output
 
 
 def test_loading_twice_and_idle_processes_are_cheap() -> None:

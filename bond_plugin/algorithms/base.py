@@ -1,7 +1,7 @@
 """What an algorithm is: which samples it wants, its advantages, and the policy loss that goes with them.
 
 Every method of this family chooses a *target* distribution, a *divergence* to it, and *where the samples
-come from*. The interface has a place for each: :class:`Samples` says where the samples come from,
+come from*. The interface has a place for each: :class:`Needs` says where the samples come from,
 :meth:`Algorithm.advantages` turns rewards and log-probabilities into one number a sample (target and
 divergence), and a policy loss, a pure function from :class:`LossInputs` to :class:`LossOutputs`, makes a
 gradient of them. Nothing here knows the host.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-CompanionSource = Literal["anchor", "reference"]
+Source = Literal["anchor", "reference"]
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -51,8 +51,9 @@ class Config(Settings):
 
     kl_ref: bool = flag(
         True,
-        "report bond/kl_ref, the KL to the initial policy, each step. Costs one more forward pass and two "
-        "bytes a parameter, shared over the data-parallel ranks; it does not change the training",
+        "report bond/kl_ref, the KL to the initial policy, each step, from one micro-batch of four (from all where "
+        "the algorithm needs those log-probabilities anyway, or draws source samples). Costs their forward passes "
+        "and two bytes a parameter, shared over the data-parallel ranks; it does not change the training",
     )
     max_engine_gap: float = flag(
         0.3,
@@ -81,15 +82,15 @@ def gamma_ref_flag() -> Any:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Which samples an algorithm wants beside the policy's ``--rollout.n_samples_per_prompt``, and what else.
+class Needs:
+    """What an algorithm needs beside the policy's ``--rollout.n_samples_per_prompt``: *source samples*, and more.
 
-    An algorithm that wants no companions runs on the host's own rollouts, experience maker and loss, in every
-    mode that the host has.
+    An algorithm without source samples runs on the host's own rollouts, experience maker and loss, in every mode
+    that the host has.
 
     Attributes:
-        companions: how many a prompt from ``source``; 0 for none.
-        trained_companions: how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
+        source_samples: m, how many a prompt from ``source``; 0 for none.
+        selected_samples: f, how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
         source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy.
         source_log_probs: whether the log-probabilities of the samples under ``source`` are wanted.
         reference_log_probs: whether their log-probabilities under the initial policy are wanted.
@@ -102,9 +103,9 @@ class Samples:
         least: how many samples of the policy a prompt it takes at the least.
     """
 
-    companions: int = 0
-    trained_companions: int = 0
-    source: CompanionSource = "anchor"
+    source_samples: int = 0
+    selected_samples: int = 0
+    source: Source = "anchor"
     source_log_probs: bool = False
     reference_log_probs: bool = False
     anchor_eta: float | None = None
@@ -116,7 +117,7 @@ class Samples:
     def __post_init__(self) -> None:
         if self.anchor_eta is not None and self.anchor_interval is not None:
             raise ValueError("an anchor is a moving average or a periodic copy, not both")
-        if self.source == "anchor" and (self.companions or self.source_log_probs) and not self.anchor:
+        if self.source == "anchor" and (self.source_samples or self.source_log_probs) and not self.anchor:
             raise ValueError("samples of an anchor need anchor_eta or anchor_interval; or use source='reference'")
 
     @property
@@ -124,26 +125,32 @@ class Samples:
         """Whether an anchor is kept."""
         return self.anchor_eta is not None or self.anchor_interval is not None
 
+    @property
+    def log_probs(self) -> set[str]:
+        """Under which weights beside the policy's the log-probabilities of samples are needed."""
+        wanted = ((self.source, self.source_log_probs), ("reference", self.reference_log_probs))
+        return {name for name, needed in wanted if needed}
+
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """One rollout batch: P prompts, n samples of the policy each, m companions each.
+    """One rollout batch: P prompts with n samples of the policy and m source samples each, of which f are selected.
 
     Log-ratios come token by token: response tokens from the left, at most A, 0 beyond a response's end.
 
     Attributes:
         rewards: ``[P, n]`` float64, of the policy's samples.
         log_probs: ``[P, n]`` float64, log pi(y), summed over the tokens of the response.
-        companion_rewards: ``[P, m]`` float64.
-        companion_log_probs: ``[P, f]`` float64, log pi of the companions that were selected for training.
-        source_log_probs: ``[P, n]`` float64, log-probabilities of the policy's samples under the weights the
-            companions come from (anchor or reference), or ``None``.
+        source_rewards: ``[P, m]`` float64, of all source samples.
+        selected_log_probs: ``[P, f]`` float64, log pi of those that were selected for training.
+        source_log_probs: ``[P, n]`` float64, log-probabilities of the *policy's* samples under the source (anchor
+            or reference), or ``None``.
         generator: seeded by the run's seed and the step; the only source of randomness to use.
         reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
         classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
             ``None``.
         source_log_ratios: ``[P, n + f, A]`` float64, log pi - log pi_source of each token of the policy's samples
-            and of the selected companions, or ``None``.
+            and of the selected ones of the source, or ``None``.
         reference_log_ratios: the same for the initial policy, or ``None``.
         behaviour_log_ratios: ``[P, n]`` float64, log pi(y) - log mu(y), where the policy's samples were drawn by
             an earlier policy mu (asynchronous training); ``None`` where mu is pi.
@@ -151,8 +158,8 @@ class AdvantageInputs:
 
     rewards: Tensor
     log_probs: Tensor
-    companion_rewards: Tensor
-    companion_log_probs: Tensor
+    source_rewards: Tensor
+    selected_log_probs: Tensor
     source_log_probs: Tensor | None
     generator: torch.Generator
     reference_rewards: Tensor | None = None
@@ -168,14 +175,14 @@ class AdvantageOutputs:
 
     Attributes:
         advantages: ``[P, n]``, for the policy's samples, or ``[P, n, A]``, for each of their tokens.
-        companion_advantages: ``[P, f]`` or ``[P, f, A]``, for the selected companions; ``None`` without companions.
+        selected_advantages: ``[P, f]`` or ``[P, f, A]``, for the selected source samples; ``None`` without.
         metrics: scalars by name.
         classifier_targets: ``[P, n]`` in [0, 1], what the sequence classifier is trained to say of the
             policy's samples (binary cross-entropy); ``None`` without a classifier.
     """
 
     advantages: Tensor
-    companion_advantages: Tensor | None = None
+    selected_advantages: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     classifier_targets: Tensor | None = None
 
@@ -189,7 +196,7 @@ class LossInputs:
         old_log_probs: ``[B, A]`` the same at the start of the rollout step, without gradient.
         advantages: ``[B, A]``; of an algorithm with one number a sample, the same in every token of a row.
         mask: ``[B, A]`` 1 on response tokens.
-        companion: ``[B]`` bool: the row is a companion, not a sample of the policy.
+        from_source: ``[B]`` bool: the row is a source sample, not one of the policy.
         on_policy: whether the weights are still those that produced the samples, for certain: one epoch,
             one optimiser step a rollout.
         clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
@@ -199,7 +206,7 @@ class LossInputs:
     old_log_probs: Tensor
     advantages: Tensor
     mask: Tensor
-    companion: Tensor
+    from_source: Tensor
     on_policy: bool
     clip_low: float
     clip_high: float
@@ -209,8 +216,8 @@ class LossInputs:
 class LossOutputs:
     """The loss of each row, before any mean.
 
-    The host takes the mean over prompts of (the mean over a prompt's policy rows + the mean over its
-    companion rows), whatever the sharding, the micro-batch size and the accumulation.
+    What is minimised is the mean over prompts of (the mean over a prompt's rows of the policy + the mean over its
+    rows of the source), whatever the sharding, the micro-batch size and the accumulation.
 
     Attributes:
         row_loss: ``[B]``.
@@ -234,13 +241,13 @@ class Algorithm:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def samples(self) -> Samples:
-        """Which samples it wants. Called once, before anything starts."""
-        return Samples()
+    def needs(self) -> Needs:
+        """What it needs. Depends on the settings alone."""
+        return Needs()
 
-    def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """Which companions enter the loss: ``[P, m]`` rewards to ``[P, f]`` indices, f = trained_companions."""
-        raise NotImplementedError(f"{type(self).__name__} trains on companions but does not select any")
+    def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
+        """Which source samples enter the loss: ``[P, m]`` rewards to ``[P, f]`` indices, f = selected_samples."""
+        raise NotImplementedError(f"{type(self).__name__} trains on source samples but does not select any")
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """Turn one rollout batch into advantages. Without gradient."""

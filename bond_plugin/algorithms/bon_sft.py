@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Samples, flag
+from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
 from bond_plugin.bestofn.divergences import BASELINES, centre
 from bond_plugin.bestofn.estimates import win_rate
 from bond_plugin.bestofn.rewards import strict_ranks
@@ -49,12 +49,12 @@ class BoNSFT(Algorithm):
     policy_loss = "jbond"
     config: BoNSFTConfig
 
-    def samples(self) -> Samples:
-        return Samples(companions=self.config.n, trained_companions=1, source="reference", source_log_probs=True)
+    def needs(self) -> Needs:
+        return Needs(source_samples=self.config.n, selected_samples=1, source="reference", source_log_probs=True)
 
-    def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """The best of a prompt's companions: ``[P, n]`` rewards to ``[P, 1]`` indices. Ties at random."""
-        return strict_ranks(companion_rewards, generator).argmax(dim=-1, keepdim=True)
+    def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
+        """The best of a prompt's source samples: ``[P, n]`` rewards to ``[P, 1]`` indices. Ties at random."""
+        return strict_ranks(source_rewards, generator).argmax(dim=-1, keepdim=True)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         if batch.source_log_probs is None:
@@ -63,10 +63,10 @@ class BoNSFT(Algorithm):
         weights = centre(log_ratio, self.config.baseline) if self.config.kl_coef else torch.zeros_like(log_ratio)
         return AdvantageOutputs(
             advantages=-self.config.kl_coef * weights,
-            companion_advantages=torch.ones_like(batch.companion_log_probs),
+            selected_advantages=torch.ones_like(batch.selected_log_probs),
             metrics={
-                "bond/win_rate": win_rate(batch.rewards, batch.companion_rewards).mean().item(),
+                "bond/win_rate": win_rate(batch.rewards, batch.source_rewards).mean().item(),
                 "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -batch.companion_log_probs.mean().item(),
+                "bond/forward_nll": -batch.selected_log_probs.mean().item(),
             },
         )

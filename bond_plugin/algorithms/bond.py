@@ -51,7 +51,7 @@ from bond_plugin.algorithms.base import (
     AdvantageOutputs,
     Algorithm,
     Config,
-    Samples,
+    Needs,
     flag,
     gamma_ref_flag,
     reward_cache_flag,
@@ -155,21 +155,21 @@ class BOND(Algorithm):
 
     def __init__(self, config: BONDConfig) -> None:
         super().__init__(config)
-        self.policy_loss = "jbond" if self.samples().companions else "ppo"
+        self.policy_loss = "jbond" if self.needs().source_samples else "ppo"
 
-    def samples(self) -> Samples:
+    def needs(self) -> Needs:
         cfg = self.config
         forward = cfg.beta < 1 and not cfg.pooled
         if cfg.pooled:
-            companions = 0
+            drawn = 0
         elif cfg.quantile == "monte_carlo" and not cfg.reward_cache:
-            companions = cfg.n_anchor_samples
+            drawn = cfg.n_anchor_samples
         else:
             # One is enough for the classifier's label (appendix B.1); a cache needs none.
-            companions = cfg.n if forward else int(cfg.quantile == "learned")
-        return Samples(
-            companions=companions,
-            trained_companions=int(forward),
+            drawn = cfg.n if forward else int(cfg.quantile == "learned")
+        return Needs(
+            source_samples=drawn,
+            selected_samples=int(forward),
             source="reference" if cfg.anchor == "fixed" else "anchor",
             source_log_probs=True,
             reference_log_probs=cfg.gamma_ref > 0,
@@ -180,9 +180,9 @@ class BOND(Algorithm):
             least=pooled.least(cfg.n, 0) if cfg.pooled and not cfg.reward_cache else 1,
         )
 
-    def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """The best of the first n companions: ``[P, m]`` rewards to ``[P, 1]`` indices. Ties at random."""
-        ranks = strict_ranks(companion_rewards[:, : self.config.n], generator)
+    def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
+        """The best of the first n source samples: ``[P, m]`` rewards to ``[P, 1]`` indices. Ties at random."""
+        ranks = strict_ranks(source_rewards[:, : self.config.n], generator)
         return ranks.argmax(dim=-1, keepdim=True)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
@@ -218,16 +218,16 @@ class BOND(Algorithm):
                 raise ValueError("--bond.quantile learned needs the classifier's logits")
             p_le = batch.classifier_logits.sigmoid().clamp(min=1e-6)
             p_lt = p_le
-            # Eq. 25's label, averaged over the companions there are: the same mean, less noise.
-            _, targets = quantiles(batch.rewards, batch.companion_rewards)
+            # Eq. 25's label, averaged over the source samples there are: the same mean, less noise.
+            _, targets = quantiles(batch.rewards, batch.source_rewards)
         else:
-            pool = batch.companion_rewards if batch.reference_rewards is None else batch.reference_rewards
+            pool = batch.source_rewards if batch.reference_rewards is None else batch.reference_rewards
             p_lt, p_le = quantiles(batch.rewards, pool, include_self=True)
 
         reward = bond_reward(p_lt, p_le, cfg.n, cfg.correction)
         log_ratio = batch.log_probs - batch.source_log_probs
         backward = backward_kl(log_ratio, (cfg.n - 1) * reward, cfg.baseline)
-        companion_advantages = torch.full_like(batch.companion_log_probs, 1.0 - cfg.beta)
+        selected_advantages = torch.full_like(batch.selected_log_probs, 1.0 - cfg.beta)
 
         metrics = {
             "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
@@ -235,12 +235,12 @@ class BOND(Algorithm):
             "bond/backward_kl": backward.values.mean().item(),
             "bond/kl_anchor": log_ratio.mean().item(),
         }
-        if batch.companion_rewards.shape[-1]:
-            metrics["bond/win_rate"] = win_rate(batch.rewards, batch.companion_rewards).mean().item()
-        if batch.companion_log_probs.shape[-1]:
-            metrics["bond/forward_nll"] = -batch.companion_log_probs.mean().item()
+        if batch.source_rewards.shape[-1]:
+            metrics["bond/win_rate"] = win_rate(batch.rewards, batch.source_rewards).mean().item()
+        if batch.selected_log_probs.shape[-1]:
+            metrics["bond/forward_nll"] = -batch.selected_log_probs.mean().item()
         if targets is not None:
             metrics["bond/quantile_bce"] = torch.nn.functional.binary_cross_entropy(p_le, targets).item()
             metrics["bond/quantile_error"] = (p_le - targets).mean().item()
         advantages = pooled.pulled(-cfg.beta * backward.weights, batch, cfg.gamma_ref)
-        return AdvantageOutputs(advantages, companion_advantages, metrics, targets)
+        return AdvantageOutputs(advantages, selected_advantages, metrics, targets)

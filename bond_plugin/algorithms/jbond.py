@@ -46,7 +46,7 @@ from bond_plugin.algorithms.base import (
     Config,
     LossInputs,
     LossOutputs,
-    Samples,
+    Needs,
     flag,
     gamma_ref_flag,
 )
@@ -132,12 +132,12 @@ class JBOND(Algorithm):
         super().__init__(config)
         self.policy_loss = "jbond" if config.n_anchor_samples else "ppo"
 
-    def samples(self) -> Samples:
+    def needs(self) -> Needs:
         cfg = self.config
         m = cfg.n_anchor_samples
-        return Samples(
-            companions=m,
-            trained_companions=m if cfg.pooled else 1,
+        return Needs(
+            source_samples=m,
+            selected_samples=m if cfg.pooled else 1,
             source="anchor",
             source_log_probs=True,
             reference_log_probs=cfg.gamma_ref > 0,
@@ -145,11 +145,11 @@ class JBOND(Algorithm):
             least=pooled.least(cfg.n, m) if cfg.pooled else 1,
         )
 
-    def select(self, companion_rewards: Tensor, generator: torch.Generator) -> Tensor:
+    def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
         """The best anchor sample of each prompt, in the pooled form all: ``[P, m]`` rewards to ``[P, f]`` indices."""
         if self.config.pooled:
-            return pooled.everyone(companion_rewards)
-        return strict_ranks(companion_rewards, generator).argmax(dim=-1, keepdim=True)
+            return pooled.everyone(source_rewards)
+        return strict_ranks(source_rewards, generator).argmax(dim=-1, keepdim=True)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
@@ -173,9 +173,9 @@ class JBOND(Algorithm):
         cfg = self.config
         if batch.source_log_probs is None:
             raise ValueError("J-BOND needs log pi_anchor of the policy's samples")
-        m = batch.companion_rewards.shape[-1]
+        m = batch.source_rewards.shape[-1]
 
-        log_quantile = jbond_reward(batch.rewards, batch.companion_rewards, cfg.ties)  # Eq. 17
+        log_quantile = jbond_reward(batch.rewards, batch.source_rewards, cfg.ties)  # Eq. 17
         # Eq. 18: the return R is minus what backward_kl takes the mean of. For Best-of-m the quantile counts
         # m - 1 times (Eq. 8 with N = m), which is once in the paper.
         log_ratio = batch.log_probs - batch.source_log_probs
@@ -183,13 +183,13 @@ class JBOND(Algorithm):
         advantages = -cfg.beta * backward.weights - cfg.gamma * log_ratio
         return AdvantageOutputs(
             advantages=pooled.pulled(advantages, batch, cfg.gamma_ref),
-            companion_advantages=torch.full_like(batch.companion_log_probs, 1.0 - cfg.beta),
+            selected_advantages=torch.full_like(batch.selected_log_probs, 1.0 - cfg.beta),
             metrics={
-                "bond/win_rate": win_rate(batch.rewards, batch.companion_rewards).mean().item(),
+                "bond/win_rate": win_rate(batch.rewards, batch.source_rewards).mean().item(),
                 "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
                 "bond/log_quantile": log_quantile.mean().item(),
                 "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -batch.companion_log_probs.mean().item(),
+                "bond/forward_nll": -batch.selected_log_probs.mean().item(),
             },
         )
 
@@ -214,9 +214,9 @@ def policy_loss(inputs: LossInputs) -> LossOutputs:
     else:
         unclipped = ratio * inputs.advantages
         bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
-        companion = inputs.companion.unsqueeze(-1)
-        objective = torch.where(companion, plain, torch.minimum(unclipped, bounded))
-        clipped = ((bounded < unclipped) & ~companion).to(plain.dtype)
+        from_source = inputs.from_source.unsqueeze(-1)
+        objective = torch.where(from_source, plain, torch.minimum(unclipped, bounded))
+        clipped = ((bounded < unclipped) & ~from_source).to(plain.dtype)
     return LossOutputs(
         row_loss=-(objective * mask).sum(dim=-1),
         clip_fraction=((clipped * mask).sum() / mask.sum().clamp(min=1)).detach(),

@@ -69,10 +69,10 @@ class Pool:
 
     @classmethod
     def of(cls, batch: AdvantageInputs) -> Pool:
-        """Raises ``ValueError`` without log-ratios to the anchor, or where companions were left out."""
+        """Raises ``ValueError`` without log-ratios to the anchor, or where source samples were left out."""
         if batch.source_log_ratios is None:
             raise ValueError("the pooled form needs log pi_anchor of each token of the samples")
-        rewards = torch.cat([batch.rewards, batch.companion_rewards], dim=-1)
+        rewards = torch.cat([batch.rewards, batch.source_rewards], dim=-1)
         if batch.source_log_ratios.shape[:2] != rewards.shape:
             raise ValueError("the pooled form takes all samples of the anchor, in their order")
         n = batch.rewards.shape[-1]
@@ -85,7 +85,7 @@ class Pool:
         return cls(
             n=n,
             rewards=rewards,
-            log_probs=torch.cat([batch.log_probs, batch.companion_log_probs], dim=-1),
+            log_probs=torch.cat([batch.log_probs, batch.selected_log_probs], dim=-1),
             log_ratios=batch.source_log_ratios,
             reference_log_ratios=batch.reference_log_ratios,
             weights=weights,
@@ -138,9 +138,7 @@ def advantages(
     each = (1 - beta) * (pool.own_anchor * tilt - own) + beta * own * (log_tilt - base)
     found = each.unsqueeze(-1) - (beta + gamma) * parts(pool.log_ratios)
     if gamma_ref:
-        if pool.reference_log_ratios is None:
-            raise ValueError("gamma_ref needs log pi_ref of each token of the samples")
-        found = found - gamma_ref * parts(pool.reference_log_ratios)
+        found = found - gamma_ref * parts(_to_reference(pool))
 
     policy, anchor = slice(0, pool.n), slice(pool.n, None)
     m = size - pool.n
@@ -156,7 +154,7 @@ def advantages(
     found = found.expand(pool.log_ratios.shape)
     return AdvantageOutputs(
         advantages=found[:, policy] * (pool.n / size),
-        companion_advantages=found[:, anchor] * (m / size) if m else None,
+        selected_advantages=found[:, anchor] * (m / size) if m else None,
         metrics=metrics,
     )
 
@@ -184,16 +182,21 @@ def pulled(advantages: Tensor, batch: AdvantageInputs, gamma_ref: float) -> Tens
     """``[P, n]`` advantages with the pull to the initial policy, ``[P, n, A]``; as they are for ``gamma_ref`` 0."""
     if not gamma_ref:
         return advantages
-    if batch.reference_log_ratios is None:
-        raise ValueError("gamma_ref needs log pi_ref of each token of the samples")
-    to_ref = batch.reference_log_ratios[:, : advantages.shape[-1]]
-    pull = _to_go(to_ref, torch.ones_like(advantages), centred=True)
+    to_reference = _to_reference(batch)[:, : advantages.shape[-1]]
+    pull = _to_go(to_reference, torch.ones_like(advantages), centred=True)
     return advantages.unsqueeze(-1) - gamma_ref * pull
 
 
-def everyone(companion_rewards: Tensor) -> Tensor:
-    """The selection of all companions in their order: ``[P, m]`` rewards to ``[P, m]`` indices."""
-    return torch.arange(companion_rewards.shape[-1]).expand(companion_rewards.shape)
+def _to_reference(known: Pool | AdvantageInputs) -> Tensor:
+    """Raises ``ValueError`` without log-ratios to the initial policy."""
+    if known.reference_log_ratios is None:
+        raise ValueError("gamma_ref needs log pi_ref of each token of the samples")
+    return known.reference_log_ratios
+
+
+def everyone(source_rewards: Tensor) -> Tensor:
+    """The selection of all source samples in their order: ``[P, m]`` rewards to ``[P, m]`` indices."""
+    return torch.arange(source_rewards.shape[-1]).expand(source_rewards.shape)
 
 
 def least(n: int, m: int) -> int:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from bond_plugin.bench.resampling import Estimate, Resampling
-from bond_plugin.bestofn import bon_kl_bound, expected_max
+from bond_plugin.bestofn.distribution import bon_kl_bound
+from bond_plugin.bestofn.estimates import expected_max
 from bond_plugin.files import read_json, write_json
 from bond_plugin.offline import engine, fingerprints, likelihood, scoring
 from bond_plugin.offline.measure import Scored, measure, read_samples, save_samples

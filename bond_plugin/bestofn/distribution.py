@@ -55,7 +55,7 @@ def quantiles(rewards: Tensor, samples: Tensor, include_self: bool = False) -> t
 
 
 def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
-    """log pi_BoN(y) - log pi_ref(y) by Theorem 1 of arXiv 2407.14622, term (B) included.
+    """log pi_BoN(y) - log pi_ref(y) by Theorem 1 of arXiv 2407.14622, term (B) included: so for tied rewards too.
 
         (n - 1) log p_<= + log sum_{i=1..n} (p_< / p_<=)^(i-1)
 
@@ -83,18 +83,6 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
     series = torch.where(apart, torch.log(-torch.expm1(power) / torch.where(apart, gap, 1.0)), math.log(n))
     found = torch.where(whole, (n - 1) * torch.log(safe) + series, 0.0 if n == 1 else -math.inf)
     return found.to(p_le.dtype)
-
-
-def tied_log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
-    """log pi_BoN(y) - log pi_ref(y) when ties are broken uniformly at random.
-
-        log ( (F(v)^n - F(v-)^n) / (F(v) - F(v-)) ),   F(v) = p_<=, F(v-) = p_<
-
-    for the level v = r(y). Algebraically this *is* :func:`log_bon_ratio`: (a^n - b^n) / (a - b) =
-    a^(n-1) sum (b/a)^(i-1). So Theorem 1 with term (B) needs no strict order; the name is kept for those
-    who look for the case of ties. Arguments, result and errors as there.
-    """
-    return log_bon_ratio(p_lt, p_le, n)
 
 
 def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
@@ -145,25 +133,6 @@ def bon_kl_bound(n: int) -> float:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     return math.log(n) - (n - 1) / n
-
-
-def bon_kl(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
-    """KL(pi_BoN || pi_ref) of a finite distribution, exactly.
-
-    Args:
-        log_ref, rewards: ``[..., S]``, as for :func:`bon_log_probs`.
-        n: >= 1.
-
-    Returns:
-        ``[...]`` float64, in nats, at most :func:`bon_kl_bound`.
-
-    Raises:
-        ValueError: as :func:`bon_log_probs`.
-    """
-    log_bon = bon_log_probs(log_ref, rewards, n)
-    mass = log_bon.exp()
-    terms = torch.where(mass > 0, log_bon - _normalised(log_ref, rewards), 0.0)
-    return (mass * terms).sum(dim=-1)
 
 
 def _probabilities(p_lt: Tensor, p_le: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,13 @@
-"""Divergences between the policy and Best-of-N, estimated from samples, with their gradients.
+"""The backward divergence between the policy and Best-of-N, estimated from samples, with its gradient.
 
 Everything is written in log-ratios to one reference distribution: log pi - log pi_ref of the policy, and
-log pi_BoN - log pi_ref of the target (see :mod:`bond_plugin.bestofn.distribution`). The gradient of each
-divergence is the expectation of ``weight * grad log pi(y)``:
+log pi_BoN - log pi_ref of the target (see :mod:`bond_plugin.bestofn.distribution`). The gradient is the expectation
+of ``weight * grad log pi(y)``,
 
-    forward    KL(pi_BoN || pi)   y ~ pi_BoN    weight -1
-    backward   KL(pi || pi_BoN)   y ~ pi        weight log pi(y) - log pi_BoN(y) - baseline
-    Jeffreys   (1 - beta) forward + beta backward                          (Eq. 11 of arXiv 2407.14622)
+    KL(pi || pi_BoN)   y ~ pi   weight log pi(y) - log pi_BoN(y) - baseline
 
-The backward gradient is Eq. 14-15 of arXiv 2407.14622 before it is divided by N - 1.
+which is Eq. 14-15 of arXiv 2407.14622 before it is divided by N - 1. (The forward divergence needs no function: its
+weight is -1 on samples of Best-of-N.)
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Baseline = Literal["leave_one_out", "batch", "none"]
@@ -34,27 +32,6 @@ class Divergence:
 
     values: Tensor
     weights: Tensor
-
-    def surrogate(self, log_probs: Tensor) -> Tensor:
-        """A scalar whose gradient is the estimate of the divergence's gradient.
-
-        Args:
-            log_probs: log pi of the samples, with gradient, in the shape of ``weights``.
-        """
-        return (self.weights * log_probs).mean()
-
-
-def forward_kl(log_ratio: Tensor, log_target_ratio: Tensor) -> Divergence:
-    """KL(pi_BoN || pi) from samples of Best-of-N.
-
-    Args:
-        log_ratio: any shape, log pi(y) - log pi_ref(y).
-        log_target_ratio: the same shape, log pi_BoN(y) - log pi_ref(y).
-
-    Returns:
-        :class:`Divergence` in that shape. Both parts are unbiased.
-    """
-    return Divergence((log_target_ratio - log_ratio).detach(), -torch.ones_like(log_ratio))
 
 
 def backward_kl(log_ratio: Tensor, log_target_ratio: Tensor, baseline: Baseline = "leave_one_out") -> Divergence:
@@ -76,20 +53,6 @@ def backward_kl(log_ratio: Tensor, log_target_ratio: Tensor, baseline: Baseline 
     """
     values = (log_ratio - log_target_ratio).detach()
     return Divergence(values, centre(values, baseline))
-
-
-def jeffreys(forward: Divergence, backward: Divergence, beta: float) -> Tensor:
-    """J_beta = (1 - beta) KL(pi_BoN || pi) + beta KL(pi || pi_BoN), Eq. 11 of arXiv 2407.14622.
-
-    Returns:
-        ``[]``, in nats.
-
-    Raises:
-        ValueError: beta outside [0, 1].
-    """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}")
-    return (1 - beta) * forward.values.mean() + beta * backward.values.mean()
 
 
 def centre(values: Tensor, baseline: str) -> Tensor:

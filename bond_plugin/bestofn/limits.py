@@ -233,8 +233,8 @@ class BestOfNCurve:
 def best_of_n_curve(rewards: Tensor, ns: Sequence[int]) -> BestOfNCurve:
     """Reward, win rate and KL of Best-of-n for several n, from samples of the reference.
 
-    Rewards by :func:`~bond_plugin.bestofn.expected_max` and win rates by :func:`bon_win_rate`, both unbiased; KLs
-    by :func:`bon_kl_from_samples`.
+    Rewards by :func:`~bond_plugin.bestofn.estimates.expected_max` and win rates by :func:`bon_win_rate`, both
+    unbiased; KLs by :func:`bon_kl_from_samples`.
 
     Args:
         rewards: ``[P, M]``, rewards of M samples of the reference for each of P prompts.
@@ -264,7 +264,7 @@ def bon_kl_from_samples(rewards: Tensor, n: int) -> Tensor:
         a level   (b^n - a^n) log((b^n - a^n) / (b - a))
 
     Without ties the sum is log n - (n - 1) / n whatever the rewards are; where every level occurs at least twice
-    it is :func:`~bond_plugin.bestofn.bon_kl` of the empirical distribution. A level that occurs once among the
+    it is the KL of the empirical distribution's Best-of-n. A level that occurs once among the
     samples counts as continuous, which for n well below M makes little difference.
 
     Args:
@@ -272,7 +272,7 @@ def bon_kl_from_samples(rewards: Tensor, n: int) -> Tensor:
         n: >= 1.
 
     Returns:
-        ``[P]`` float64, in nats, at most :func:`~bond_plugin.bestofn.bon_kl_bound`.
+        ``[P]`` float64, in nats, at most :func:`~bond_plugin.bestofn.distribution.bon_kl_bound`.
 
     Raises:
         ValueError: another shape, a reward that is not finite, or n < 1.
@@ -302,7 +302,7 @@ def bon_win_rate(rewards: Tensor, n: int) -> Tensor:
         C(#{lower}, n) / C(M - 1, n)     and     C(#{lower or equal} - 1, n) / C(M - 1, n)
 
     of all choices. The win rate is one minus the average of both: n / (n + 1) whatever the rewards are, when no
-    two are equal. :func:`~bond_plugin.bestofn.win_rate` is the same for samples of two distributions.
+    two are equal. :func:`~bond_plugin.bestofn.estimates.win_rate` is the same for samples of two distributions.
 
     Args:
         rewards: ``[P, M]``.

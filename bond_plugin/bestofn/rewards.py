@@ -44,7 +44,7 @@ def bond_reward(p_lt: Tensor, p_le: Tensor, n: int, correction: bool = True) -> 
     log pi_BoN - log pi_ref.
 
     Args:
-        p_lt, p_le: any shape, as from :func:`~bond_plugin.bestofn.quantiles`.
+        p_lt, p_le: any shape, as from :func:`~bond_plugin.bestofn.distribution.quantiles`.
         n: >= 2.
         correction: with the second summand, term (B) of Theorem 1. ``False`` is the paper's practical form,
             log p_<= alone: off by a constant where no generation has a mass of its own (p_< = p_<=), and by

@@ -5,8 +5,8 @@ The other files hold what is attached, one file for each thing: ``flags`` (parse
 ``run`` (the host's other commands), ``checks`` (refused combinations), ``sampling`` (rollouts),
 ``experience`` (rewards, log-probabilities, advantages), ``transform`` (other rewards for the host's
 estimators), ``loss`` (policy loss), ``batches`` (micro-batches by tokens), ``weights`` (anchor and
-reference), ``classifier`` (learned quantile), ``metrics`` (what a run shows), ``rewards`` (errors in
-reward functions), ``cpu`` (machines without GPU).
+reference), ``classifier`` (learned quantile), ``state`` and ``rows`` (what is kept on the host's objects),
+``metrics`` (what a run shows), ``rewards`` (errors in reward functions), ``cpu`` (machines without GPU).
 
 Importing this module is cheap, and :func:`load` imports nothing heavy either: it arms hooks which act when
 a module of the host is imported. It may be called any number of times, in any process.

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from bond_plugin.host import flags, transform
-from bond_plugin.host.experience import Batch, engine_gap, inputs_of, of_step
-from bond_plugin.host.rewards import finite
+from bond_plugin.host import flags, state, transform
+from bond_plugin.host.experience import Batch, assembled, engine_gap, of_step
 
 
 @torch.no_grad()
@@ -26,30 +25,27 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         return original(self, experiences)
     experiences = original(self, experiences)
     batch = Batch(experiences, self.args.rollout.n_samples_per_prompt)
-    for e in experiences:
-        for reward, prompt in zip(e.rewards.tolist(), e.prompts, strict=True):
-            finite(reward, prompt)
-    under = {"policy": [e.action_log_probs for e in experiences], **getattr(self, "bond_log_probs", {})}
-    inputs = inputs_of(self, algorithm, batch, under, batch.n)
-    found = algorithm.advantages(inputs)
+    found = assembled(self, algorithm, batch, batch.n)
     batch.spread(found.advantages)
 
-    self.bond_metrics = {**found.metrics, **of_step(inputs)}
+    metrics = state.of(self).metrics
+    metrics |= {**found.metrics, **of_step(self, found.inputs, batch)}
     if all(e.rollout_log_probs is not None for e in experiences):
         rows = torch.ones(batch.size, dtype=torch.bool)
         # An asynchronous run's samples are an earlier policy's: there the gap is no sign of a broken engine.
         limit = None if self.args.train.async_enable else algorithm.config.max_engine_gap
-        self.bond_metrics |= engine_gap(experiences, under["policy"], rows, "policy", limit)
-    _warn_of_few(self, algorithm)
+        trainer = [e.action_log_probs for e in experiences]
+        metrics |= engine_gap(experiences, trainer, rows, "policy", limit)
+    _warn_of_few(state.of(self), algorithm)
     return experiences
 
 
-def _warn_of_few(maker: Any, algorithm: Any) -> None:
+def _warn_of_few(kept: state.State, algorithm: Any) -> None:
     """Say once that the weights have degenerated."""
-    share, least = maker.bond_metrics.get("bond/ess"), getattr(algorithm.config, "min_ess", 0.0)
-    if share is None or share >= least or getattr(maker, "bond_warned", False):
+    share, least = kept.metrics.get("bond/ess"), getattr(algorithm.config, "min_ess", 0.0)
+    if share is None or share >= least or kept.warned:
         return
-    maker.bond_warned = True
+    kept.warned = True
     print(
         f"bond: warning: bond/ess is {share:.2f}, below --bond.min_ess {least}: the policy is so far from the "
         f"anchor that {share:.0%} of a prompt's samples do the work. Let the anchor follow faster (a larger "

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from bond_plugin.host import flags, weights
+from bond_plugin.host import weights
+from bond_plugin.host.rows import rows_of
 
 
 def mark(trainer: Any, model: Any, step: int) -> None:
@@ -36,13 +37,11 @@ def divisor(strategy: Any) -> int:
 
 
 def setup_dynamic_batch(original: Any, self: Any, strategy: Any) -> None:
-    """The host counts the policy's samples where it cuts a rollout into steps; companions are rows too."""
+    """The host counts the policy's samples where it cuts a rollout into steps; source samples are rows too."""
     args = strategy.args
-    algorithm = flags.algorithm(args)
-    companions = algorithm.samples().trained_companions if algorithm is not None else 0
     counted = copy.copy(args)
     counted.train, counted.rollout = copy.copy(args.train), copy.copy(args.rollout)
-    counted.rollout.n_samples_per_prompt += companions
+    counted.rollout.n_samples_per_prompt = rows_of(args).all
     counted.train.batch_size = strategy.train_batch_size  # rows, see `loss.strategy_init`
     strategy.args = counted
     try:

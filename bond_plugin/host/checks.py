@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from bond_plugin import registry
 from bond_plugin.algorithms.base import Algorithm, RewardTransform
 from bond_plugin.host import flags, on_cpu
+from bond_plugin.host.rows import rows_of
 
-_HOST_LOSSES = ("ppo", "gspo")
+HOST_LOSSES = ("ppo", "gspo")
 
 _NO_KL = "the KL is to the anchor; --bond.gamma_ref is a pull to the initial policy"
 #: Flags of the estimator that an algorithm of ours replaces, what they become (``...``: they stay), and why.
@@ -68,8 +69,8 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
         default("reward.clip_range", None, f"the rewards of {name} are logs")
     if algorithm is None:
         return notes, aside
-    wants, name = algorithm.samples(), args.algo.advantage.estimator
-    if wants.classifier:
+    needs, name = algorithm.needs(), args.algo.advantage.estimator
+    if needs.classifier:
         args.critic.model_name_or_path = critic or args.actor.model_name_or_path
         if "critic.num_gpus_per_node" not in given:
             args.critic.num_gpus_per_node = args.actor.num_gpus_per_node
@@ -77,11 +78,11 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
             args.critic.num_nodes = args.actor.num_nodes
         notes.append(f"the quantile's classifier starts from {args.critic.model_name_or_path}; see --critic.*")
     default("actor.policy_loss_type", algorithm.policy_loss, f"the policy loss of {name}")
-    if wants.least > 1:
+    if needs.least > 1:
         default(
             "rollout.n_samples_per_prompt",
-            max(8, wants.least),
-            f"{name} compares a prompt's samples with one another; {wants.least} is the least",
+            max(8, needs.least),
+            f"{name} compares a prompt's samples with one another; {needs.least} is the least",
         )
     for dest, (value, why) in _REPLACED.items():
         node, attribute = _at(args, dest)
@@ -92,7 +93,7 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
             aside.append(f"--{dest} is set aside under {name}: {why}")
     for group, what in (("critic", "critic"), ("ref", "reference model")):
         dests = sorted(dest for dest in given if dest.startswith(f"{group}.") and dest not in _OURS)
-        if dests and not (group == "critic" and wants.classifier):
+        if dests and not (group == "critic" and needs.classifier):
             listed = ", ".join(f"--{dest}" for dest in dests)
             aside.append(f"{listed}: set aside under {name}, which has no {what}")
     if args.algo.dynamic_filtering_enable:
@@ -198,7 +199,7 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     found = [*_files(args), *_groups(args), *_host_cannot(args)]
     algorithm = flags.algorithm(args)
     loss = args.actor.policy_loss_type
-    if loss not in _HOST_LOSSES:
+    if loss not in HOST_LOSSES:
         registry.load(registry.POLICY_LOSSES, loss)
         found += _own_loss(args, loss)
     if algorithm is not None:
@@ -244,10 +245,7 @@ def _groups(args: SimpleNamespace) -> list[str]:
     if args.algo.kl.init_coef > 0 and flags.moving_reference(args) is None:
         sizes["ref"] = args.ref
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
-    algorithm = flags.algorithm(args)
-    if algorithm is not None:
-        samples += args.rollout.batch_size * algorithm.samples().trained_companions
+    samples = args.rollout.batch_size * rows_of(args).all
     found = []
     for group, node in sizes.items():
         ranks = max(1, node.num_nodes * node.num_gpus_per_node // copies)
@@ -417,7 +415,7 @@ def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
 
 def _own_estimator(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
     name = args.algo.advantage.estimator
-    wants = algorithm.samples()
+    needs = algorithm.needs()
     found = [f"--{dest} cannot be used with {name}: {why}" for dest, why in _not_kept(args)]
     if args.rollout.top_p != 1.0:
         found.append(
@@ -427,19 +425,19 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
     if not args.vllm.num_engines:
         found.append("--vllm.num_engines must be at least 1: samples come from vLLM")
     n = args.rollout.n_samples_per_prompt
-    if n < wants.least:
+    if n < needs.least:
         found.append(
             f"--rollout.n_samples_per_prompt {n}: {name} compares a prompt's samples with one another and needs "
-            f"at least {wants.least}; 8 is a good number"
+            f"at least {needs.least}; 8 is a good number"
         )
-    if wants.companions:
+    if needs.source_samples:
         found += _drawing(args, algorithm)
-    if wants.reward_cache:
+    if needs.reward_cache:
         penalties = _penalties(args).items()
         found += [f"--{dest} cannot be used with a reward cache: {why}" for dest, (on, why) in penalties if on]
         if args.train.agent_func_path is not None:
             found.append("--train.agent_func_path cannot be used with a reward cache: it holds single-turn responses")
-    if wants.classifier:
+    if needs.classifier:
         ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
         if args.critic.num_nodes * args.critic.num_gpus_per_node != ranks:
             found.append(
@@ -452,7 +450,7 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
         found.append("--bond.baseline leave_one_out needs --rollout.n_samples_per_prompt 2 or more; or use batch")
     if baseline == "batch" and args.rollout.batch_size * n < 2:
         found.append("--bond.baseline batch needs at least two samples a rollout; use --bond.baseline none")
-    return found + _sizes(args, wants.trained_companions)
+    return found + _sizes(args, needs.selected_samples)
 
 
 def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
@@ -470,27 +468,30 @@ def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
         ),
         "train.agent_func_path": (args.train.agent_func_path is not None, "an agent's turns are the host's to draw"),
         "data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "images are the host's to hand on"),
-        "algo.dynamic_filtering_enable": (args.algo.dynamic_filtering_enable, "prompts and companions would not fit"),
+        "algo.dynamic_filtering_enable": (
+            args.algo.dynamic_filtering_enable,
+            "prompts and source samples would not fit",
+        ),
         "rollout.vllm_generate_batch_size": (
             args.rollout.vllm_generate_batch_size != args.rollout.batch_size,
             "it must equal --rollout.batch_size: a step uses all its samples",
         ),
     }
-    drawn = f"samples of the {algorithm.samples().source} (--bond.n_anchor_samples)"
+    drawn = f"samples of the {algorithm.needs().source} (--bond.n_anchor_samples)"
     found = [
         f"--{dest} cannot be used with {name} and {drawn}: {why}. Without such samples it can"
         for dest, (on, why) in refused.items()
         if on
     ]
-    if algorithm.samples().trained_companions and args.actor.policy_loss_type in _HOST_LOSSES:
+    if algorithm.needs().selected_samples and args.actor.policy_loss_type in HOST_LOSSES:
         found.append(
-            f"--actor.policy_loss_type {args.actor.policy_loss_type}: {name} trains on companions too, so it needs a "
-            "policy loss of its own, such as jbond: drop the flag"
+            f"--actor.policy_loss_type {args.actor.policy_loss_type}: {name} trains on source samples too, so it "
+            "needs a policy loss of its own, such as jbond: drop the flag"
         )
     return found
 
 
-def _sizes(args: SimpleNamespace, companions: int) -> list[str]:
+def _sizes(args: SimpleNamespace, selected: int) -> list[str]:
     """Batches that do not come out even, which the host would meet in the middle of a step."""
     n, batch = args.rollout.n_samples_per_prompt, args.train.batch_size
     samples = args.rollout.batch_size * n
@@ -498,7 +499,7 @@ def _sizes(args: SimpleNamespace, companions: int) -> list[str]:
     ranks = max(1, args.actor.num_nodes * args.actor.num_gpus_per_node // copies)
     dynamic = args.train.dynamic_batch_enable
     found = []
-    if batch % n and args.actor.policy_loss_type not in _HOST_LOSSES:
+    if batch % n and args.actor.policy_loss_type not in HOST_LOSSES:
         return [
             f"--train.batch_size {batch} must be a multiple of --rollout.n_samples_per_prompt {n}: it counts "
             "samples of the policy, and an optimiser step takes whole prompts"
@@ -508,15 +509,15 @@ def _sizes(args: SimpleNamespace, companions: int) -> list[str]:
             f"--rollout.batch_size {args.rollout.batch_size} x --rollout.n_samples_per_prompt {n} = {samples} "
             f"samples must be a multiple of --train.batch_size {batch}"
         )
-    rows = batch // n * (n + companions) if companions else batch
+    rows = batch // n * (n + selected) if selected else batch
     micro = 1 if dynamic else args.train.micro_batch_size
     if rows % (ranks * micro):
-        beside = f" ({batch} samples of the policy and {rows - batch} companions)" if companions else ""
+        beside = f" ({batch} samples of the policy and {rows - batch} source samples)" if selected else ""
         found.append(
             f"an optimiser step trains on {rows} responses{beside}, which must be a multiple of "
             f"--train.micro_batch_size {micro} x {ranks} data-parallel ranks"
         )
-    forward = args.rollout.batch_size * (n + companions)
+    forward = args.rollout.batch_size * (n + selected)
     micro = 1 if dynamic else args.rollout.micro_batch_size
     if forward % (ranks * micro):
         found.append(

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from bond_plugin.host import batches, flags
-
-#: Per-row target in ``Experience.info``; -1 on rows that are not trained on.
-TARGET = "bond_classifier_target"
+from bond_plugin.host.rows import ROWS
 
 
 def wanted(args: Any) -> bool:
     """Whether this run's algorithm trains a classifier."""
     algorithm = flags.algorithm(args)
-    return algorithm is not None and algorithm.samples().classifier
+    return algorithm is not None and algorithm.needs().classifier
 
 
 def logits_of(critic: Any, sequences: Tensor, attention_mask: Tensor) -> Tensor:
@@ -49,13 +47,13 @@ def training_step(original: Any, self: Any, experience: Any, step: int, loss_bat
     if not wanted(self.args):
         return original(self, experience, step, loss_batch_info)
     args = self.args
-    target = torch.as_tensor(experience.info[TARGET], device=experience.sequences.device).float()
-    trained = target >= 0
+    device = experience.sequences.device
+    targets = [row.classifier_target for row in experience.info[ROWS]]
+    trained = torch.tensor([target is not None for target in targets], device=device)
+    target = torch.tensor([target or 0.0 for target in targets], device=device)
     self.critic.train()
     logits = logits_of(self.critic, experience.sequences, experience.attention_mask)
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, torch.where(trained, target, 0.0), reduction="none"
-    )
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     # DeepSpeed averages over ranks and micro-batches: a row's share is of all policy samples of the step.
     scale = torch.distributed.get_world_size() * batches.divisor(self.strategy) / args.train.batch_size
     loss = torch.where(trained, losses, 0.0).sum() * scale
@@ -70,17 +68,19 @@ def training_step(original: Any, self: Any, experience: Any, step: int, loss_bat
 
 
 @torch.no_grad()
-def logits(worker: Any, batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """What the trainer asks of each critic worker (through Ray): the logits of its share of a rollout.
+def logits(worker: Any, all_data: dict[str, list[Tensor]], start: int, end: int) -> list[Tensor]:
+    """What a critic's worker answers where the host asks for values: the logits of its share of a rollout.
 
     Args:
-        batches: (sequences ``[B, T]``, attention_mask ``[B, T]``) each.
+        all_data: of a rollout, ``sequences`` and ``attention_mask``, each a list of ``[B, T]``.
+        start, end: the worker's share.
 
     Returns:
         ``[B]`` float32 each, on the CPU.
     """
     device = torch.cuda.current_device()
+    share = zip(all_data["sequences"][start:end], all_data["attention_mask"][start:end], strict=True)
     worker.critic.eval()
-    found = [logits_of(worker.critic, s.to(device), a.to(device)).cpu() for s, a in batches]
+    found = [logits_of(worker.critic, s.to(device), a.to(device)).cpu() for s, a in share]
     worker.critic.train()
     return found

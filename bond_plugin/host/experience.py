@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
-from bond_plugin.algorithms.base import AdvantageInputs
-from bond_plugin.host import classifier
+from bond_plugin.algorithms import assemble
+from bond_plugin.algorithms.base import AdvantageInputs, Algorithm
+from bond_plugin.host import state
 from bond_plugin.host.rewards import RewardError, finite
-from bond_plugin.host.sampling import Rollout, Rollouts
-from bond_plugin.offline.engine import seed
-
-#: Per-row mark in ``Experience.info``: 1 for companions. Taken out again before the host would log it.
-COMPANION = "bond_companion"
+from bond_plugin.host.rows import ROWS, Row
+from bond_plugin.host.sampling import Rollout
 
 
 class EngineGapError(RuntimeError):
@@ -33,9 +31,9 @@ class Batch:
 
     def __init__(self, experiences: list[Any], n: int) -> None:
         self.experiences, self.n = experiences, n
-        self._places = torch.tensor([place for e in experiences for place in e.index])
-        self.size = len(self._places)
-        self.order = self._places.argsort()
+        self.places = torch.tensor([place for e in experiences for place in e.index])
+        self.size = len(self.places)
+        self.order = self.places.argsort()
         given = [prompt for e in experiences for prompt in e.prompts]
         prompts = [given[row] for row in self.order]
         self.prompts = prompts[::n]
@@ -45,6 +43,18 @@ class Batch:
     def rows(self, values: list[torch.Tensor]) -> torch.Tensor:
         """One number a row, ``[B]`` for each experience, as ``[P, n]`` float64."""
         return torch.cat([v.flatten() for v in values]).double()[self.order].reshape(-1, self.n)
+
+    def rewards(self) -> torch.Tensor:
+        """``[P, n]`` float64.
+
+        Raises:
+            RewardError: one is no number; the message has its prompt.
+        """
+        found = self.rows([e.rewards for e in self.experiences])
+        for prompt, of_prompt in zip(self.prompts, found.tolist(), strict=True):
+            for reward in of_prompt:
+                finite(reward, prompt)
+        return found
 
     def tokens(self, values: list[torch.Tensor]) -> torch.Tensor:
         """One number a token, ``[B, A]`` for each experience, as ``[P, n, A']``: response tokens from the left."""
@@ -60,153 +70,136 @@ class Batch:
 
         That is another order than the rollout's where micro-batches are made by tokens.
         """
-        return values.flatten(0, 1)[self._places]
+        return values.flatten(0, 1)[self.places]
 
     def spread(self, advantages: torch.Tensor) -> None:
-        """Give each experience its ``advantages``, from one number a row ``[P, n]`` or a token ``[P, n, A']``.
-
-        Raises:
-            FloatingPointError: one is not finite.
-        """
-        if not torch.isfinite(advantages).all():
-            raise FloatingPointError("an advantage is not finite: a log-probability of the policy or anchor is not")
-        ordered = self.in_turn(advantages)
-        start = 0
+        """Give each experience its ``advantages``, ``[P, n, A']``: of response tokens from the left."""
+        start, ordered = 0, self.in_turn(advantages)
         for e in self.experiences:
             mask = e.action_mask.bool()
             part = ordered[start : start + len(mask)].float()
             start += len(mask)
             e.advantages = torch.zeros(mask.shape)
-            if part.dim() == 1:
-                part = part.unsqueeze(-1).expand(-1, max(mask.shape[-1], 1))
             e.advantages[mask] = part[torch.arange(part.shape[-1]) < mask.sum(dim=-1, keepdim=True)]
 
 
-def inputs_of(
+def under_weights(maker: Any, experiences: list[Any]) -> dict[str, list[torch.Tensor]]:
+    """Log-probabilities by weights, ``policy`` among them: ``[B, A]`` for each experience.
+
+    Without those that are there for a part of the experiences only.
+    """
+    whole = {name: values for name, values in state.of(maker).log_probs.items() if all(v is not None for v in values)}
+    return {"policy": [e.action_log_probs for e in experiences], **whole}
+
+
+def assembled(
     maker: Any,
-    algorithm: Any,
+    algorithm: Algorithm,
     batch: Batch,
-    under: dict[str, list[torch.Tensor]],
     n: int,
-    companion_rewards: torch.Tensor | None = None,
+    source_rewards: torch.Tensor | None = None,
     classifier_logits: torch.Tensor | None = None,
-) -> AdvantageInputs:
-    """What an algorithm is given of a rollout.
+) -> assemble.Assembled:
+    """The advantages of a rollout.
 
     Args:
         maker: the host's experience maker.
-        batch: its rows; the first ``n`` of a prompt are the policy's.
-        under: log-probabilities by weights, ``policy`` among them, ``[B, A]`` for each experience.
-        companion_rewards: ``[P, m]``, of all companions; ``None`` without.
-        classifier_logits: as there.
+        algorithm: see there.
+        batch: the rows; the first ``n`` of a prompt are the policy's.
+        n: see there.
+        source_rewards: ``[P, m]``, of all source samples; ``None`` without.
+        classifier_logits: ``[P, n]``, or ``None``.
+
+    Raises:
+        ContractError: see :func:`bond_plugin.algorithms.assemble.advantages`.
+        RewardError: see :meth:`Batch.rewards`.
     """
-    wants, args = algorithm.samples(), maker.args
-    policy = batch.tokens(under["policy"])
-    totals = policy.sum(dim=-1)
-    ratios = {name: policy - batch.tokens(values) for name, values in under.items() if name != "policy"}
-    rewards = batch.rows([e.rewards for e in batch.experiences])[:, :n]
-    if companion_rewards is None:
-        companion_rewards = rewards[:, :0]
-    reference_rewards = behaviour = None
-    if wants.reward_cache:
+    args = maker.args
+    under = {name: batch.tokens(values) for name, values in under_weights(maker, batch.experiences).items()}
+    drawn = [e.rollout_log_probs for e in batch.experiences]
+    if args.train.async_enable and all(each is not None for each in drawn):
+        under["behaviour"] = batch.tokens(drawn)
+    rewards = batch.rewards()[:, :n]
+    reference_rewards = None
+    if algorithm.needs().reward_cache:
         from bond_plugin.offline import make_cache
 
         reference_rewards = make_cache.rewards_for(args, batch.prompts)
-    drawn = [e.rollout_log_probs for e in batch.experiences]
-    if args.train.async_enable and all(each is not None for each in drawn):
-        behaviour = (totals - batch.tokens(drawn).sum(dim=-1))[:, :n]
-    source = ratios[wants.source] if wants.source_log_probs else None
-    step = getattr(maker, "bond_step", 0)
-    return AdvantageInputs(
-        rewards=rewards,
-        log_probs=totals[:, :n],
-        companion_rewards=companion_rewards,
-        companion_log_probs=totals[:, n:],
-        source_log_probs=None if source is None else (totals - source.sum(dim=-1))[:, :n],
-        generator=torch.Generator().manual_seed(seed(args.train.seed, step, "advantages")),
+    return assemble.advantages(
+        algorithm,
+        rewards,
+        rewards[:, :0] if source_rewards is None else source_rewards,
+        under,
+        state.of(maker).generator("advantages"),
         reference_rewards=reference_rewards,
         classifier_logits=classifier_logits,
-        source_log_ratios=source,
-        reference_log_ratios=ratios.get("reference"),
-        behaviour_log_ratios=behaviour,
     )
 
 
-def of_step(inputs: AdvantageInputs) -> dict[str, float]:
+def of_step(maker: Any, inputs: AdvantageInputs, batch: Batch) -> dict[str, float]:
     """What is shown of every step, whatever the algorithm."""
     found = {"reward/policy": inputs.rewards.mean().item()}
+    totals = []  # of log pi - log pi_initial, a response each
     if inputs.reference_log_ratios is not None:
-        n = inputs.rewards.shape[-1]
-        found["bond/kl_ref"] = inputs.reference_log_ratios[:, :n].sum(dim=-1).mean().item()
+        totals = [inputs.reference_log_ratios[:, : inputs.rewards.shape[-1]].sum(dim=-1).flatten()]
+    else:
+        for e, log_probs in zip(batch.experiences, state.of(maker).log_probs.get("reference", ()), strict=False):
+            if log_probs is not None:
+                ratios = e.action_log_probs.double() - log_probs.double()
+                totals.append(ratios.where(e.action_mask.bool(), 0.0).sum(dim=-1))
+    if totals:
+        found["bond/kl_ref"] = torch.cat(totals).mean().item()
     return found
 
 
 @torch.no_grad()
 def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> list[Any]:
-    """The host's experience maker, for rollouts with companions; other rollouts go the host's way."""
+    """The host's experience maker, for rollouts with source samples; other rollouts go the host's way."""
     if not isinstance(rollout_samples, Rollout):
         return original(self, rollout_samples)
     from openrlhf.trainer.ppo_utils.length_penalty import apply_length_penalties
 
-    rollouts: Rollouts = self.bond
-    algorithm, wants = rollouts.algorithm, rollouts.wants
-    policy, companions = list(rollout_samples), rollout_samples.companions
+    kept = state.of(self)
+    algorithm = kept.engines.algorithm
+    needs = algorithm.needs()
+    policy, source = list(rollout_samples), rollout_samples.source_samples
     prompts = self.args.rollout.batch_size
-    n, m = len(policy) // prompts, len(companions) // prompts
-    if any(companions[i].prompts != policy[i // m * n].prompts for i in range(len(companions))):
+    n, m = len(policy) // prompts, len(source) // prompts
+    if any(source[i].prompts != policy[i // m * n].prompts for i in range(len(source))):
         raise RuntimeError("samples of different prompts are mixed up")
 
-    _score(self, [*policy, *companions])
-    for row in (*policy, *companions):
-        row.rewards = row.rewards.float()
-    apply_length_penalties([*policy, *companions], self.args)
-    _finite_rewards(policy)
-    companion_rewards = _finite_rewards(companions).reshape(prompts, m)
+    _score(self, [*policy, *source])
+    for sample in (*policy, *source):
+        sample.rewards = sample.rewards.float()
+    apply_length_penalties([*policy, *source], self.args)
+    scored = [finite(float(sample.rewards.flatten()[0]), sample.prompts[0]) for sample in source]
+    source_rewards = torch.tensor(scored, dtype=torch.float64).reshape(prompts, m)
 
-    chosen = torch.zeros(prompts, 0, dtype=torch.long)
-    if wants.trained_companions:
-        chosen = algorithm.select(companion_rewards, rollouts.generator("select"))
-    rows: list[Any] = []
-    for p in range(prompts):
-        rows += policy[p * n : (p + 1) * n]
-        rows += [companions[p * m + int(i)] for i in chosen[p]]
+    samples = [policy[p * n : (p + 1) * n] + source[p * m : (p + 1) * m] for p in range(prompts)]
+    places = assemble.select(algorithm, n, source_rewards, kept.generator("select"))
+    rows = [samples[p][place] for p in range(prompts) for place in places[p].tolist()]
 
-    # The host's forward pass of the policy; rewards are there already, so it computes log-probabilities only.
-    critics, self.critic_model_group = self.critic_model_group, None  # a classifier is asked below, in its way
-    try:
-        experiences = self.make_experience(self.split_rollout_samples(rows))
-    finally:
-        self.critic_model_group = critics
-    batch = Batch(experiences, n + chosen.shape[-1])
-    under = {"policy": [e.action_log_probs for e in experiences], **getattr(self, "bond_log_probs", {})}
-    logits = None
-    if wants.classifier:
-        logits = batch.rows(rollouts.classifier_logits(experiences))[:, :n]
+    # The host's forward passes; rewards are there already, and in the critic's slot can only be the classifier.
+    experiences = self.make_experience(self.split_rollout_samples(rows))
+    batch = Batch(experiences, places.shape[-1])
+    logits = batch.rows([e.values for e in experiences])[:, :n] if needs.classifier else None
+    found = assembled(self, algorithm, batch, n, source_rewards, logits)
+    batch.spread(found.advantages)
 
-    inputs = inputs_of(self, algorithm, batch, under, n, companion_rewards, logits)
-    found = algorithm.advantages(inputs)
-    companion_rows = torch.zeros(prompts, batch.n, dtype=torch.bool)
-    companion_rows[:, n:] = True
-    companion_rows = batch.in_turn(companion_rows)
-    metrics = rollouts.metrics
-    metrics |= {**found.metrics, **of_step(inputs)}
-    metrics[f"reward/{wants.source}"] = companion_rewards.mean().item()
-    metrics |= _engine_gaps(experiences, under, wants.source, companion_rows, algorithm.config)
-
-    advantages = found.advantages
-    if found.companion_advantages is not None:
-        if found.companion_advantages.dim() != advantages.dim():  # one number a token beside one a row
-            sizes = inputs.source_log_ratios.shape[-1]
-            wide = found.companion_advantages.unsqueeze(-1).expand(-1, -1, sizes)
-            advantages = torch.cat([advantages, wide], dim=1)
-        else:
-            advantages = torch.cat([advantages, found.companion_advantages], dim=1)
-    batch.spread(advantages)
-    targets = torch.full((prompts, batch.n), -1.0)
-    if found.classifier_targets is not None:
-        targets[:, :n] = found.classifier_targets
-    rollouts.policy_samples = policy
-    return _for_training(self, experiences, companion_rows, batch.in_turn(targets))
+    from_source = assemble.Rows(n, needs.selected_samples).from_source(prompts)
+    kept.policy_samples = policy
+    kept.metrics |= {**found.metrics, **of_step(self, found.inputs, batch)}
+    kept.metrics[f"reward/{needs.source}"] = source_rewards.mean().item()
+    kept.metrics |= _engine_gaps(
+        experiences, under_weights(self, experiences), needs.source, batch.in_turn(from_source), algorithm.config
+    )
+    targets = found.classifier_targets
+    known = [
+        Row(from_source=i >= n, classifier_target=float(targets[p, i]) if targets is not None and i < n else None)
+        for p in range(prompts)
+        for i in range(batch.n)
+    ]
+    return _for_training(self.args, experiences, [known[place] for place in batch.places.tolist()])
 
 
 def _score(maker: Any, rows: list[Any]) -> None:
@@ -228,12 +221,6 @@ def _score(maker: Any, rows: list[Any]) -> None:
     for row, score in zip((rows[place] for place in places), scores, strict=True):
         row.rewards = score.reshape(1)
         row.info["reward"] = score.reshape(1)
-
-
-def _finite_rewards(rows: list[Any]) -> torch.Tensor:
-    """The rewards of single-sample rows as float64 ``[rows]``; raises with the prompt if one is no number."""
-    values = [finite(float(row.rewards.flatten()[0]), row.prompts[0]) for row in rows]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def engine_gap(
@@ -273,51 +260,45 @@ def _engine_gaps(
     experiences: list[Any],
     under: dict[str, list[torch.Tensor]],
     source: str,
-    companion: torch.Tensor,
+    from_source: torch.Tensor,
     config: Any,
 ) -> dict[str, float]:
-    """The gaps of the policy and of what the companions were drawn from."""
+    """The gaps of the policy and of what the source samples were drawn from."""
     limit = config.max_engine_gap
-    found = engine_gap(experiences, under["policy"], ~companion, "policy", limit)
-    if companion.any() and source in under:
-        found |= engine_gap(experiences, under[source], companion, source, limit)
-        # How far the policy is from what the companions were drawn from: must exceed the gap once it moved.
-        away = _differences(experiences, under["policy"], companion).abs().mean().item()
+    found = engine_gap(experiences, under["policy"], ~from_source, "policy", limit)
+    if from_source.any() and source in under:
+        found |= engine_gap(experiences, under[source], from_source, source, limit)
+        # How far the policy is from the source: must exceed the gap once it moved.
+        away = _differences(experiences, under["policy"], from_source).abs().mean().item()
         found[f"bond/{source}_policy_gap"] = away
     return found
 
 
-def _for_training(maker: Any, experiences: list[Any], companion: torch.Tensor, targets: torch.Tensor) -> list[Any]:
-    """One experience a data-parallel rank, all of the same number of rows, in the order of ``experiences``."""
+def _for_training(args: Any, experiences: list[Any], known: list[Row]) -> list[Any]:
+    """One experience a data-parallel rank, all of the same number of rows, in the order of ``experiences``.
+
+    Args:
+        args: the run's.
+        experiences: with advantages.
+        known: of each of their rows.
+    """
     from openrlhf.trainer.ppo_utils.experience import (
         make_experience_batch,
         remove_padding_in_sequences,
         split_experience_batch,
     )
 
-    start = 0
     rows: list[Any] = []
     for e in experiences:
-        size = len(e.sequences)
-        part = slice(start, start + size)
         e.kl = e.values = e.returns = e.base_action_log_probs = None
-        e.info = {
-            "reward": e.rewards.float(),
-            COMPANION: companion[part].float(),
-        }
-        if maker.critic_model_group is not None:
-            e.info[classifier.TARGET] = targets[part].float()
+        e.info = {"reward": e.rewards.float(), ROWS: known[len(rows) : len(rows) + len(e.sequences)]}
         rows += split_experience_batch(e)
-        start += size
     rows = remove_padding_in_sequences(rows)
-    args = maker.args
     ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
-    dealt = []
     share = len(rows) // ranks
+    dealt = []
     for rank in range(ranks):
         batch = make_experience_batch(rows[rank * share : (rank + 1) * share])
-        batch.info = {
-            name: torch.stack([torch.as_tensor(value) for value in values]) for name, values in batch.info.items()
-        }
+        batch.info["reward"] = torch.stack(batch.info["reward"])
         dealt.append(batch)
     return dealt

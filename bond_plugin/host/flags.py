@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
 from bond_plugin.host import cpu, on_cpu
+from bond_plugin.options import add_flag
 from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -202,10 +203,25 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
 def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespace:
     """Keep the host's nested arguments: the host goes on to complete them, and the launch reads them."""
     nested = original(args)
+    _complete_older_hosts(nested)
     if _current is not None and hasattr(args, ESTIMATOR[2:]):
         _current.args = nested
         _current.critic = nested.critic.model_name_or_path
     return nested
+
+
+def _complete_older_hosts(args: SimpleNamespace) -> None:
+    """What OpenRLHF 0.11.0 and 0.11.1 do, under the names of the flags of 0.11.2."""
+    if not hasattr(args, "algo") or not hasattr(args.algo, "advantage"):
+        return  # one of the host's other trainers
+    if not hasattr(args.algo.advantage, "is_correction_level"):
+        args.algo.advantage.is_correction_level = "token" if args.algo.advantage.is_correction_enable else "off"
+    for node, name, value in (
+        (args.actor, "loss_agg_mode", "token-mean"),
+        (args.algo.kl, "unbiased_gradient", False),
+    ):
+        if not hasattr(node, name):
+            setattr(node, name, value)
 
 
 def _last_value(argv: list[str], option: str) -> str | None:
@@ -310,7 +326,7 @@ Sample M responses a prompt from the initial policy, score them by the run's rew
 that `bond train --bond.reward_cache FILE` reads: once for all runs with the same prompts, model and reward.
 
 Takes the flags, or the recipe, of the training run, so that prompts, template, tokenizer, sampling and reward are the
-same; those that say nothing about them are checked and not used. Stopped at any moment, the same command goes on
+same; those that say nothing about them are checked and not used. If it is interrupted, the same command goes on
 where it was. Needs no Ray.
 """
 
@@ -361,6 +377,16 @@ def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def own_flags(caching: bool = False) -> argparse.ArgumentParser:
+    """Our flags that do not depend on the algorithm, or those of ``bond cache`` alone. docs/pages.py lists them."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
+    if caching:
+        parser = argparse.ArgumentParser(add_help=False)
+        _add_cache_flags(parser)
+    return parser
+
+
 def _settle_output(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """The run's reward cache and the file to write are each other's default."""
     values, output, read = vars(parsed), "cache.output", REWARD_CACHE[2:]
@@ -382,16 +408,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, o
             raise registry.RegistryError(
                 f"'{name}' defines {option}, which every algorithm has already; rename the field"
             )
-        default = f"(default: {f.default})" if f.default != "" else "(default: none)"
-        help_text = f"{f.metadata.get('help', '')} {default}".replace("%", "%%")
-        kind: dict[str, Any]
-        if isinstance(f.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            kind = {"type": type(f.default)}
-            if "choices" in f.metadata:
-                kind["choices"] = f.metadata["choices"]
-        group.add_argument(option, default=f.default, help=help_text, **kind)
+        add_flag(group, dotted, f)
 
 
 def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estimator: str) -> str:

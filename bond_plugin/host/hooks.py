@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-SUPPORTED_HOST = ("0.11.2",)
+SUPPORTED_HOST = ("0.11.0", "0.11.1", "0.11.2")
 
 _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
 _STATES = "openrlhf.utils.deepspeed.deepspeed_utils"
@@ -255,6 +255,11 @@ def check_version() -> None:
             f"OpenRLHF {version} is installed, but openrlhf-bond supports {_supported()}. Install a supported "
             f"version: pip install openrlhf=={SUPPORTED_HOST[-1]}"
         )
+
+
+def policy_loss_values() -> int:
+    """How many values the host expects of its policy loss."""
+    return 5 if importlib.metadata.version("openrlhf") == "0.11.2" else 4
 
 
 def check_all() -> None:

@@ -9,22 +9,31 @@ host's.
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import ray
 from torch import Tensor
 
-from bond_plugin.host import flags, weights
+from bond_plugin.host import classifier, flags, state, weights
 
 #: In the place of a group of workers: answered from what the policy's workers have sent.
 SLOT = "the policy's workers"
 
 
+#: For ``bond/kl_ref`` alone, one micro-batch of so many is scored under the initial policy.
+_REPORTED = 4
+
+
 class UnderWeights(NamedTuple):
-    """What a worker says of one micro-batch: ``[B, A]`` log-probabilities under the policy and other weights."""
+    """What a worker says of one micro-batch: ``[B, A]`` log-probabilities under the policy and other weights.
+
+    ``None`` where nothing but a report wants them, and this micro-batch is not in it.
+    """
 
     policy: Tensor
-    others: dict[str, Tensor]
+    others: dict[str, Tensor | None]
 
 
 def wanted(args: SimpleNamespace) -> tuple[str, ...]:
@@ -32,48 +41,74 @@ def wanted(args: SimpleNamespace) -> tuple[str, ...]:
     algorithm = flags.algorithm(args)
     if algorithm is None:
         return ("anchor",) if flags.moving_reference(args) else ()
-    wants = algorithm.samples()
-    names = {wants.source} if wants.source_log_probs else set()
-    if wants.reference_log_probs or algorithm.config.kl_ref:
-        names.add("reference")
-    return tuple(sorted(names))
+    also = {"reference"} if algorithm.config.kl_ref else set()
+    return tuple(sorted(algorithm.needs().log_probs | also))
+
+
+def reported(args: SimpleNamespace) -> bool:
+    """Whether log-probabilities under the initial policy serve a report alone, so that a part of the samples does."""
+    algorithm = flags.algorithm(args)
+    return (
+        algorithm is not None
+        and algorithm.needs().source_samples == 0
+        and "reference" not in algorithm.needs().log_probs
+        and in_slot(args) != "reference"
+    )
 
 
 def in_slot(args: SimpleNamespace) -> str | None:
     """Which of these stand where the host has its reference model's: the anchor, if there is one."""
     names = wanted(args)
     algorithm = flags.algorithm(args)
-    if algorithm is not None and algorithm.samples().source_log_probs:
-        return algorithm.samples().source
+    if algorithm is not None and algorithm.needs().source_log_probs:
+        return algorithm.needs().source
     return names[0] if names else None
 
 
 def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, start_idx: int, end_idx: int) -> list:
-    """A worker's share of a call: the policy's forward passes also under the other weights that are wanted."""
+    """A worker's share of a call: the policy's forward passes also under the other weights that are wanted, and the
+    classifier's logits for what the host takes for a critic's values.
+    """
+    if method_name == "forward" and hasattr(self, "critic") and classifier.wanted(self.strategy.args):
+        return classifier.logits(self, all_data, start_idx, end_idx)
     found = original(self, method_name, all_data, start_idx, end_idx)
     kept = weights.of(getattr(self, "actor", None))
     names = wanted(self.strategy.args) if kept is not None and method_name == "forward" else ()
     if not names:
         return found
-    others: dict[str, list[Tensor]] = {}
+    others: dict[str, list[Tensor | None]] = {}
     for name in names:
+        data, start, end = all_data, start_idx, end_idx
+        few = name == "reference" and reported(self.strategy.args)
+        if few:
+            data = {key: values[start:end:_REPORTED] for key, values in all_data.items()}
+            start, end = 0, len(range(start, end, _REPORTED))
         with kept.swapped_in(name):
-            others[name] = original(self, method_name, all_data, start_idx, end_idx)
+            others[name] = original(self, method_name, data, start, end)
+        if few:
+            others[name] = [None if i % _REPORTED else others[name][i // _REPORTED] for i in range(len(found))]
     return [UnderWeights(policy, {name: others[name][i] for name in names}) for i, policy in enumerate(found)]
 
 
 def dispatch_forward(original: Any, self: Any, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
-    """The experience maker's calls; :data:`SLOT` needs none."""
-    return SLOT if group is SLOT else original(self, group, sync_condition, **kwargs)
+    """The experience maker's calls; :data:`SLOT` needs none, and the classifier's time is taken."""
+    if group is SLOT:
+        return SLOT
+    started = time.time()
+    refs = original(self, group, sync_condition, **kwargs)
+    if group is self.critic_model_group and classifier.wanted(self.args):
+        ray.get(refs)
+        state.of(self).timings["timing/classifier"] = time.time() - started
+    return refs
 
 
 def flatten_results(original: Any, self: Any, refs: Any, duplicate_factor: int) -> list:
     """The experience maker's results: keep what came along with the policy's, and give :data:`SLOT`'s answer."""
     if refs is SLOT:
-        return self.bond_log_probs[in_slot(self.args)]
+        return state.of(self).log_probs[in_slot(self.args)]
     found = original(self, refs, duplicate_factor)
     if found and isinstance(found[0], UnderWeights):
-        self.bond_log_probs = {name: [each.others[name] for each in found] for name in found[0].others}
+        state.of(self).log_probs = {name: [each.others[name] for each in found] for name in found[0].others}
         found = [each.policy for each in found]
     return found
 

@@ -7,7 +7,6 @@ whole optimiser step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,24 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from bond_plugin import registry
-from bond_plugin.algorithms.base import LossInputs, LossOutputs
-from bond_plugin.host import batches, checks, classifier, flags, weights
-from bond_plugin.host.experience import COMPANION
+from bond_plugin.algorithms.assemble import PolicyLoss, weighed_loss
+from bond_plugin.algorithms.base import LossInputs
+from bond_plugin.host import batches, checks, flags, hooks, weights
+from bond_plugin.host.rows import ROWS, rows_of
 
 
 def rows_per_step(args: SimpleNamespace) -> int:
-    """Responses that one optimiser step trains on: ``--train.batch_size`` samples of the policy, and companions."""
-    algorithm = flags.algorithm(args)
-    companions = algorithm.samples().trained_companions if algorithm is not None else 0
-    n = args.rollout.n_samples_per_prompt
-    return args.train.batch_size // n * (n + companions)
+    """Responses that one optimiser step trains on: ``--train.batch_size`` counts those of the policy alone."""
+    rows = rows_of(args)
+    return args.train.batch_size // rows.policy * rows.all
 
 
 def strategy_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """DeepSpeed counts every row it trains on, companions too; ``--train.batch_size`` does not."""
+    """DeepSpeed counts every row it trains on, source samples too; ``--train.batch_size`` does not."""
     original(self, *args, **kwargs)
     algorithm = flags.algorithm(self.args)
-    if algorithm is not None and algorithm.samples().companions:
+    if algorithm is not None and algorithm.needs().source_samples:
         self.train_batch_size = rows_per_step(self.args)
 
 
@@ -45,23 +43,21 @@ class PromptMeanLoss(nn.Module):
         micro_batches: micro-batches of an optimiser step on this rank, over whose losses DeepSpeed takes the mean.
     """
 
-    def __init__(self, loss: Callable[[LossInputs], LossOutputs], args: SimpleNamespace, micro_batches: int) -> None:
+    def __init__(self, loss: PolicyLoss, args: SimpleNamespace, micro_batches: int) -> None:
         super().__init__()
         self._loss = loss
         self._micro_batches = micro_batches
-        n = args.rollout.n_samples_per_prompt
-        algorithm = flags.algorithm(args)
-        self._policy_rows = n
-        self._companion_rows = algorithm.samples().trained_companions if algorithm is not None else 0
+        self.rows = rows_of(args)
+        n = self.rows.policy
         self._prompts = args.train.batch_size // n
         self._clip = tuple(args.actor.eps_clip_low_high)
         self._on_policy = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
-        self._companion: Tensor | None = None
+        self._from_source: Tensor | None = None
         self.row_losses: Tensor | None = None
 
-    def expect(self, companion: Tensor | None) -> None:
-        """Say of the micro-batch that comes next which rows are companions: ``[B]`` bool; ``None``: none."""
-        self._companion = companion
+    def expect(self, from_source: Tensor | None) -> None:
+        """Say of the micro-batch that comes next which rows are source samples: ``[B]`` bool; ``None``: none."""
+        self._from_source = from_source
 
     def forward(
         self,
@@ -73,36 +69,34 @@ class PromptMeanLoss(nn.Module):
         dp_size: int = 1,
         batch_num_tokens: Any = None,
         global_batch_size: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        companion = self._companion
-        if companion is None:
-            companion = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
-        found = self._loss(
-            LossInputs(
-                log_probs=log_probs,
-                old_log_probs=old_log_probs,
-                advantages=advantages,
-                mask=action_mask,
-                companion=companion,
-                on_policy=self._on_policy,
-                clip_low=self._clip[0],
-                clip_high=self._clip[1],
-            )
+    ) -> tuple[Any, ...]:
+        from_source = self._from_source
+        if from_source is None:
+            from_source = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
+        inputs = LossInputs(
+            log_probs=log_probs,
+            old_log_probs=old_log_probs,
+            advantages=advantages,
+            mask=action_mask,
+            from_source=from_source,
+            on_policy=self._on_policy,
+            clip_low=self._clip[0],
+            clip_high=self._clip[1],
         )
-        share = torch.where(companion, 1.0 / max(self._companion_rows, 1), 1.0 / self._policy_rows)
-        row_losses = found.row_loss * share.to(found.row_loss)
-        self.row_losses = row_losses.detach()
-        loss = row_losses.sum() * (dp_size * self._micro_batches / self._prompts)
+        found = weighed_loss(self._loss, inputs, self.rows)
+        self.row_losses = found.row_loss.detach()
+        loss = found.row_loss.sum() * (dp_size * self._micro_batches / self._prompts)
         mask = action_mask.to(log_probs.dtype)
         moved = ((old_log_probs - log_probs.detach()) * mask).sum() / mask.sum().clamp(min=1)
-        return loss, found.clip_fraction, moved, None, None
+        # The last two are of a correction that this loss does not make; the host has the second from 0.11.2 on.
+        return (loss, found.clip_fraction, moved, None, None)[: hooks.policy_loss_values()]
 
 
 def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Put a registered policy loss in the place of the host's."""
     original(self, *args, **kwargs)
     name = self.args.actor.policy_loss_type
-    if name not in checks._HOST_LOSSES:
+    if name not in checks.HOST_LOSSES:
         loss = registry.load(registry.POLICY_LOSSES, name)
         self.actor_loss_fn = PromptMeanLoss(loss, self.args, batches.divisor(self.strategy))
 
@@ -112,23 +106,24 @@ def training_step(
 ) -> dict:
     """One micro-batch: hand the loss what it needs to know of the rows; report the loss as it is meant."""
     batches.mark(self, self.actor, step)
-    companion = experience.info.pop(COMPANION, None)
-    experience.info.pop(classifier.TARGET, None)
+    known = experience.info.pop(ROWS, None)
     loss = self.actor_loss_fn
     if not isinstance(loss, PromptMeanLoss):
         return original(self, experience, kl_ctl, step, loss_batch_info)
-    if companion is not None:
-        companion = torch.as_tensor(companion, device=experience.sequences.device) > 0.5
-    loss.expect(companion)
+    from_source = None
+    if known is not None:
+        from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
+    loss.expect(from_source)
     status = original(self, experience, kl_ctl, step, loss_batch_info)
     # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
-    rows = loss._policy_rows + loss._companion_rows
-    status["metrics"]["bond/loss"] = loss.row_losses * rows
+    status["metrics"]["bond/loss"] = loss.row_losses * loss.rows.all
     status["weights"]["bond/loss"] = "sample"
-    if companion is not None:
+    if from_source is not None:
         # Likewise, "reward" on the host's bar is to be the mean over the policy's samples alone.
         reward = status["metrics"]["reward"]
-        status["metrics"]["reward"] = torch.where(companion.cpu(), 0.0, reward.cpu()) * (rows / loss._policy_rows)
+        status["metrics"]["reward"] = (
+            torch.where(from_source.cpu(), 0.0, reward.cpu()) * loss.rows.all / loss.rows.policy
+        )
     return status
 
 

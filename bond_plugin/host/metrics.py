@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bond_plugin.files import write_whole
+from bond_plugin.host import state
 from bond_plugin.offline.prompts import CONFIGURATION
 
 _SHOWN = {
@@ -120,33 +121,23 @@ def _number(value: Any) -> Any:
 
 def train_step(original: Any, self: Any, rollout_samples: Any, global_step: int) -> tuple[dict, int]:
     """Add what the experience maker measured to what the host reports."""
-    self.experience_maker.bond_step = global_step
-    status, step = original(self, rollout_samples, global_step)
-    if hasattr(self, "bond"):
-        rollouts = self.bond
-        rollouts.step = step
-        own = dict(rollouts.metrics)
-        # The host adds up everything under timing/; ours are parts of its own, so they join later.
-        self._bond_timings = {name: own.pop(name) for name in list(own) if name.startswith("timing/")}
-        status |= own
-    else:
-        for part in (getattr(self, "samples_generator", None), self.experience_maker):
-            status |= getattr(part, "bond_metrics", {})
-    return status, step
+    kept = state.of(self)
+    kept.step = global_step
+    status, kept.step = original(self, rollout_samples, global_step)
+    return status | kept.metrics, kept.step
 
 
 def rollout_stats(original: Any, self: Any, experiences: list[Any]) -> dict:
     """The host's rollout statistics are of the policy's samples."""
-    return original(self, self.bond.policy_samples if hasattr(self, "bond") else experiences)
+    return original(self, state.of(self).policy_samples or experiences)
 
 
 def save_logs_and_checkpoints(
     original: Any, self: Any, global_step: int, logs_dict: Any = None, client_states: Any = None
 ) -> None:
     """Write the step's line, then let the host log and save."""
-    logs = dict(logs_dict or {})
-    logs |= getattr(self, "_bond_timings", {})
+    logs = dict(logs_dict or {}) | state.of(self).timings
     _latest.clear()
     _latest.update({name: value for name, value in logs.items() if isinstance(value, (int, float))})
-    self.bond_log.write(global_step, logs)
+    state.of(self).log.write(global_step, logs)
     original(self, global_step, logs, client_states)

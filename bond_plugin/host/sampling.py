@@ -1,8 +1,8 @@
 """Rollouts: samples of the policy, and samples of the anchor or reference for the same prompts.
 
-The engines hold one set of weights at a time. :class:`Rollouts` knows which, asks the training workers to
-send others when they are needed, and gives every sample a seed of its own, so that a resumed run draws what
-the uninterrupted one would have drawn.
+The engines hold one set of weights at a time. :class:`Engines` knows which, and asks the training workers to send
+others when they are needed. Every sample has a seed of its own (:meth:`bond_plugin.host.state.State.seed`), so that a
+resumed run draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any
 import ray
 import torch
 
-from bond_plugin.host import classifier, flags, hooks, log_probs, metrics, weights
+from bond_plugin.host import flags, hooks, log_probs, metrics, state, weights
 from bond_plugin.host.requests import Requests
-from bond_plugin.offline.engine import seed
 
-#: Response tokens of a step, of companions too: what two algorithms cost beside each other.
+#: Response tokens of a step, of source samples too: what two algorithms cost beside each other.
 TOKENS = "rollout/generated_tokens"
 
 _REQUESTS = 32  # samples in one call to an engine; all calls are made at once
@@ -28,56 +27,38 @@ _REQUESTS = 32  # samples in one call to an engine; all calls are made at once
 class Rollout(list):
     """What the sampler hands to the experience maker: the policy's samples, prompt by prompt.
 
-    The list itself holds the policy's samples, n a prompt; ``companions`` the others, m a prompt.
+    The list itself holds the policy's samples, n a prompt; ``source_samples`` the others, m a prompt.
     """
 
-    def __init__(self, samples: list[Any], companions: list[Any]) -> None:
+    def __init__(self, samples: list[Any], source_samples: list[Any]) -> None:
         super().__init__(samples)
-        self.companions = companions
+        self.source_samples = source_samples
 
 
-class Rollouts:
-    """What a trainer whose algorithm draws companions knows of its engines and step; shared by its hooks."""
+class Engines:
+    """The engines of a trainer whose algorithm draws source samples: which weights they hold, and how to change that.
+
+    Attributes:
+        algorithm: see there.
+        holding: the weights' name.
+        tokenizer: a reference of Ray.
+    """
 
     def __init__(self, trainer: Any, algorithm: Any) -> None:
         self.algorithm = algorithm
-        self.wants = algorithm.samples()
-        self.args = trainer.args
         self.actors = trainer.actor_model_group
-        self.critics = trainer.critic_model_group
-        self.step = 0
         self.holding = "policy"
-        self.metrics: dict[str, float] = {}
-        self.policy_samples: list[Any] = []
         self.tokenizer = ray.put(SharedTokenizer(trainer.tokenizer))
 
-    def hold(self, name: str) -> None:
-        """Make the engines hold the weights ``name``, if they do not already."""
+    def hold(self, name: str, timings: dict[str, float]) -> None:
+        """Make the engines hold the weights ``name``, if they do not already; add the time that takes."""
         if self.holding == name:
             return
         started = time.time()
         self.holding = "unknown"  # until all have arrived
         ray.get([actor.__ray_call__.remote(weights.broadcast, name) for actor in self.actors._actor_handlers])
         self.holding = name
-        self.metrics[f"timing/sync_{name}"] = time.time() - started
-
-    def classifier_logits(self, experiences: list[Any]) -> list[torch.Tensor]:
-        """The classifier's logit of each row of each experience: ``[B]`` each."""
-        batches = [(e.sequences, e.attention_mask) for e in experiences]
-        started = time.time()
-        handles = self.critics._actor_handlers
-        share = -(-len(batches) // len(handles))
-        refs = [
-            critic.__ray_call__.remote(classifier.logits, batches=batches[i * share : (i + 1) * share])
-            for i, critic in enumerate(handles)
-        ]
-        found = [result for part in ray.get(refs) for result in part]
-        self.metrics["timing/classifier"] = time.time() - started
-        return found
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """A source of randomness for this step that no sharding and no resumption changes."""
-        return torch.Generator().manual_seed(seed(self.args.train.seed, self.step, purpose))
+        timings[f"timing/sync_{name}"] = time.time() - started
 
 
 class SharedTokenizer:
@@ -108,12 +89,13 @@ def _restore_tokenizer(key: str, payload: bytes) -> Any:
 
 
 def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: Any) -> None:
-    """Put other weights' log-probabilities where the reference model's are; for companions, attach
-    :class:`Rollouts`.
+    """Put other weights' log-probabilities where the reference model's are; for source samples, keep
+    :class:`Engines`.
     """
     original(self, strategy, *args, **kwargs)
     hooks.attach(self, "openrlhf.trainer.ppo_trainer:BasePPOTrainer")
-    self.bond_log = metrics.MetricsFile(self.args)
+    kept = state.share(self)
+    kept.log = metrics.MetricsFile(self.args)
     if log_probs.wanted(self.args):
         self.experience_maker.initial_model_group = log_probs.SLOT
     algorithm = flags.algorithm(self.args)
@@ -124,28 +106,24 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
     loader = getattr(self, "prompts_dataloader", None)  # elsewhere in an asynchronous run
     if loader is not None and len(loader) < self.args.rollout.batch_size:
         raise ValueError(_too_few(len(loader), self.args))
-    if not algorithm.samples().companions:
-        return
-    self.bond = Rollouts(self, algorithm)
-    self.samples_generator.bond = self.bond
-    self.experience_maker.bond = self.bond
+    if algorithm.needs().source_samples:
+        kept.engines = Engines(self, algorithm)
 
 
 def init_checkpoint_states(original: Any, self: Any) -> dict:
     """Resuming: the step, and with it all seeds, go on where the checkpoint was written."""
-    states = original(self)
-    self.bond_log.resume(states["global_step"])
-    self.experience_maker.bond_step = states["global_step"]
-    if hasattr(self, "bond"):
-        self.bond.step = states["global_step"]
+    states, kept = original(self), state.of(self)
+    kept.step = states["global_step"]
+    kept.log.resume(kept.step)
     return states
 
 
 def broadcast_to_vllm(original: Any, self: Any) -> None:
     """The host sends the policy after each training step."""
     original(self)
-    if hasattr(self, "bond"):
-        self.bond.holding = "policy"
+    engines = state.of(self).engines
+    if engines is not None:
+        engines.holding = "policy"
 
 
 # The sampler.
@@ -155,7 +133,7 @@ def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
     """The engines must report log-probabilities of the distribution they sample from, temperature included."""
     run = flags.current()
     algorithm = flags.algorithm(run.args) if run is not None and run.args is not None else None
-    if algorithm is not None and algorithm.samples().companions:
+    if algorithm is not None and algorithm.needs().source_samples:
         import inspect
 
         bound = inspect.signature(original).bind(*args, **kwargs)
@@ -166,27 +144,30 @@ def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> list[Any]:
     """Evaluation is of the policy."""
-    if hasattr(self, "bond"):
-        self.bond.hold("policy")
+    kept = state.of(self)
+    if kept.engines is not None:
+        kept.engines.hold("policy", kept.timings)
     return original(self, **generate_kwargs)
 
 
 @torch.no_grad()
 def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
-    """One rollout batch: the host's, or n samples of the policy and m companions for each prompt.
+    """One rollout batch: the host's, or n samples of the policy and m source samples for each prompt.
 
     Returns, as the host's does: the samples, the filter's pass rate (none here), the number of prompts
     taken, and whether the prompts are exhausted.
     """
-    if not hasattr(self, "bond"):
+    kept = state.of(self)
+    kept.timings = {}
+    if kept.engines is None:
         return _of_the_policy(original, self, generate_kwargs)
     from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
 
-    rollouts: Rollouts = self.bond
+    needs = kept.engines.algorithm.needs()
     if getattr(self, "_dataloader_iter", None) is None:
         # The host's loader draws its order from a generator that no flag seeds. Here it depends on the seed and
         # on the step at which the episode begins, so that a resumed run has it too.
-        self.prompts_dataloader.sampler.generator.manual_seed(seed(self.args.train.seed, rollouts.step, "prompts"))
+        self.prompts_dataloader.sampler.generator.manual_seed(kept.seed("prompts"))
         self._dataloader_iter = iter(self.prompts_dataloader)
     wanted = self.args.rollout.batch_size
     prompts, labels, _images, exhausted = _collect_prompt_batch(self._dataloader_iter, wanted)
@@ -200,14 +181,12 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
             )
         return [], None, len(prompts), True
 
-    rollouts.metrics = {TOKENS: 0}
-    rollouts.hold("policy")
-    samples = _draw(self, "policy", self.args.rollout.n_samples_per_prompt, prompts, labels, generate_kwargs)
-    companions: list[Any] = []
-    if rollouts.wants.companions:
-        rollouts.hold(rollouts.wants.source)
-        companions = _draw(self, rollouts.wants.source, rollouts.wants.companions, prompts, labels, generate_kwargs)
-    return Rollout(samples, companions), None, len(prompts), exhausted
+    kept.metrics = {TOKENS: 0}
+    drawn = {}
+    for name, count in (("policy", self.args.rollout.n_samples_per_prompt), (needs.source, needs.source_samples)):
+        kept.engines.hold(name, kept.timings)
+        drawn[name] = _draw(self, name, count, prompts, labels, generate_kwargs)
+    return Rollout(drawn["policy"], drawn[needs.source]), None, len(prompts), exhausted
 
 
 def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
@@ -216,7 +195,7 @@ def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
     if ours:
         options = {**options, "min_new_tokens": 0}  # the policy may end at once: a sample is a sample of the policy
     samples, pass_rate, prompts, exhausted = original(self, **options)
-    self.bond_metrics = {TOKENS: _tokens(samples)}
+    state.of(self).metrics = {TOKENS: _tokens(samples)}
     wanted = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
     if ours and len(samples) < wanted:
         if len(self.prompts_dataloader) < self.args.rollout.batch_size:  # an asynchronous run has it only here
@@ -246,7 +225,7 @@ def _draw(
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    rollouts: Rollouts = sampler.bond
+    kept = state.of(sampler)
     started = time.time()
     params = SamplingParams(
         temperature=options.get("temperature", 1.0),
@@ -268,12 +247,12 @@ def _draw(
                 prompt=Requests(
                     prompts=[prompts[i] for i, _ in part],
                     labels=[labels[i] for i, _ in part],
-                    seeds=[seed(sampler.args.train.seed, rollouts.step, source, i, j) for i, j in part],
+                    seeds=[kept.seed(source, i, j) for i, j in part],
                 ),
                 label=None,
                 sampling_params=params,
                 max_length=options.get("max_len", 2048),
-                hf_tokenizer=rollouts.tokenizer,
+                hf_tokenizer=kept.engines.tokenizer,
                 num_samples=1,
             )
             calls.append((ref, part))
@@ -285,8 +264,8 @@ def _draw(
                 drawn[place] = sampler._process_response_into_experience(response, **options)
             progress.update(len(part))
     samples = [drawn[i, j] for i in range(len(prompts)) for j in range(count)]
-    rollouts.metrics[f"timing/generate_{source}"] = time.time() - started
-    rollouts.metrics[TOKENS] += _tokens(samples)
+    kept.timings[f"timing/generate_{source}"] = time.time() - started
+    kept.metrics[TOKENS] += _tokens(samples)
     return samples
 
 

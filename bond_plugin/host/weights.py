@@ -268,10 +268,10 @@ def _kept_beside(args: Any) -> tuple[float | None, int | None, bool]:
     algorithm = flags.algorithm(args)
     if algorithm is None:
         return *(flags.moving_reference(args) or (None, None)), False
-    wants = algorithm.samples()
-    needed = wants.companions > 0 or wants.source_log_probs
-    reference = algorithm.config.kl_ref or wants.reference_log_probs or (needed and wants.source == "reference")
-    return wants.anchor_eta, wants.anchor_interval, reference
+    needs = algorithm.needs()
+    needed = needs.source_samples > 0 or needs.source_log_probs
+    reference = algorithm.config.kl_ref or needs.reference_log_probs or (needed and needs.source == "reference")
+    return needs.anchor_eta, needs.anchor_interval, reference
 
 
 def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> None:

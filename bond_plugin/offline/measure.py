@@ -98,7 +98,8 @@ def measure(
     """
     import torch
 
-    from bond_plugin.bestofn import log_bon_ratio, pass_at_n, quantiles, win_rate
+    from bond_plugin.bestofn.distribution import log_bon_ratio, quantiles
+    from bond_plugin.bestofn.estimates import pass_at_n, win_rate
     from bond_plugin.offline import likelihood
 
     prompt_ids = [one.prompt_ids for one in policy.samples]

@@ -474,7 +474,8 @@ def summary(cache: Cache, prompts: Sequence[str] | None = None) -> Overview:
     Raises:
         PromptError: a prompt is not in the cache.
     """
-    from bond_plugin.bestofn import expected_max, quantiles
+    from bond_plugin.bestofn.distribution import quantiles
+    from bond_plugin.bestofn.estimates import expected_max
 
     prompts = cache.prompts if prompts is None else prompts
     cache.check(prompts)

@@ -3,7 +3,7 @@
     .venv/bin/python recipes/miniature/noise_scale.py mini --output runs/noise-scale
 
 Responses of the policy, by default the initial one, are drawn once and given to all methods, 8 for each prompt: each
-method has as many, companions included (Algorithm 2 of J-BOND 6 + 2). The initial policy is the reference and the
+method has as many, source samples included (Algorithm 2 of J-BOND 6 + 2). The initial policy is the reference and the
 anchor; `--policy FOLDER` takes a trained one, and then only methods that draw nothing of the anchor are compared.
 What makes weights of the responses is what `bond train` runs: the algorithms' `select` and `advantages`, the
 transforms' rewards. From the gradients g of independent batches,
@@ -34,6 +34,7 @@ from miniature import reward as classifier
 from stages import positive, write_rows
 from torch import Tensor
 
+from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import AdvantageInputs, Algorithm, TransformInputs
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
@@ -71,37 +72,19 @@ Weights = Callable[[Known], Tensor]
 
 
 def of_algorithm(algorithm: Algorithm) -> Weights:
-    """The weights of an algorithm that takes its companions from the end of a prompt's responses."""
+    """The weights of an algorithm that takes its source samples from the end of a prompt's responses."""
 
     def weights(known: Known) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        wanted = algorithm.samples()
-        own = RESPONSES - wanted.companions
-        policy, companions = known.rewards[:, :own], known.rewards[:, own:]
-        chosen = torch.zeros(len(policy), 0, dtype=torch.long)
-        if wanted.trained_companions:
-            chosen = algorithm.select(companions, generator) + own
-        rows = torch.cat([torch.arange(own).expand(len(policy), own), chosen], dim=1).unsqueeze(-1)
-        log_ratios = known.log_ratios.take_along_dim(rows, dim=1)
-        totals = known.log_probs.sum(dim=-1)
-        made = algorithm.advantages(
-            AdvantageInputs(
-                rewards=policy,
-                log_probs=totals[:, :own],
-                companion_rewards=companions,
-                companion_log_probs=totals.gather(1, chosen),
-                source_log_probs=totals[:, :own] - log_ratios[:, :own].sum(dim=-1),
-                generator=generator,
-                source_log_ratios=log_ratios,
-                reference_log_ratios=log_ratios,
-            )
-        )
-        result = torch.zeros_like(known.log_probs)
-        result[:, :own] = _per_token(made.advantages) / own
-        if chosen.shape[1]:
-            extra = _per_token(made.companion_advantages).expand(*chosen.shape, result.shape[-1])
-            result.scatter_(1, chosen.unsqueeze(-1).expand(extra.shape), extra / chosen.shape[1])
-        return result
+        needs, generator = algorithm.needs(), torch.Generator().manual_seed(0)
+        own, prompts = RESPONSES - needs.source_samples, len(known.rewards)
+        source_rewards = known.rewards[:, own:]
+        places = assemble.select(algorithm, own, source_rewards, generator).unsqueeze(-1)
+        policy, ratios = (each.take_along_dim(places, dim=1) for each in (known.log_probs, known.log_ratios))
+        under = {"policy": policy} | dict.fromkeys(needs.log_probs, policy - ratios)
+        made = assemble.advantages(algorithm, known.rewards[:, :own], source_rewards, under, generator).advantages
+        rows = assemble.Rows(own, needs.selected_samples)
+        each = made * rows.weights(rows.from_source(prompts)).unsqueeze(-1)
+        return torch.zeros_like(known.log_probs).scatter_(1, places.expand(each.shape), each)
 
     return weights
 

@@ -23,9 +23,8 @@ from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 
-from bond_plugin.host import batches, flags, loss
-from bond_plugin.host.classifier import TARGET
-from bond_plugin.host.experience import COMPANION
+from bond_plugin.host import batches, loss
+from bond_plugin.host.rows import ROWS, Row, rows_of
 
 STEPS, TOKENS, LENGTH = 2, 48, 20
 mark, setup = batches.mark, batches.setup_dynamic_batch
@@ -34,8 +33,8 @@ with open(sys.argv[1]) as file:
 words = list(sys.argv)
 
 
-def rows_of(count: int, companions: int) -> Experience:
-    """``count`` rows of unequal length, the same on all ranks; every other one a companion."""
+def experience_of(count: int, selected: int) -> Experience:
+    """``count`` rows of unequal length, the same on all ranks; every other one a source sample, if any are."""
     data = torch.Generator().manual_seed(0)
     first = torch.randint(0, 5, (count, 1), generator=data)
     last = torch.randint(8, LENGTH + 1, (count, 1), generator=data)
@@ -43,7 +42,8 @@ def rows_of(count: int, companions: int) -> Experience:
     mask = ((first <= place) & (place < last)).long()
     action_mask = ((first + 2 < place) & (place < last))[:, 1:]
     draw = torch.randn(4, count, LENGTH - 1, generator=data)
-    companion = (torch.arange(count) % 2 == 1) & (companions > 0)
+    targets = draw[0, :, 0].sigmoid().tolist()
+    source = [selected > 0 and i % 2 == 1 for i in range(count)]
     return Experience(
         sequences=torch.randint(2, 28, mask.shape, generator=data) * mask,
         attention_mask=mask,
@@ -57,8 +57,7 @@ def rows_of(count: int, companions: int) -> Experience:
         total_length=mask.sum(-1).float(),
         info={
             "reward": torch.zeros(count),
-            **({COMPANION: companion.float()} if companions else {}),
-            TARGET: torch.where(companion, -1.0, draw[0, :, 0].sigmoid()),
+            ROWS: [Row(of, None if of else target) for of, target in zip(source, targets, strict=True)],
         },
     )
 
@@ -72,8 +71,6 @@ def run(kind: str, stage: int, mode: str) -> dict:
     args.train.micro_batch_size = 1
     steps = STEPS if mode == "windows" else 1
     args.rollout.batch_size *= steps
-    algorithm = flags.algorithm(args)
-    companions = algorithm.samples().trained_companions if algorithm is not None else 0
     batches.mark = (lambda *_: None) if mode == "broken" else mark
 
     strategy = DeepspeedStrategy(
@@ -104,7 +101,7 @@ def run(kind: str, stage: int, mode: str) -> dict:
         trainer = ActorPPOTrainer(strategy, model, None, optimizer, scheduler, micro_train_batch_size=1)
         engine, fit = model.model, lambda: trainer.ppo_train(0.0)
 
-    rows = rows_of(steps * loss.rows_per_step(args), companions)
+    rows = experience_of(steps * loss.rows_per_step(args), rows_of(args).selected)
     share = len(rows.sequences) // dist.get_world_size()
     mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     trainer.replay_buffer.append(

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.host.loss import PromptMeanLoss
 
-PROMPTS = 8  # one policy row and one companion each
+PROMPTS = 8  # one row of the policy and one of the source each
 deepspeed.init_distributed("gloo")
 ranks, rank = dist.get_world_size(), dist.get_rank()
 CONFIG = LlamaConfig(
@@ -42,7 +42,7 @@ ids = torch.randint(0, 32, (rows, 12), generator=data)
 lengths = torch.randint(1, 12, (rows,), generator=data)
 lengths[3] = 0  # an empty response
 mask = (torch.arange(11) < lengths.unsqueeze(1)).float()
-companion = torch.arange(rows) % 2 == 1
+from_source = torch.arange(rows) % 2 == 1
 advantages = torch.randn(rows, 1, generator=data) * mask
 
 
@@ -74,7 +74,7 @@ def gradient(stage: int, micro: int) -> dict:
         part = slice(start, start + micro)
         logits = engine(input_ids=ids[part]).logits[:, :-1].float()
         log_probs = logits.log_softmax(-1).gather(-1, ids[part, 1:].unsqueeze(-1)).squeeze(-1)
-        loss_fn.expect(companion[part])
+        loss_fn.expect(from_source[part])
         loss, *_ = loss_fn(log_probs, log_probs.detach(), advantages[part], mask[part], dp_size=ranks)
         engine.backward(loss)
         if start + micro < (rank + 1) * share:

@@ -1,0 +1,182 @@
+"""One step from samples to a loss, as the host, the laboratory and the recipes all take it.
+
+    samples -> selection -> advantages -> rows -> mean over prompts
+
+Each of P prompts has n samples of the policy and m source samples, f of which are selected. Its *rows* are what
+enters the loss: the n of the policy, and then the f selected. Sampling, scoring and log-probabilities are the
+caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bond_plugin.algorithms.base import AdvantageInputs, Algorithm, LossInputs, LossOutputs
+
+PolicyLoss = Callable[[LossInputs], LossOutputs]
+
+
+class ContractError(ValueError):
+    """A method returns something else than its interface says. The message says what."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows a prompt has.
+
+    Attributes:
+        policy: n, samples of the policy, which come first.
+        selected: f, selected source samples.
+    """
+
+    policy: int
+    selected: int = 0
+
+    @property
+    def all(self) -> int:
+        return self.policy + self.selected
+
+    def from_source(self, prompts: int) -> Tensor:
+        """``[P, n + f]`` bool: which rows are source samples."""
+        return (torch.arange(self.all) >= self.policy).expand(prompts, self.all)
+
+    def weights(self, from_source: Tensor) -> Tensor:
+        """What each row counts for in the loss of its prompt: 1 / n or 1 / f, in the shape of ``from_source``."""
+        return torch.where(from_source, 1.0 / max(self.selected, 1), 1.0 / self.policy)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The rows of P prompts, ready for the loss.
+
+    Attributes:
+        inputs: what the algorithm was given.
+        advantages: ``[P, n + f, A]``, of each token; the same in all tokens of a response, also beyond its end, where
+            the algorithm has one number a response.
+        metrics: the algorithm's.
+        classifier_targets: ``[P, n]``, or ``None`` without a classifier.
+    """
+
+    inputs: AdvantageInputs
+    advantages: Tensor
+    metrics: dict[str, float]
+    classifier_targets: Tensor | None
+
+
+def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
+    """The places of a prompt's rows among its n + m samples, the policy's first: ``[P, n + f]``.
+
+    Args:
+        algorithm: see there.
+        n: samples of the policy a prompt.
+        source_rewards: ``[P, m]``.
+        generator: the only source of randomness.
+
+    Raises:
+        ContractError: the algorithm selects another number of samples, or samples that are not there.
+    """
+    needs, (prompts, m) = algorithm.needs(), source_rewards.shape
+    places = torch.arange(n).expand(prompts, n)
+    if not needs.selected_samples:
+        return places
+    chosen = algorithm.select(source_rewards, generator)
+    chosen = checked("select's indices", chosen, (prompts, needs.selected_samples))
+    if not ((chosen >= 0) & (chosen < m)).all():
+        raise ContractError(f"select's indices must lie in 0 ... {m - 1}: there are {m} source samples a prompt")
+    return torch.cat([places, n + chosen], dim=-1)
+
+
+def advantages(
+    algorithm: Algorithm,
+    rewards: Tensor,
+    source_rewards: Tensor,
+    under: Mapping[str, Tensor],
+    generator: torch.Generator,
+    *,
+    reference_rewards: Tensor | None = None,
+    classifier_logits: Tensor | None = None,
+) -> Assembled:
+    """The advantages of all rows.
+
+    Args:
+        algorithm: see there.
+        rewards: ``[P, n]`` float64, of the policy's samples.
+        source_rewards: ``[P, m]`` float64, of all source samples.
+        under: log-probabilities of each token of the rows, ``[P, n + f, A]`` float64, 0 beyond a response's end, by
+            the weights: ``policy``, those of :attr:`Needs.log_probs`, and ``behaviour`` where an earlier policy drew
+            the samples.
+        generator: the only source of randomness.
+        reference_rewards, classifier_logits: as in :class:`AdvantageInputs`.
+
+    Raises:
+        ContractError: the algorithm returns another shape than its interface says, or a number that is not finite.
+    """
+    needs, policy, n = algorithm.needs(), under["policy"], rewards.shape[-1]
+    totals = policy.sum(dim=-1)
+    ratios = {name: policy - other for name, other in under.items() if name != "policy"}
+    source, behaviour = ratios[needs.source] if needs.source_log_probs else None, ratios.get("behaviour")
+    inputs = AdvantageInputs(
+        rewards=rewards,
+        log_probs=totals[:, :n],
+        source_rewards=source_rewards,
+        selected_log_probs=totals[:, n:],
+        source_log_probs=None if source is None else (totals - source.sum(dim=-1))[:, :n],
+        generator=generator,
+        reference_rewards=reference_rewards,
+        classifier_logits=classifier_logits,
+        source_log_ratios=source,
+        reference_log_ratios=ratios.get("reference"),
+        behaviour_log_ratios=None if behaviour is None else behaviour.sum(dim=-1)[:, :n],
+    )
+    found = algorithm.advantages(inputs)
+    tokens = policy.shape[-1]
+    made = per_token("advantages", found.advantages, rewards.shape, tokens)
+    if needs.selected_samples:
+        shape = (len(rewards), needs.selected_samples)
+        made = torch.cat([made, per_token("selected_advantages", found.selected_advantages, shape, tokens)], dim=1)
+    targets = found.classifier_targets
+    if needs.classifier:
+        targets = checked("classifier_targets", targets, rewards.shape)
+    return Assembled(inputs, made, found.metrics, targets)
+
+
+def weighed_loss(policy_loss: PolicyLoss, inputs: LossInputs, rows: Rows) -> LossOutputs:
+    """The loss of each row times what the row counts for: a step's rows sum up to P times the mean over prompts.
+
+    Raises:
+        ContractError: the policy loss returns another shape than its interface says.
+    """
+    found = policy_loss(inputs)
+    row_loss = checked("row_loss", found.row_loss, inputs.from_source.shape, finite=False)
+    return replace(found, row_loss=row_loss * rows.weights(inputs.from_source).to(row_loss))
+
+
+def per_token(name: str, values: Tensor | None, shape: tuple[int, ...], tokens: int) -> Tensor:
+    """``[P, n, A]`` of what has one number a token, or one a response, which then all of its tokens have.
+
+    Raises:
+        ContractError: it has another shape, or a number that is not finite.
+    """
+    if isinstance(values, Tensor) and values.dim() == 3:
+        return checked(name, values, (*shape, tokens))
+    return checked(name, values, shape).unsqueeze(-1).expand(*shape, tokens)
+
+
+def checked(name: str, values: Tensor | None, shape: tuple[int, ...], finite: bool = True) -> Tensor:
+    """``values``, if they have the shape and, unless that does not matter, are finite.
+
+    Raises:
+        ContractError: they do not, or are not.
+    """
+    if not isinstance(values, Tensor) or tuple(values.shape) != tuple(shape):
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ContractError(f"{name} must be a tensor of shape {tuple(shape)}, got {found}")
+    if finite and not torch.isfinite(values).all():
+        raise ContractError(
+            f"{name} must be finite: a log-probability is not, or the logarithm of 0 or a division by it is taken"
+        )
+    return values

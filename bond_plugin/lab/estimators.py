@@ -1,0 +1,151 @@
+"""What a gradient estimator is on average, beside the gradient that was wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bond_plugin.bestofn.distribution import level_probabilities
+from bond_plugin.lab.learner import Learner, Training
+from bond_plugin.lab.methods import Method
+from bond_plugin.lab.problem import EnumerablePolicy, Problem
+
+SMALL = Training(samples=4)
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """How far the mean of a gradient estimator is from the exact gradient g.
+
+    Attributes:
+        bias: the norm of the bias over the norm of g, from an unbiased estimate of its square (0 where that is
+            negative).
+        resolution: the norm of the standard error of the mean over the norm of g: biases far below it cannot
+            be seen.
+        z: that estimate of the square in units of its standard deviation without bias; above 4 is a bias.
+        noise: the norm of one batch's standard deviation over the norm of g.
+        cosine: of the angle between the mean and g; 1 for an estimator that is right up to its scale.
+    """
+
+    bias: float
+    resolution: float
+    z: float
+    noise: float
+    cosine: float
+
+    @property
+    def biased(self) -> bool:
+        return self.z > 4
+
+
+def draw_gradients(
+    problem: Problem,
+    method: Method,
+    policy: EnumerablePolicy,
+    batches: int = 200,
+    training: Training = SMALL,
+    classifier: Tensor | None = None,
+) -> Tensor:
+    """The gradients of independent batches, with the reference for an anchor.
+
+    Args:
+        problem, method, policy: as for :func:`train`; the policy stays where it is.
+        batches: how many. Cached rewards are drawn anew for each, so that a bias of the cache's size M shows.
+        training: of which prompts, samples, cached and seed count.
+        classifier: ``[S]``, the classifier's logits where the method uses one.
+
+    Returns:
+        ``[batches, d]``.
+
+    Raises:
+        ContractError: see :meth:`Learner.losses`.
+    """
+    learner = Learner(problem, method, policy, training)
+    learner.anchor.zero_()  # all zeros is the reference
+    if classifier is not None:
+        learner.classifier = classifier.detach().clone().requires_grad_()
+    found = []
+    for _ in range(batches):
+        if learner.cache is not None:
+            learner.draw_cache()
+        found.append(learner.gradient())
+    return torch.stack(found)
+
+
+def gradient_error(gradients: Tensor, exact: Tensor) -> GradientError:
+    """Compare the mean of independent gradients with the exact one.
+
+    With b_i = g_i - g, the mean of b_i . b_j over pairs i != j is an unbiased estimate of the square of the
+    bias.
+
+    Args:
+        gradients: ``[B, d]``, from :func:`draw_gradients`.
+        exact: ``[d]``, from :func:`exact_gradient`.
+
+    Raises:
+        ValueError: fewer than two gradients, or shapes that do not fit.
+    """
+    if gradients.dim() != 2 or len(gradients) < 2 or gradients.shape[1:] != exact.shape:
+        raise ValueError(
+            f"need gradients [B >= 2, d] and exact [d], got {tuple(gradients.shape)} and {tuple(exact.shape)}"
+        )
+    batches = len(gradients)
+    off = gradients - exact
+    square = (off.sum(dim=0).square().sum() - off.square().sum()) / (batches * (batches - 1))
+    covariance = torch.cov(off.T).reshape(off.shape[-1], off.shape[-1])
+    spread = (2 * covariance.square().sum() / (batches * (batches - 1))).sqrt()
+    size, trace = exact.norm().item(), covariance.trace().item()
+    return GradientError(
+        bias=math.sqrt(max(0.0, square.item())) / size,
+        resolution=math.sqrt(trace / batches) / size,
+        z=(square / spread).item(),
+        noise=math.sqrt(trace) / size,
+        cosine=torch.nn.functional.cosine_similarity(gradients.mean(dim=0), exact, dim=0).item(),
+    )
+
+
+def exact_gradient(policy: EnumerablePolicy, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    """``[d]``: the gradient of ``objective(log pi)``, a function of ``[S]`` log-probabilities, by autograd."""
+    return torch.autograd.grad(objective(policy.log_probs()), policy.parameters)[0]
+
+
+def jeffreys_objective(problem: Problem, n: int, beta: float, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """``scale`` times J_beta(pi || Best-of-n of the reference), Eq. 11 of arXiv 2407.14622."""
+    target = problem.best_of(n)
+
+    def objective(log_pi: Tensor) -> Tensor:
+        forward = (target.exp() * (target - log_pi)).sum()
+        backward = (log_pi.exp() * (log_pi - target)).sum()
+        return scale * ((1 - beta) * forward + beta * backward)
+
+    return objective
+
+
+def jbond_objective(problem: Problem, beta: float) -> Callable[[Tensor], Tensor]:
+    """What J-BOND descends with the reference for its anchor: J_beta with Eq. 17's reward for the log-quantile.
+
+    In expectation that reward is -log 16 (1 - p)^2 with p the quantile, uniform in [p_<, p_<=] as ties are
+    broken at random.
+    """
+    target = problem.best_of(2)
+    p_lt, p_le = level_probabilities(problem.log_ref.exp(), problem.rewards)
+    crude = -math.log(16) * ((1 - p_lt) ** 3 - (1 - p_le) ** 3) / (3 * (p_le - p_lt))
+
+    def objective(log_pi: Tensor) -> Tensor:
+        forward = -(target.exp() * log_pi).sum()
+        backward = (log_pi.exp() * (log_pi - problem.log_ref - crude)).sum()
+        return (1 - beta) * forward + beta * backward
+
+    return objective
+
+
+def halfway(problem: Problem, n: int) -> EnumerablePolicy:
+    """The full policy half-way, in logits, from the reference to Best-of-n: where estimators are looked at."""
+    policy = problem.policy("full")
+    with torch.no_grad():
+        policy.parameters.copy_((problem.best_of(n) - problem.log_ref) / 2)
+    return policy

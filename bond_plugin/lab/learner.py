@@ -1,0 +1,218 @@
+"""Training on the laboratory's problem, through what the host runs: :mod:`bond_plugin.algorithms.assemble`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from bond_plugin import registry
+from bond_plugin.algorithms import assemble
+from bond_plugin.algorithms.base import LossInputs, RewardTransform, TransformInputs
+from bond_plugin.bestofn.divergences import centre
+from bond_plugin.lab.methods import Method, needs_of
+from bond_plugin.lab.problem import LENGTH, MASK, RESPONSES, EnumerablePolicy, Point, Problem
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a policy is trained.
+
+    Attributes:
+        steps: optimiser steps (Adam).
+        lr: learning rate. It falls to 0 along a cosine over the run, or from each renewal of a periodic anchor
+            to the next; under a moving average, whose target never rests, it stays.
+        prompts: P, copies of the one problem in a batch.
+        samples: n, samples of the policy a prompt.
+        cached: M, rewards of the reference a prompt that are drawn before training, where they are wanted.
+        seed: of everything that is drawn.
+    """
+
+    steps: int = 160
+    lr: float = 0.25
+    prompts: int = 256
+    samples: int = 8
+    cached: int = 300
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What :func:`train` returns.
+
+    Attributes:
+        trajectory: exact measurements, the first before any step and the last at the end.
+        rounds: one at the end of each period of a periodic anchor.
+        log_probs: ``[S]``, the trained policy.
+        metrics: the method's own, of the last step.
+    """
+
+    trajectory: list[Point]
+    rounds: list[Point]
+    log_probs: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def end(self) -> Point:
+        return self.trajectory[-1]
+
+    @property
+    def closest(self) -> Point:
+        """The point with the smallest KL(pi || pi_BoN): for methods whose target moves on past it."""
+        return min(self.trajectory, key=lambda point: point.kl_to_bon)
+
+
+class Learner:
+    """A method at work on a policy: it draws batches, and holds what training holds beside the policy.
+
+    That is the anchor (a moving average or a periodic copy of the parameters), the cached rewards of the
+    reference, and the classifier of quantiles: one logit a response, which is the same for every prompt as
+    all prompts are copies of one.
+    """
+
+    def __init__(self, problem: Problem, method: Method, policy: EnumerablePolicy, training: Training) -> None:
+        self.problem, self.method, self.policy, self.training = problem, method, policy, training
+        self.generator = torch.Generator().manual_seed(training.seed)
+        self.needs = needs_of(method)
+        self.rows = assemble.Rows(training.samples, self.needs.selected_samples)
+        self.anchor = policy.parameters.detach().clone()
+        self.classifier = torch.zeros(len(RESPONSES), dtype=torch.float64, requires_grad=True)
+        self.metrics: dict[str, float] = {}
+        # At the weights that drew the samples, the host's own loss has the gradient of J-BOND's: all ratios are 1.
+        name = getattr(method, "policy_loss", "ppo")
+        self.policy_loss = registry.load(registry.POLICY_LOSSES, "jbond" if name == "ppo" else name)
+        self.cache: Tensor | None = None
+        if self.needs.reward_cache:
+            self.draw_cache()
+
+    def draw_cache(self) -> None:
+        """Draw the cached rewards anew, ``[P, M]``."""
+        self.cache = self.problem.rewards[self._draw(self.problem.log_ref, self.training.cached)]
+
+    def losses(self) -> tuple[Tensor, Tensor | None]:
+        """The loss of one fresh batch, and that of the classifier, each ``[]`` with gradient.
+
+        Raises:
+            ContractError: the method returns something of another shape than its interface says, or not finite.
+        """
+        tokens = self.policy.token_log_probs()
+        drawn = self._draw(self.policy.log_probs().detach(), self.training.samples)
+        made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
+        with torch.no_grad():
+            rows, advantages, self.metrics, targets = made(drawn, tokens.detach())
+        flat = rows.flatten()
+        inputs = LossInputs(
+            log_probs=tokens[flat],
+            old_log_probs=tokens.detach()[flat],
+            advantages=advantages.flatten(0, 1) * MASK[flat],
+            mask=MASK[flat],
+            from_source=self.rows.from_source(self.training.prompts).flatten(),
+            on_policy=True,
+            clip_low=0.2,
+            clip_high=0.2,
+        )
+        found = assemble.weighed_loss(self.policy_loss, inputs, self.rows)
+        classified = None
+        if targets is not None:
+            classified = binary_cross_entropy_with_logits(self.classifier[drawn], targets)
+        return found.row_loss.sum() / self.training.prompts, classified
+
+    def gradient(self) -> Tensor:
+        """``[d]``: the gradient that one batch gives."""
+        return torch.autograd.grad(self.losses()[0], self.policy.parameters)[0]
+
+    def move_anchor(self, step: int) -> bool:
+        """After optimiser step ``step`` (from 1); returns whether a periodic anchor has been renewed."""
+        with torch.no_grad():
+            if self.needs.anchor_eta is not None:
+                self.anchor += self.needs.anchor_eta * (self.policy.parameters - self.anchor)
+            elif self.needs.anchor_interval is not None and step % self.needs.anchor_interval == 0:
+                self.anchor.copy_(self.policy.parameters)
+                return True
+        return False
+
+    def _parameters(self, name: str) -> Tensor:
+        """Of the anchor or the reference."""
+        return torch.zeros_like(self.anchor) if name == "reference" else self.anchor
+
+    def _draw(self, log_probs: Tensor, count: int) -> Tensor:
+        size = self.training.prompts * count
+        drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
+        return drawn[:size].reshape(self.training.prompts, count)
+
+    def _transformed(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, float], None]:
+        """REINFORCE on the transformed reward less its KL penalty, with the mean of the others as baseline."""
+        log_ref = self.problem.log_ref[drawn]
+        found = self.method.transform(TransformInputs(self.problem.rewards[drawn], self.cache, log_ref))
+        rewards = assemble.checked("rewards", found.rewards, drawn.shape)
+        returns = rewards - self.method.kl_coefficient * (tokens.sum(dim=-1)[drawn] - log_ref)
+        advantages = assemble.per_token("advantages", centre(returns, "batch"), drawn.shape, LENGTH)
+        return drawn, advantages, found.metrics, None
+
+    def _assembled(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, float], Tensor | None]:
+        needs, rewards = self.needs, self.problem.rewards
+        source = self._draw(self.policy.log_probs(self._parameters(needs.source)), needs.source_samples)
+        places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
+        rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
+        under = {name: self.policy.token_log_probs(self._parameters(name))[rows] for name in needs.log_probs}
+        found = assemble.advantages(
+            self.method,
+            rewards[drawn],
+            rewards[source],
+            {"policy": tokens[rows], **under},
+            self.generator,
+            reference_rewards=self.cache,
+            classifier_logits=self.classifier.detach()[drawn] if needs.classifier else None,
+        )
+        return rows, found.advantages, found.metrics, found.classifier_targets
+
+
+def train(
+    problem: Problem,
+    method: Method,
+    policy: EnumerablePolicy,
+    n: int,
+    training: Training = Training(),
+    every: int = 5,
+) -> Run:
+    """Train ``policy`` in place, measuring it exactly against Best-of-n of the reference as it goes.
+
+    Args:
+        problem: where rewards and reference come from.
+        method: an algorithm or a reward transform, as training builds it.
+        policy: from :meth:`Problem.policy`; its parameters move.
+        n: of the Best-of-n it is measured against, which need not be the method's own.
+        training: batch, steps, learning rate and seed.
+        every: steps between two measurements.
+
+    Raises:
+        ContractError: see :meth:`Learner.losses`.
+        FloatingPointError: the learning rate is too high.
+        RegistryError: the method's policy loss is not registered.
+    """
+    learner = Learner(problem, method, policy, training)
+    parameters = [{"params": [policy.parameters]}, {"params": [learner.classifier]}]
+    optimiser = torch.optim.Adam(parameters, lr=training.lr)
+    period = learner.needs.anchor_interval or training.steps
+    trajectory = [problem.measure(policy.log_probs().detach(), n)]
+    rounds: list[Point] = []
+    for step in range(1, training.steps + 1):
+        part = ((step - 1) % period) / period
+        for group in optimiser.param_groups:
+            group["lr"] = training.lr * (1.0 if learner.needs.anchor_eta else (1 + math.cos(math.pi * part)) / 2)
+        loss, classified = learner.losses()
+        optimiser.zero_grad()
+        (loss if classified is None else loss + classified).backward()
+        optimiser.step()
+        renewed = learner.move_anchor(step)
+        if renewed or step % every == 0 or step == training.steps:
+            point = problem.measure(policy.log_probs().detach(), n, step)
+            if not math.isfinite(point.kl_ref):
+                raise FloatingPointError(f"the policy is no longer finite after step {step}: lower the learning rate")
+            trajectory.append(point)
+            if renewed:
+                rounds.append(point)
+    return Run(trajectory, rounds, policy.log_probs().detach(), learner.metrics)

@@ -1,0 +1,354 @@
+"""What `bond lab` runs: every method on every problem, or one method looked at closely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from bond_plugin.algorithms.base import RewardTransform, TransformInputs
+from bond_plugin.algorithms.bond import BOND
+from bond_plugin.bestofn.distribution import level_probabilities
+from bond_plugin.lab.estimators import (
+    SMALL,
+    GradientError,
+    draw_gradients,
+    exact_gradient,
+    gradient_error,
+    halfway,
+    jbond_objective,
+    jeffreys_objective,
+)
+from bond_plugin.lab.learner import Run, Training, train
+from bond_plugin.lab.methods import CACHE, HarmonicBOND, HarmonicVBoN, Method, VBoNByN, build, needs_of
+from bond_plugin.lab.problem import Point, Problem
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a :class:`Table`: a distribution, how it was reached, and the way there."""
+
+    name: str
+    point: Point
+    note: str = ""
+    trajectory: list[Point] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one problem and one class of policies, measured against Best-of-``n``."""
+
+    title: str
+    policy: str
+    rewards: str
+    n: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Round:
+    """The end of a period of iterative BOND: the policy beside Best-of-n^m of the reference.
+
+    Attributes:
+        n: n^m.
+        policy, exact: the policy, and that Best-of-N, measured.
+        worth, gap: where the policy stands beside the whole curve, see :meth:`Problem.worth`.
+    """
+
+    n: int
+    policy: Point
+    exact: Point
+    worth: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A gradient estimator beside an exact gradient."""
+
+    name: str
+    against: str
+    error: GradientError
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What M cached rewards of the reference are good for: see :func:`sensitivity`.
+
+    Attributes:
+        bound: of vBoN.
+        samples: M.
+        kl_to_bon: mean KL(pi* || pi_BoN) over the caches, in nats.
+        low, high: the middle 90 % of the caches.
+    """
+
+    bound: str
+    samples: int
+    kl_to_bon: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that ``bond lab`` finds."""
+
+    seed: int
+    tables: dict[str, Table]
+    rounds: list[Round]
+    estimators: list[Estimator]
+    curve: list[tuple[float, Point]]
+    cached: list[Cached] = field(default_factory=list)
+
+
+Say = Callable[[str], None]
+N = 4
+_PERIOD, _ROUNDS = 60, 4
+
+
+def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
+    """Train everything, measure everything: what ``bond lab`` runs without ``--algorithm``. About a minute."""
+    strict, tied = Problem.make("strict"), Problem.make("tied")
+
+    def bond(**settings: object) -> Method:
+        return build("bond", **{"n": N, "beta": 1.0, **settings})
+
+    def paper(**settings: object) -> Method:
+        return build("jbond", eta=0.01, n_anchor_samples=2, **settings)
+
+    def vbon(bound: str) -> Method:
+        return build("vbon", n=N, bound=bound)
+
+    cached = bond(reward_cache=CACHE)
+    harmonic = {"vbon": HarmonicVBoN(vbon("l1").config), "bond": HarmonicBOND(cached.config)}
+    full = {
+        "bond beta 1, k 16": bond(),
+        "bond beta 1, k 64": bond(n_anchor_samples=64),
+        "bond beta 0.5, k 16": bond(beta=0.5),
+        "bond beta 0": bond(beta=0.0),
+        "bond beta 1, without (B)": bond(correction=False),
+        "bond beta 1, learned quantile": bond(correction=False, quantile="learned"),
+        "bon_sft": build("bon_sft", n=N),
+        "vbon exact": vbon("exact"),
+        "vbon exact, by 1/N": VBoNByN(vbon("exact").config),
+        "vbon tied": vbon("tied"),
+        "vbon l1": vbon("l1"),
+        "vbon l1, harmonic": harmonic["vbon"],
+        "bond beta 1, cached": cached,
+        "bond beta 1, cached, harmonic": harmonic["bond"],
+        "bond n 2, periodic": bond(n=2, beta=0.5, n_anchor_samples=64, anchor="periodic", anchor_interval=_PERIOD),
+        "bond n 2, ema 0.01": bond(n=2, beta=0.5, anchor="ema", eta=0.01),
+        "bond beta 1, pooled": bond(n_anchor_samples=0),
+        "bond beta 0.5, pooled": bond(beta=0.5, n_anchor_samples=0),
+        "jbond paper, eta 0.01": paper(),
+        "jbond pooled, eta 0.01": build("jbond", eta=0.01),
+        "jbond pooled, n 4, eta 0.01": build("jbond", n=4, eta=0.01),
+    }
+    restricted = {
+        "bond beta 0, k 64": bond(beta=0.0, n_anchor_samples=64),
+        "bond beta 0.5, k 64": bond(beta=0.5, n_anchor_samples=64),
+        "bond beta 1, k 64": bond(n_anchor_samples=64),
+        "bon_sft": full["bon_sft"],
+        "vbon exact": full["vbon exact"],
+    }
+    binary = {
+        "bond beta 1": bond(),
+        "bond beta 1, without (B)": bond(correction=False),
+        "bond beta 0.5": bond(beta=0.5),
+        "bond beta 0.5, without (B)": bond(beta=0.5, correction=False),
+        "vbon tied": vbon("tied"),
+        "vbon exact": vbon("exact"),
+        "vbon l1": vbon("l1"),
+        "vbon l1, harmonic": harmonic["vbon"],
+        "bond beta 1, cached": cached,
+        "bond beta 1, cached, harmonic": harmonic["bond"],
+        "jbond paper, ties expected": paper(),
+        "jbond paper, ties textbook": paper(ties="textbook"),
+        "jbond pooled": build("jbond", eta=0.01),
+    }
+    plan = {
+        "full": ("A policy that can be any distribution", strict, "full", "strict", full),
+        "restricted": ("A policy with two parameters: Best-of-N is out of reach", strict, "restricted", "strict",
+                       restricted),
+        "tied": ("Rewards 0 and 1: most samples tie", tied, "full", "tied", binary),
+    }  # fmt: skip
+    tables, rounds, draw = {}, [], seed * 1000
+    for key, (title, problem, kind, rewards, methods) in plan.items():
+        rows = _levels(problem, N)
+        for name, method in methods.items():
+            draw += 1
+            needs = needs_of(method)
+            steps = 200 if needs.anchor_eta else _PERIOD * _ROUNDS if needs.anchor_interval else 160
+            training = training_of(method, steps, draw)
+            if kind == "restricted" and isinstance(method, BOND):
+                training = replace(training, prompts=128)
+            run = train(problem, method, problem.policy(kind), N, training)
+            # The target of a moving anchor goes on past Best-of-N.
+            point = run.closest if needs.anchor else run.end
+            note = f"closest, step {point.step} of {steps}" if needs.anchor else ""
+            rows.append(Row(name, point, note, run.trajectory))
+            say(f"{kind}, {rewards}: {name}: KL to Best-of-{N} {point.kl_to_bon:.4f}")
+            rounds += _rounds(problem, 2, run)
+        tables[key] = Table(title, kind, rewards, N, rows)
+    estimators = _estimators(strict, full, draw, say)
+    return Report(
+        seed, tables, rounds, estimators, strict.curve(2.0**_ROUNDS * 1.25), sensitivity(strict, N, seed=seed)
+    )
+
+
+def sensitivity(
+    problem: Problem,
+    n: int,
+    sizes: Sequence[int] = (4, 8, 16, 32, 64, 128, 300, 1000, 3000),
+    draws: int = 400,
+    seed: int = 0,
+) -> list[Cached]:
+    """How far from Best-of-n vBoN ends up with a cache of M rewards, for each of its bounds and each M.
+
+    Needs no training: with coefficient c the optimum for a cache is pi* = pi_ref exp(r / c), normalised, where r
+    is what the reward transform itself makes of that cache. The mean is over ``draws`` caches.
+
+    Args:
+        problem: where rewards and reference come from.
+        n: >= 2.
+        sizes: the M to try.
+        draws: caches drawn for each M.
+        seed: of the caches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    target = problem.best_of(n)
+    found = []
+    for bound in ("exact", "tied", "l1"):
+        method = build("vbon", n=n, bound=bound)
+        for size in sizes:
+            drawn = torch.multinomial(
+                problem.log_ref.exp().expand(draws, -1), size, replacement=True, generator=generator
+            )
+            out = method.transform(
+                TransformInputs(
+                    rewards=problem.rewards.expand(draws, -1),
+                    reference_rewards=problem.rewards[drawn],
+                    reference_log_probs=problem.log_ref.expand(draws, -1),
+                )
+            )
+            optimum = (problem.log_ref + out.rewards / method.kl_coefficient).log_softmax(dim=-1)
+            kl = (optimum.exp() * (optimum - target)).sum(dim=-1)
+            low, high = torch.quantile(kl, torch.tensor([0.05, 0.95], dtype=kl.dtype)).tolist()
+            found.append(Cached(bound, size, kl.mean().item(), low, high))
+    return found
+
+
+def training_of(method: Method, steps: int = 160, seed: int = 0) -> Training:
+    """The batch that suits a method: cached rewards stay from step to step, so fewer prompts have more samples."""
+    size = {"prompts": 64, "samples": 32} if needs_of(method).reward_cache else {}
+    return Training(steps=steps, seed=seed, **size)
+
+
+def _batch(method: Method) -> Training:
+    """The same for :func:`draw_gradients`."""
+    return Training(prompts=64, samples=16) if needs_of(method).reward_cache else SMALL
+
+
+def examine(
+    name: str, method: Method, n: int, training: Training, policy: str = "full", rewards: str = "strict"
+) -> Report:
+    """Train one method, and look at its gradient: what ``bond lab --algorithm NAME`` runs.
+
+    Its gradient, with the reference for an anchor and half-way from it to Best-of-N, is laid beside those of
+    both directions and of Jeffreys' divergence, times the KL coefficient for a reward transform. N is the
+    method's own; without one it is 2 for a moving anchor, as in J-BOND, else n. An estimator that is right up
+    to a factor has the cosine 1 with one of them.
+
+    Args:
+        name: for the table.
+        method: from :func:`build`.
+        n: of the Best-of-n that it is measured against.
+        training: batch, steps, learning rate and seed.
+        policy, rewards: one of :data:`POLICIES` and of :data:`REWARDS`.
+
+    Raises:
+        ContractError: see :meth:`Learner.losses`.
+        RegistryError: the method's policy loss is not registered.
+    """
+    problem = Problem.make(rewards)
+    run = train(problem, method, problem.policy(policy), n, training)
+    rows = [*_levels(problem, n), Row(name, run.end, "at the end", run.trajectory)]
+    moving = needs_of(method).anchor
+    if moving:
+        rows.append(Row(f"{name}, closest", run.closest, f"step {run.closest.step} of {training.steps}"))
+    own = getattr(method.config, "n", None) or (2 if moving else n)
+    start = halfway(problem, own)
+    _, p_le = level_probabilities(problem.log_ref.exp(), problem.rewards)
+    batch = replace(_batch(method), cached=training.cached, seed=training.seed + 1)
+    gradients = draw_gradients(problem, method, start, training=batch, classifier=torch.logit(p_le, eps=1e-9))
+    scale = method.kl_coefficient if isinstance(method, RewardTransform) else 1.0
+    beta = getattr(method.config, "beta", 0.5)
+    estimators = [
+        Estimator(f"{name}, N {own}", against, gradient_error(gradients, exact_gradient(start, objective)))
+        for against, objective in (
+            ("KL(BoN || pi)", jeffreys_objective(problem, own, 0.0, scale)),
+            ("KL(pi || BoN)", jeffreys_objective(problem, own, 1.0, scale)),
+            (f"Jeffreys {beta:g}", jeffreys_objective(problem, own, beta, scale)),
+        )
+    ]
+    table = Table(f"{name}, against Best-of-{n}", policy, rewards, n, rows)
+    largest = max(2.0 * n, problem.worth(run.end)[0] * 1.25)
+    return Report(training.seed, {"one": table}, _rounds(problem, own, run), estimators, problem.curve(largest))
+
+
+def _levels(problem: Problem, n: int) -> list[Row]:
+    return [
+        Row("reference", problem.measure(problem.log_ref, n)),
+        Row(f"Best-of-{n}, exact", problem.measure(problem.best_of(n), n)),
+    ]
+
+
+def _rounds(problem: Problem, base: int, run: Run) -> list[Round]:
+    found = []
+    for m, point in enumerate(run.rounds, start=1):
+        n = base**m
+        found.append(Round(n, point, problem.measure(problem.best_of(n), n), *problem.worth(point)))
+    return found
+
+
+def _estimators(problem: Problem, methods: dict[str, Method], seed: int, say: Say) -> list[Estimator]:
+    """Of some of the table's methods and of others."""
+    policy = halfway(problem, N)
+    _, p_le = level_probabilities(problem.log_ref.exp(), problem.rewards)
+    perfect = torch.logit(p_le, eps=1e-9)
+    forward = ("KL(BoN || pi)", jeffreys_objective(problem, N, 0.0))
+    backward = ("KL(pi || BoN)", jeffreys_objective(problem, N, 1.0))
+    both = ("Jeffreys 0.5", jeffreys_objective(problem, N, 0.5))
+    scaled = ("KL(pi || BoN)/(N-1)", jeffreys_objective(problem, N, 1.0, 1 / (N - 1)))
+    pairs = ("Jeffreys 0.5 to Bo2", jeffreys_objective(problem, 2, 0.5))
+    crude = ("the same, with Eq. 17", jbond_objective(problem, 0.5))
+    many = build("bond", n=N, beta=1.0, n_anchor_samples=128)
+    paper, pooled = build("jbond", n_anchor_samples=2), build("jbond")
+    rows = [
+        ("bond beta 0", methods["bond beta 0"], forward, 0),
+        ("bon_sft", methods["bon_sft"], forward, 0),
+        ("bond beta 1, k 16", methods["bond beta 1, k 16"], backward, 0),
+        ("bond beta 1, k 128", many, backward, 0),
+        ("bond beta 1, k 16, without (B)", methods["bond beta 1, without (B)"], backward, 0),
+        ("bond beta 1, perfect classifier", methods["bond beta 1, learned quantile"], backward, 0),
+        ("bond beta 0.5, k 16", methods["bond beta 0.5, k 16"], both, 0),
+        ("vbon exact, M 16", methods["vbon exact"], scaled, 16),
+        ("vbon exact, M 300", methods["vbon exact"], scaled, 300),
+        ("vbon exact, M 300, by 1/N", methods["vbon exact, by 1/N"], scaled, 300),
+        ("vbon tied, M 300", methods["vbon tied"], scaled, 300),
+        ("vbon l1, M 300", methods["vbon l1"], scaled, 300),
+        ("bond beta 0.5, pooled", methods["bond beta 0.5, pooled"], both, 0),
+        ("jbond paper", paper, pairs, 0),
+        ("jbond paper", paper, crude, 0),
+        ("jbond pooled", pooled, pairs, 0),
+        ("jbond pooled, normalised", build("jbond", normalised=True), pairs, 0),
+    ]
+    found = []
+    for i, (name, method, (against, objective), cached) in enumerate(rows, start=1):
+        training = replace(_batch(method), cached=max(cached, 1), seed=seed + i)
+        gradients = draw_gradients(problem, method, policy, training=training, classifier=perfect)
+        error = gradient_error(gradients, exact_gradient(policy, objective))
+        found.append(Estimator(name, against, error))
+        say(f"estimators: {name}: bias {error.bias:.1%} of the gradient, seen from {error.resolution:.1%}")
+    return found

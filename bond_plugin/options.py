@@ -1,0 +1,27 @@
+"""Flags made of the fields of a config, as every command shows them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import Field
+from typing import Any
+
+
+def add_flag(group: Any, dotted: str, f: Field, **changes: Any) -> None:
+    """Add the flag ``--<dotted>`` of a field of a :class:`bond_plugin.algorithms.Config`.
+
+    Args:
+        group: a parser, or a group of one.
+        dotted: the flag's name without dashes.
+        f: made by :func:`bond_plugin.algorithms.flag`.
+        changes: ``default``, ``help`` or ``choices`` that differ from what the field says.
+    """
+    said = {"default": f.default, "help": "", **f.metadata, **changes}
+    default, text = said["default"], said["help"]
+    kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    if "choices" in said:
+        kind = {"type": type(f.default), "choices": said["choices"]}
+    elif not isinstance(f.default, bool):
+        kind = {"type": type(f.default), "metavar": {int: "N", float: "X"}.get(type(f.default), "TEXT")}
+    text = f"{text} (default: {'none' if default == '' else default})".replace("%", "%%")
+    group.add_argument(f"--{dotted}", default=default, help=text, **kind)

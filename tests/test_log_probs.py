@@ -1,0 +1,85 @@
+"""Which micro-batches a worker scores under which weights."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bond_plugin.host import log_probs, state, weights
+from bond_plugin.host.experience import Batch, of_step, under_weights
+
+
+class Kept:
+    """Weights beside the policy's, by what they add to every log-probability."""
+
+    def __init__(self) -> None:
+        self.held = "policy"
+
+    @contextmanager
+    def swapped_in(self, name: str) -> Any:
+        self.held = name
+        yield
+        self.held = "policy"
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, **bond: Any) -> tuple[SimpleNamespace, list[tuple[str, float]]]:
+    """The micro-batches 2 to 11 of a call, through a worker and the maker: the maker, and what was scored."""
+    kept, done = Kept(), []
+    monkeypatch.setattr(weights, "of", lambda _actor: kept)
+    args = SimpleNamespace(
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="jbond")), bond=SimpleNamespace(**bond)
+    )
+    worker = SimpleNamespace(actor=None, strategy=SimpleNamespace(args=args))
+    under = {"policy": 0.0, "anchor": -0.5, "reference": -1.0}
+
+    def original(_self: Any, _method: str, data: dict, start: int, end: int) -> list[torch.Tensor]:
+        done.extend((kept.held, value) for value in data["x"][start:end])
+        return [torch.full((1, 2), value * under[kept.held]) for value in data["x"][start:end]]
+
+    found = log_probs.execute_batch(original, worker, "forward", {"x": list(range(20))}, 2, 12)
+    maker = SimpleNamespace(args=args)
+    policy = log_probs.flatten_results(lambda *_: found, maker, None, 1)
+    maker.experiences = [
+        SimpleNamespace(
+            action_log_probs=each,
+            action_mask=torch.tensor([[1, 0]]),
+            index=[i],
+            prompts=[str(i)],
+            rewards=torch.zeros(1),
+        )
+        for i, each in enumerate(policy)
+    ]
+    return maker, done
+
+
+def kl_ref(maker: SimpleNamespace) -> float:
+    inputs = SimpleNamespace(rewards=torch.zeros(10, 1), reference_log_ratios=None)
+    return of_step(maker, inputs, Batch(maker.experiences, 1))["bond/kl_ref"]
+
+
+def test_a_report_alone_takes_one_micro_batch_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    maker, done = scored(monkeypatch)
+    assert [value for name, value in done if name == "anchor"] == list(range(2, 12))
+    assert [value for name, value in done if name == "reference"] == [2, 6, 10]
+    assert set(under_weights(maker, maker.experiences)) == {"policy", "anchor"}
+    there = [each is not None for each in state.of(maker).log_probs["reference"]]
+    assert there == [i in (0, 4, 8) for i in range(10)]
+    assert kl_ref(maker) == pytest.approx(6.0)  # of the first token of 2, 6 and 10; the second is no response's
+
+
+@pytest.mark.parametrize("bond", [{"gamma_ref": 0.1}, {"n_anchor_samples": 2}], ids=["pull", "samples of the anchor"])
+def test_where_they_are_needed_or_few_cannot_be_told_all_are_scored(
+    monkeypatch: pytest.MonkeyPatch, bond: dict
+) -> None:
+    maker, done = scored(monkeypatch, **bond)
+    assert [value for name, value in done if name == "reference"] == list(range(2, 12))
+    assert set(under_weights(maker, maker.experiences)) == {"policy", "anchor", "reference"}
+
+
+def test_without_the_report_the_initial_policy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, done = scored(monkeypatch, kl_ref=False)
+    assert {name for name, _ in done} == {"policy", "anchor"}
