@@ -25,3 +25,14 @@ def add_flag(group: Any, dotted: str, f: Field, **changes: Any) -> None:
         kind = {"type": type(f.default), "metavar": {int: "N", float: "X"}.get(type(f.default), "TEXT")}
     text = f"{text} (default: {'none' if default == '' else default})".replace("%", "%%")
     group.add_argument(f"--{dotted}", default=default, help=text, **kind)
+
+
+def last_value(argv: list[str], option: str) -> str | None:
+    """What ``--option value`` or ``--option=value`` says in a command line, the last time it does; or ``None``."""
+    value = None
+    for i, token in enumerate(argv):
+        if token == option and i + 1 < len(argv):
+            value = argv[i + 1]
+        elif token.startswith(option + "="):
+            value = token.partition("=")[2]
+    return value

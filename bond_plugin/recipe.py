@@ -14,9 +14,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from bond_plugin.options import last_value
 from bond_plugin.words import did_you_mean
+
+#: Names of arguments whose values are nobody's to read: ``--logger.wandb.key``.
+_SECRET = ("key",)
 
 
 class RecipeError(ValueError):
@@ -25,14 +30,9 @@ class RecipeError(ValueError):
 
 def path_from(argv: list[str]) -> Path | None:
     """The value of ``--recipe`` in ``argv``; the last one wins."""
-    path = None
-    for i, token in enumerate(argv):
-        if token == "--recipe":
-            if i + 1 >= len(argv):
-                raise RecipeError("--recipe needs a file: --recipe FILE.yaml")
-            path = argv[i + 1]
-        elif token.startswith("--recipe="):
-            path = token.partition("=")[2]
+    path = last_value(argv, "--recipe")
+    if path is None and argv and argv[-1] == "--recipe":
+        raise RecipeError("--recipe needs a file: --recipe FILE.yaml")
     return Path(path) if path is not None else None
 
 
@@ -141,6 +141,15 @@ def expand_booleans(argv: list[str], parser: argparse.ArgumentParser) -> list[st
         elif isinstance(action, argparse.BooleanOptionalAction):
             rest.append(f"--no-{option[2:]}")
     return rest
+
+
+def plain(args: Any) -> Any:
+    """A run's nested arguments as mappings, lists and scalars; what is secret is left out."""
+    if isinstance(args, SimpleNamespace):
+        return {name: plain(value) for name, value in sorted(vars(args).items()) if name not in _SECRET}
+    if isinstance(args, list | tuple):
+        return [plain(value) for value in args]
+    return args if isinstance(args, bool | int | float | str | None) else str(args)
 
 
 def _text(value: Any) -> str:

@@ -75,6 +75,22 @@ def test_dry_run_prints_configuration_versions_and_hooks(dry: Any) -> None:
     assert not ray.is_initialized()
 
 
+def test_dry_run_writes_what_it_prints_and_no_secret(dry: Any, tmp_path: Path) -> None:
+    found = dry({"logger.wandb.key": "a1b2c3"}, extra=("--json", str(tmp_path / "run.json")))
+    assert found.status == 0
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written == yaml.safe_load(found.out[found.out.index("configuration:") :])
+    assert written["configuration"]["actor"]["optim"] == "adam"
+    assert "a1b2c3" not in found.text + (tmp_path / "run.json").read_text()
+
+
+def test_a_file_for_the_dry_run_alone() -> None:
+    command = [sys.executable, "-m", "bond_plugin", "train", "--json", "run.json"]
+    done = subprocess.run(command, env=clean_environment(BOND_DEVICE="cpu"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--json FILE is for --dry-run" in done.stderr
+
+
 def test_the_hosts_own_algorithms_run_through_the_same_command(dry: Any) -> None:
     done = dry({"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 4, "algo.kl.init_coef": 0.1})
     assert done.status == 0, done.text

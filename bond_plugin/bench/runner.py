@@ -198,8 +198,6 @@ class Runner:
         Raises:
             BenchError: the cells that cannot run, each with its reason.
         """
-        import yaml
-
         self.say(f"checking the flags of {len(self.matrix.cells)} cells")
         folder = self.output / "checks"
         folder.mkdir(exist_ok=True)
@@ -213,11 +211,11 @@ class Runner:
                 return None
             log = folder / f"{cell.folder}.log"
             log.unlink(missing_ok=True)
-            status, _ = self.processes.run([*self._train(cell), "--dry-run"], log, {})
-            text = log.read_text(errors="replace")
-            if status != 0 or "configuration:" not in text:
-                return f"{cell.name}: {_error(text)}"
-            found = yaml.safe_load(text[text.index("configuration:") :])
+            said = path.with_suffix(".run.json")
+            status, _ = self.processes.run([*self._train(cell), "--dry-run", "--json", str(said)], log, {})
+            if status != 0:
+                return f"{cell.name}: {_error(log.read_text(errors='replace'))}"
+            found = read_json(said)
             configuration = {**found["configuration"], "gpu_slots": found["gpu_slots"]}
             write_json(path, {"key": key, "configuration": configuration})
             self.configurations[cell.name] = configuration

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
 from bond_plugin.host import cpu, on_cpu
-from bond_plugin.options import add_flag
+from bond_plugin.options import add_flag, last_value
 from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Invocation:
         estimator: the value of ``--algo.advantage.estimator``.
         given: destinations of the flags that the user or the recipe gave.
         dry_run: print the configuration and stop before Ray starts.
+        json: a file to write it to, too.
         caching: make a reward cache instead of training.
         args: the host's nested arguments, once the host has made them.
         parser: to report errors in the usual way.
@@ -51,6 +52,7 @@ class Invocation:
     args: SimpleNamespace | None = field(default=None)
     critic: str | None = None
     caching: bool = False
+    json: str | None = None
 
 
 _current: Invocation | None = None
@@ -150,7 +152,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
 
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
-        estimator = _last_value(argv, ESTIMATOR) or from_recipe.get(ESTIMATOR[2:])
+        estimator = last_value(argv, ESTIMATOR) or from_recipe.get(ESTIMATOR[2:])
         estimator = estimator or parser.get_default(ESTIMATOR[2:])
         if ":" in estimator:  # an import path: a module in this folder is as good as an installed one
             if os.getcwd() not in sys.path:
@@ -159,7 +161,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         selected = algorithm_class(estimator)
         if selected is not None:
             _add_config_flags(parser, estimator, selected.__module__, selected.Config.options("bond"))
-        transform = _last_value(argv, TRANSFORM) or from_recipe.get(TRANSFORM[2:])
+        transform = last_value(argv, TRANSFORM) or from_recipe.get(TRANSFORM[2:])
         transformed = None
         if transform in registry.names(registry.REWARD_TRANSFORMS):  # if it is not, the parser says so
             if selected is not None:
@@ -194,9 +196,12 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         for token in argv
         if (action := parser._option_string_actions.get(token.partition("=")[0])) is not None
     )
-    dry_run = parsed.dry_run
-    del parsed.dry_run, parsed.recipe
-    _current = Invocation(estimator=estimator, given=given, dry_run=dry_run, parser=parser, caching=caching)
+    if parsed.json and not parsed.dry_run:
+        parser.error("--json FILE is for --dry-run: add that, or drop it")
+    _current = Invocation(
+        estimator=estimator, given=given, dry_run=parsed.dry_run, parser=parser, caching=caching, json=parsed.json
+    )
+    del parsed.dry_run, parsed.json, parsed.recipe
     return parsed
 
 
@@ -222,16 +227,6 @@ def _complete_older_hosts(args: SimpleNamespace) -> None:
     ):
         if not hasattr(node, name):
             setattr(node, name, value)
-
-
-def _last_value(argv: list[str], option: str) -> str | None:
-    value = None
-    for i, token in enumerate(argv):
-        if token == option and i + 1 < len(argv):
-            value = argv[i + 1]
-        elif token.startswith(option + "="):
-            value = token.partition("=")[2]
-    return value
 
 
 def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str], group: str) -> None:
@@ -260,6 +255,7 @@ def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) ->
         action="store_true",
         help="check everything, print the final configuration and the state of each hook, and stop before Ray",
     )
+    group.add_argument("--json", metavar="FILE.json", help="write what --dry-run prints to a file as JSON, too")
     group.add_argument(
         TRANSFORM,
         choices=transforms,

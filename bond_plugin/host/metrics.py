@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
 
-from bond_plugin.files import write_whole
+from bond_plugin import recipe as recipes
+from bond_plugin.files import write_json, write_whole
 from bond_plugin.host import state
 from bond_plugin.offline.prompts import CONFIGURATION
 
@@ -55,10 +55,7 @@ class MetricsFile:
         """Keep what was written up to ``step`` (0: a new run)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._ready = True
-        said = json.dumps(
-            self._args, indent=1, default=lambda v: vars(v) if isinstance(v, SimpleNamespace) else str(v)
-        )
-        write_whole(self.path.with_name(CONFIGURATION), said)
+        write_json(self.path.with_name(CONFIGURATION), recipes.plain(self._args))
         if not self.path.exists():
             return
         if step == 0:
