@@ -69,7 +69,7 @@ def test_dry_run_prints_configuration_versions_and_hooks(dry: Any) -> None:
     assert len(hooks) > 25
     owned = [state for target, state in hooks.items() if target.startswith("openrlhf.")]
     assert owned
-    assert set(owned) == {"installed"}
+    assert set(owned) == {"installed", "checked"}
     import ray
 
     assert not ray.is_initialized()

@@ -46,7 +46,8 @@ class Hook:
         target: ``module:qualified.name`` in the host.
         parameters: the names that the target's parameters must have, in order; ``None`` replaces a name that
             is not a function.
-        ours: ``module:name`` of the function called instead, with the original as first argument.
+        ours: ``module:name`` of the function called instead, with the original as first argument; ``None`` for what
+            is called and not replaced, which is checked like the others.
         cpu: only on machines without GPU.
         per_object: checked when the module is imported, but put on each object by :func:`attach`. For the
             methods of the trainer: Ray copies them into the class it makes of it, past what is set on the base.
@@ -54,7 +55,7 @@ class Hook:
 
     target: str
     parameters: tuple[str, ...] | None
-    ours: str
+    ours: str | None
     cpu: bool = False
     per_object: bool = False
 
@@ -70,6 +71,10 @@ class Hook:
 def _hook(target: str, parameters: str | None, ours: str, **options: bool) -> Hook:
     names = None if parameters is None else tuple(parameters.split())
     return Hook(target, names, f"bond_plugin.host.{ours}", **options)
+
+
+def _used(target: str, parameters: str) -> Hook:
+    return Hook(target, tuple(parameters.split()), None)
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -171,6 +176,21 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _hook(f"{_EXECUTOR}._fetch_rewards_via_func", "self queries_list prompts_list labels_list", "rewards:fetch"),
     _hook(f"{_EXECUTOR}._fetch_rewards_via_http", "self queries_list prompts_list labels_list", "rewards:fetch"),
+    # What is called and not replaced, for rollouts with source samples and outside a training.
+    _used("openrlhf.trainer.ppo_utils.samples_generator:_collect_prompt_batch", "dataloader_iter num_prompts"),
+    _used(f"{_SAMPLER}._process_response_into_experience", "self response generate_kwargs"),
+    _used(f"{_MAKER}.split_rollout_samples", "self rollout_samples"),
+    _used(f"{_MAKER}.make_experience", "self samples_list"),
+    _used("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args"),
+    _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
+    _used("openrlhf.trainer.ppo_utils.experience:remove_padding_in_sequences", "items"),
+    _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),
+    _used(f"{_ACTOR}.broadcast_to_vllm", "self"),
+    _used("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer"),
+    _used(
+        "openrlhf.datasets.prompts_dataset:PromptDataset.__init__", "self dataset tokenizer strategy input_template"
+    ),
+    _used("openrlhf.utils.utils:get_tokenizer", "pretrain model padding_side strategy use_fast"),
     # Machines without GPU.
     _hook(f"{_STRATEGY}.get_ds_train_config", "self optim_dict max_norm", "cpu:torch_adam", cpu=True),
     _hook("openrlhf.utils.utils:convert_to_torch_dtype", "param_dtype", "cpu:torch_dtype", cpu=True),
@@ -272,7 +292,8 @@ def check_all() -> None:
 def states() -> Iterator[tuple[str, str]]:
     """Each hook's target and its state, for ``--dry-run``."""
     for hook in _active():
-        yield hook.target, "installed" if hook.target in _installed else "armed (waits for the import)"
+        done = "installed" if hook.ours is not None else "checked"
+        yield hook.target, done if hook.target in _installed else "armed (waits for the import)"
 
 
 def _active() -> Iterator[Hook]:
@@ -316,7 +337,7 @@ def _install(hook: Hook, module: ModuleType) -> None:
                 f"it has the parameters ({', '.join(found or ())}) where ({', '.join(hook.parameters)}) "
                 "were expected",
             )
-    if hook.per_object:
+    if hook.per_object or hook.ours is None:
         return
     ours = _ours(hook)
     setattr(owner, name, _bound(ours, original) if callable(original) and not isinstance(original, type) else ours)
