@@ -20,9 +20,9 @@ HOST = ["--algo.advantage.estimator", "reinforce_baseline", "--algo.kl.init_coef
 OURS = ["--algo.advantage.estimator", "jbond", "--bond.eta", "0.1"]
 METHODS = {
     "REINFORCE++ with a reference model": HOST,
-    "J-BOND": [*OURS, "--no-bond.kl_ref"],
-    "J-BOND, bond/kl_ref reported": OURS,
+    "J-BOND": OURS,
     "J-BOND, gamma_ref": [*OURS, "--bond.gamma_ref", "0.1"],
+    "J-BOND, bond/kl_ref not reported": [*OURS, "--no-bond.kl_ref"],
 }
 FIRST = next(iter(METHODS))
 PARTS = ("timing/step_total", "timing/generation", "timing/make_experience", "timing/ppo_train", "timing/broadcast")
