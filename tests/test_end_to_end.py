@@ -18,7 +18,6 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -300,19 +299,6 @@ def test_exception_in_the_reward_function_stops_the_run_with_its_traceback(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: float) -> None:
-    """It is raised where the test above sees an exception stop the run."""
-    import torch
-
-    from bond_plugin.host.experience import _finite_rewards
-    from bond_plugin.host.rewards import RewardError
-
-    rows = [SimpleNamespace(rewards=torch.tensor([r]), prompts=[p]) for r, p in ((1.0, "abc"), (value, "hij"))]
-    with pytest.raises(RewardError, match=f"the reward is {value} for the prompt 'hij'"):
-        _finite_rewards(rows)
-
-
 def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
     """RAY_ADDRESS, and `ray job submit`, against one cluster."""
     ports = []
@@ -354,12 +340,16 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
         tuning = {"bond.device": "cpu", "algo.advantage.estimator": "bon_sft", "bond.n": 4}
         folders = {"ckpt.output_dir": str(folder / "out"), "ckpt.path": str(folder / "ckpt")}
         wanted = with_flags(recipe_for(tiny), {**tuning, **folders})
-        submitted = execute(
-            [str(ray), "job", "submit", f"--address={dashboard}", "--runtime-env-json",
-             json.dumps({"env_vars": {"NCCL_DEBUG": "WARN", "HF_HUB_OFFLINE": "1"}}), "--",
-             sys.executable, "-m", "bond_plugin", "train", *to_argv(wanted)],
-            folder,
-        )  # fmt: skip
+        for _ in range(10):
+            submitted = execute(
+                [str(ray), "job", "submit", f"--address={dashboard}", "--runtime-env-json",
+                 json.dumps({"env_vars": {"NCCL_DEBUG": "WARN", "HF_HUB_OFFLINE": "1"}}), "--",
+                 sys.executable, "-m", "bond_plugin", "train", *to_argv(wanted)],
+                folder,
+            )  # fmt: skip
+            if "please try again later" not in submitted.output:  # a busy machine's agent has not answered yet
+                break
+            time.sleep(6)
         assert submitted.status == 0, submitted.output[-4000:]
         assert len(submitted.metrics) == 3
         # The same policy on the same prompts with the same seeds.

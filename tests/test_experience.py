@@ -1,7 +1,8 @@
-"""Which micro-batches a worker scores under which weights."""
+"""From samples to what an algorithm is given: rewards, and log-probabilities under each set of weights."""
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from bond_plugin.host import log_probs, state, weights
 from bond_plugin.host.experience import Batch, of_step, under_weights
+from bond_plugin.host.rewards import RewardError
 
 
 class Kept:
@@ -83,3 +85,13 @@ def test_where_they_are_needed_or_few_cannot_be_told_all_are_scored(
 def test_without_the_report_the_initial_policy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     _, done = scored(monkeypatch, kl_ref=False)
     assert {name for name, _ in done} == {"policy", "anchor"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: float) -> None:
+    rows = [
+        SimpleNamespace(rewards=torch.tensor([reward]), prompts=[prompt], index=[i])
+        for i, (reward, prompt) in enumerate(((1.0, "abc"), (value, "hij")))
+    ]
+    with pytest.raises(RewardError, match=f"the reward is {value} for the prompt 'hij'"):
+        Batch(rows, 1).rewards()
