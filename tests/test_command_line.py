@@ -206,7 +206,7 @@ def test_a_run_for_gpus_needs_flash_attention_but_can_be_checked_without(tiny: A
         report = yaml.safe_load(done.stdout[done.stdout.index("configuration:") :])
         assert report["configuration"]["bond"]["device"] == "cuda"
         assert report["configuration"]["ds"]["attn_implementation"] == "flash_attention_2"
-        assert set(report["hooks"].values()) == {"installed"}
+        assert set(report["hooks"].values()) == {"installed", "checked"}
     else:
         assert done.returncode == 2
         assert "flash-attn is not installed: pip install flash-attn --no-build-isolation; or --bond.device cpu" in (
