@@ -30,9 +30,9 @@ class RecipeError(ValueError):
 
 def path_from(argv: list[str]) -> Path | None:
     """The value of ``--recipe`` in ``argv``; the last one wins."""
-    path = last_value(argv, "--recipe")
-    if path is None and argv and argv[-1] == "--recipe":
+    if argv and argv[-1] == "--recipe":
         raise RecipeError("--recipe needs a file: --recipe FILE.yaml")
+    path = last_value(argv, "--recipe")
     return Path(path) if path is not None else None
 
 
@@ -150,6 +150,13 @@ def plain(args: Any) -> Any:
     if isinstance(args, list | tuple):
         return [plain(value) for value in args]
     return args if isinstance(args, bool | int | float | str | None) else str(args)
+
+
+def namespace(values: Any) -> Any:
+    """Nested mappings as the host's nested arguments: the way back from :func:`plain`."""
+    if isinstance(values, dict):
+        return SimpleNamespace(**{name: namespace(value) for name, value in values.items()})
+    return values
 
 
 def _text(value: Any) -> str:

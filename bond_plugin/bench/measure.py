@@ -11,12 +11,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bond_plugin import recipe
 from bond_plugin.files import read_json, write_json
 from bond_plugin.offline import engine, likelihood, scoring
 from bond_plugin.offline.measure import Scored, measure, read_samples, save_samples
@@ -65,7 +65,8 @@ def run(job: Job) -> None:
         DataError, RewardError, SamplingError, TokenizerError: as they say.
     """
     started = time.monotonic()
-    args = _namespace({**job.configuration, "actor": {**job.configuration["actor"], "model_name_or_path": job.model}})
+    args = recipe.namespace(job.configuration)
+    args.actor.model_name_or_path = job.model
     tokenizer = tokenizer_of(args)
     pairs = held_out(job.rows, args.data, tokenizer, "data.apply_chat_template in 'common'")
     score = scoring.scorer(args, tokenizer)
@@ -116,12 +117,6 @@ def numbers(job: Job, policy: Scored, reference: Scored) -> dict[str, Any]:
         **{key: settings[key] for key in ("samples", "quantile_samples", "bon_levels", "forward_samples")},
     )
     return {key: _plain(value) for key, value in found.items()}
-
-
-def _namespace(value: Any) -> Any:
-    if isinstance(value, dict):
-        return SimpleNamespace(**{key: _namespace(one) for key, one in value.items()})
-    return value
 
 
 def _plain(value: Any) -> Any:

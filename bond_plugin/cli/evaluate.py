@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from bond_plugin import recipe
 from bond_plugin.files import read_json, write_whole
 
 _DESCRIPTION = """\
@@ -233,7 +234,7 @@ def arguments(args: argparse.Namespace) -> SimpleNamespace:
     found["reward"]["remote_url"] = args.reward.split(",") if remote else None
     found["reward"]["model_name_or_path"] = args.reward
     found["actor"] = {"model_name_or_path": str(args.before)}
-    return SimpleNamespace(**{name: SimpleNamespace(**group) for name, group in found.items()})
+    return recipe.namespace(found)
 
 
 def inputs(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:

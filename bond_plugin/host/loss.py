@@ -52,6 +52,7 @@ class PromptMeanLoss(nn.Module):
         self._prompts = args.train.batch_size // n
         self._clip = tuple(args.actor.eps_clip_low_high)
         self._on_policy = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
+        self._values = hooks.policy_loss_values()
         self._from_source: Tensor | None = None
         self.row_losses: Tensor | None = None
 
@@ -89,7 +90,7 @@ class PromptMeanLoss(nn.Module):
         mask = action_mask.to(log_probs.dtype)
         moved = ((old_log_probs - log_probs.detach()) * mask).sum() / mask.sum().clamp(min=1)
         # The last two are of a correction that this loss does not make; the host has the second from 0.11.2 on.
-        return (loss, found.clip_fraction, moved, None, None)[: hooks.policy_loss_values()]
+        return (loss, found.clip_fraction, moved, None, None)[: self._values]
 
 
 def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
