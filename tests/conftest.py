@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,6 +214,29 @@ def forks() -> Iterator[dict[str, str]]:
     variables = clean_environment(**cpu.ENVIRONMENT, BOND_DEVICE="cpu", BOND_ACTIVE="1", OMP_NUM_THREADS="1")
     with prefork.Server(variables) as server:
         yield {prefork.VARIABLE: str(server.python)}
+
+
+@contextmanager
+def reward_server(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[str]:
+    """The address of a server as OpenRLHF asks one for rewards: ``answer`` makes the reply of what was posted."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.dumps(answer(asked)).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/score"
+        running.shutdown()
 
 
 def torch_has_gpu() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, clean_environment, execute, recipe_for, to_argv, with_flags
+from conftest import Tiny, clean_environment, execute, recipe_for, reward_server, to_argv, with_flags
 
 from bond_plugin.offline import engine, fingerprints
 from bond_plugin.offline import reward_cache as cache
@@ -547,24 +545,12 @@ def test_rewards_of_a_python_file_and_their_errors(tiny: Tiny, tmp_path: Path) -
 def test_rewards_of_a_server_in_the_hosts_format() -> None:
     from bond_plugin.offline import scoring
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            value = len(asked["query"][0]) - len(asked["prompts"][0]) + asked["labels"][0]
-            body = json.dumps({"rewards": [value], "scores": [value]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        value = len(asked["query"][0]) - len(asked["prompts"][0]) + asked["labels"][0]
+        return {"rewards": [value], "scores": [value]}
 
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/score"
+    with reward_server(answer) as url:
         assert scoring.RemoteScore([url])("ab", 0.5, samples_of("ab", "abcd")) == [0.5, 2.5]
-        server.shutdown()
 
 
 def test_rewards_of_a_reward_model_do_not_depend_on_padding(run: Callable, tiny: Tiny, tmp_path: Path) -> None:

@@ -11,17 +11,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-from conftest import REPOSITORY, Run, Tiny, clean_environment, execute, recipe_for, to_argv, with_flags
+from conftest import REPOSITORY, Run, Tiny, clean_environment, execute, recipe_for, reward_server, to_argv, with_flags
 
 pytestmark = pytest.mark.e2e
 
@@ -226,35 +224,20 @@ def test_third_party_algorithm_is_one_file_and_one_entry_point(bond: Callable[..
         assert step["rollout/num_samples"] == 32
 
 
-class RewardServer(BaseHTTPRequestHandler):
-    """Counts letters "e", as a server would that OpenRLHF talks to."""
-
-    queries: ClassVar[list[str]] = []
-
-    def do_POST(self) -> None:
-        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.queries.extend(payload["query"])
-        rewards = float(payload["query"][0][len(payload["prompts"][0]) :].count("e"))
-        body = json.dumps({"rewards": rewards, "scores": rewards}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 def test_reward_server_several_samples_engines_epochs_and_wandb(bond: Callable[..., Run], tmp_path: Path) -> None:
     """HTTP reward with many ties; 2 policy and 3 anchor samples from 2 engines; 2 optimiser steps and 2 epochs."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), RewardServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    queries: list[str] = []
+
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        queries.extend(asked["query"])
+        rewards = float(asked["query"][0][len(asked["prompts"][0]) :].count("e"))
+        return {"rewards": rewards, "scores": rewards}
+
+    with reward_server(answer) as address:
         done = bond(
             tmp_path,
             {
-                "reward.remote_url": f"http://127.0.0.1:{server.server_port}",
+                "reward.remote_url": address,
                 "rollout.n_samples_per_prompt": 2,
                 "bond.n_anchor_samples": 3,
                 "vllm.num_engines": 2,
@@ -269,10 +252,8 @@ def test_reward_server_several_samples_engines_epochs_and_wandb(bond: Callable[.
             WANDB_MODE="offline",
             WANDB_DIR=str(tmp_path),
         )
-    finally:
-        server.shutdown()
     assert len(done.metrics) == 2
-    assert len(RewardServer.queries) == 2 * 16 * (2 + 3)  # policy and anchor by the same path
+    assert len(queries) == 2 * 16 * (2 + 3)  # policy and anchor by the same path
     for step in done.metrics:
         assert step["bond/anchor_distance"] == 0.0  # --bond.eta reached the training workers
         assert step["bond/log_quantile"] == pytest.approx(-8 * math.log(2) * step["bond/fire_rate"])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, clean_environment, moved_model
+from conftest import Tiny, clean_environment, moved_model, reward_server
 
 from bond_plugin.bench import figures, two
 from bond_plugin.bench.resampling import Estimate
@@ -337,22 +335,8 @@ def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: F
 def server() -> Iterator[str]:
     """The address of a reward server that counts letters."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            body = json.dumps({"rewards": [len(query) for query in asked["query"]]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/score"
-        running.shutdown()
+    with reward_server(lambda asked: {"rewards": [len(query) for query in asked["query"]]}) as address:
+        yield address
 
 
 def test_a_reward_server_scores_as_in_training(
