@@ -208,5 +208,6 @@ def test_a_script_trains(bond: Callable[..., Run], tiny: Tiny, agent: Path, tmp_
         assert 0.2 < step["bond/ess"] <= 1 + 1e-9
     first, last = done.metrics
     assert first["bond/kl_anchor"] == first["bond/kl_ref"] == 0  # one and the same weights
-    assert last["bond/kl_ref"] > 0 or "train.async_enable" in script
+    # Estimated from few tokens, a KL may come out below zero; it is zero only where nothing was learned.
+    assert last["bond/kl_ref"] != 0 or "train.async_enable" in script
     assert (tmp_path / "out" / "model.safetensors").exists()
