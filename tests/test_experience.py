@@ -33,7 +33,9 @@ def scored(monkeypatch: pytest.MonkeyPatch, **bond: Any) -> tuple[SimpleNamespac
     kept, done = Kept(), []
     monkeypatch.setattr(weights, "of", lambda _actor: kept)
     args = SimpleNamespace(
-        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="jbond")), bond=SimpleNamespace(**bond)
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="jbond")),
+        bond=SimpleNamespace(**bond),
+        rollout=SimpleNamespace(n_samples_per_prompt=1),
     )
     worker = SimpleNamespace(actor=None, strategy=SimpleNamespace(args=args))
     under = {"policy": 0.0, "anchor": -0.5, "reference": -1.0}

@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from bond_plugin.host import flags, state, transform
+from bond_plugin.host import plan, state, transform
 from bond_plugin.host.experience import Batch, assembled, engine_gap, of_step
 
 
 @torch.no_grad()
 def compute_advantages_and_returns(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     """Let the host do its part (rewards, penalties, statistics, returns), and put our advantages in."""
-    if flags.transform(self.args) is not None:
+    run = plan.of(self.args)
+    if run.transform is not None:
         return transform.apply(original, self, experiences)
-    algorithm = flags.algorithm(self.args)
+    algorithm = run.algorithm
     if algorithm is None:
         return original(self, experiences)
     experiences = original(self, experiences)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from bond_plugin.host import weights
-from bond_plugin.host.rows import rows_of
+from bond_plugin.host import plan, weights
 
 
 def mark(trainer: Any, model: Any, step: int) -> None:
@@ -41,7 +40,7 @@ def setup_dynamic_batch(original: Any, self: Any, strategy: Any) -> None:
     args = strategy.args
     counted = copy.copy(args)
     counted.train, counted.rollout = copy.copy(args.train), copy.copy(args.rollout)
-    counted.rollout.n_samples_per_prompt = rows_of(args).all
+    counted.rollout.n_samples_per_prompt = plan.of(args).rows.all
     counted.train.batch_size = strategy.train_batch_size  # rows, see `loss.strategy_init`
     strategy.args = counted
     try:

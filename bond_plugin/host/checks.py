@@ -8,9 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from bond_plugin import registry
-from bond_plugin.algorithms.base import Algorithm, RewardTransform
-from bond_plugin.host import flags, on_cpu
-from bond_plugin.host.rows import rows_of
+from bond_plugin.algorithms.base import Needs, RewardTransform
+from bond_plugin.host import flags, on_cpu, plan
 
 HOST_LOSSES = ("ppo", "gspo")
 
@@ -62,14 +61,14 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     if on_cpu():
         _without_gpu(args, given, notes, aside)
     _absolute_paths(args)
-    algorithm, transform = flags.algorithm(args), flags.transform(args)
-    if transform is not None:
+    run = plan.of(args)
+    if run.transform is not None:
         name = args.reward.transform
-        default("algo.kl.init_coef", transform.kl_coefficient, f"the KL coefficient of {name}")
+        default("algo.kl.init_coef", run.transform.kl_coefficient, f"the KL coefficient of {name}")
         default("reward.clip_range", None, f"the rewards of {name} are logs")
-    if algorithm is None:
+    if run.algorithm is None:
         return notes, aside
-    needs, name = algorithm.needs(), args.algo.advantage.estimator
+    needs, name = run.needs, args.algo.advantage.estimator
     if needs.classifier:
         args.critic.model_name_or_path = critic or args.actor.model_name_or_path
         if "critic.num_gpus_per_node" not in given:
@@ -77,7 +76,7 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
         if "critic.num_nodes" not in given:
             args.critic.num_nodes = args.actor.num_nodes
         notes.append(f"the quantile's classifier starts from {args.critic.model_name_or_path}; see --critic.*")
-    default("actor.policy_loss_type", algorithm.policy_loss, f"the policy loss of {name}")
+    default("actor.policy_loss_type", run.algorithm.policy_loss, f"the policy loss of {name}")
     if needs.least > 1:
         default(
             "rollout.n_samples_per_prompt",
@@ -197,18 +196,17 @@ def impediments(args: SimpleNamespace) -> list[str]:
 def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
     found = [*_files(args), *_groups(args), *_host_cannot(args)]
-    algorithm = flags.algorithm(args)
+    run = plan.of(args)
     loss = args.actor.policy_loss_type
     if loss not in HOST_LOSSES:
         registry.load(registry.POLICY_LOSSES, loss)
         found += _own_loss(args, loss)
-    if algorithm is not None:
-        found += _own_estimator(args, algorithm)
-    transform = flags.transform(args)
-    if transform is not None:
-        found += _transform(args, transform)
-    if flags.moving_reference(args) is not None:
-        found += _moving_reference(args, algorithm is not None, transform is not None)
+    if run.algorithm is not None:
+        found += _own_estimator(args, run)
+    if run.transform is not None:
+        found += _transform(args, run.transform)
+    if args.ref.update != "none":
+        found += _moving_reference(args, run)
     return found
 
 
@@ -242,10 +240,10 @@ def _groups(args: SimpleNamespace) -> list[str]:
         sizes["reward"] = args.reward
     if args.critic.model_name_or_path:
         sizes["critic"] = args.critic
-    if args.algo.kl.init_coef > 0 and flags.moving_reference(args) is None:
+    if args.algo.kl.init_coef > 0 and not plan.of(args).moving_reference:
         sizes["ref"] = args.ref
     copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    samples = args.rollout.batch_size * rows_of(args).all
+    samples = args.rollout.batch_size * plan.of(args).rows.all
     found = []
     for group, node in sizes.items():
         ranks = max(1, node.num_nodes * node.num_gpus_per_node // copies)
@@ -262,12 +260,12 @@ def _groups(args: SimpleNamespace) -> list[str]:
     return found
 
 
-def _moving_reference(args: SimpleNamespace, ours: bool, transformed: bool) -> list[str]:
+def _moving_reference(args: SimpleNamespace, run: plan.Run) -> list[str]:
     """``--ref.update`` where it has no meaning, or cannot be kept."""
     found = []
-    if ours:
+    if run.algorithm is not None:
         found.append(f"--ref.update is for the host's own estimators; {args.algo.advantage.estimator} has --bond.eta")
-    if transformed:
+    if run.transform is not None:
         found.append(f"--ref.update cannot be used with {flags.TRANSFORM}: its KL is to the initial policy")
     if args.algo.kl.init_coef <= 0:
         found.append("--ref.update needs --algo.kl.init_coef above 0: without, there is no KL to a reference")
@@ -413,9 +411,8 @@ def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
     ]
 
 
-def _own_estimator(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
-    name = args.algo.advantage.estimator
-    needs = algorithm.needs()
+def _own_estimator(args: SimpleNamespace, run: plan.Run) -> list[str]:
+    name, needs = args.algo.advantage.estimator, run.needs
     found = [f"--{dest} cannot be used with {name}: {why}" for dest, why in _not_kept(args)]
     if args.rollout.top_p != 1.0:
         found.append(
@@ -431,7 +428,7 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
             f"at least {needs.least}; 8 is a good number"
         )
     if needs.source_samples:
-        found += _drawing(args, algorithm)
+        found += _drawing(args, needs)
     if needs.reward_cache:
         penalties = _penalties(args).items()
         found += [f"--{dest} cannot be used with a reward cache: {why}" for dest, (on, why) in penalties if on]
@@ -445,7 +442,7 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
             )
         if args.train.colocate_critic_reward:
             found.append("--train.colocate_critic_reward cannot be used with a learned quantile yet")
-    baseline = getattr(algorithm.config, "baseline", None)
+    baseline = getattr(run.algorithm.config, "baseline", None)
     if baseline == "leave_one_out" and n < 2:
         found.append("--bond.baseline leave_one_out needs --rollout.n_samples_per_prompt 2 or more; or use batch")
     if baseline == "batch" and args.rollout.batch_size * n < 2:
@@ -453,7 +450,7 @@ def _own_estimator(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
     return found + _sizes(args, needs.selected_samples)
 
 
-def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
+def _drawing(args: SimpleNamespace, needs: Needs) -> list[str]:
     """Modes of the host in which samples of other weights cannot be drawn beside the policy's, or trained on."""
     name = args.algo.advantage.estimator
     refused = {
@@ -477,13 +474,13 @@ def _drawing(args: SimpleNamespace, algorithm: Algorithm) -> list[str]:
             "it must equal --rollout.batch_size: a step uses all its samples",
         ),
     }
-    drawn = f"samples of the {algorithm.needs().source} (--bond.n_anchor_samples)"
+    drawn = f"samples of the {needs.source} (--bond.n_anchor_samples)"
     found = [
         f"--{dest} cannot be used with {name} and {drawn}: {why}. Without such samples it can"
         for dest, (on, why) in refused.items()
         if on
     ]
-    if algorithm.needs().selected_samples and args.actor.policy_loss_type in HOST_LOSSES:
+    if needs.selected_samples and args.actor.policy_loss_type in HOST_LOSSES:
         found.append(
             f"--actor.policy_loss_type {args.actor.policy_loss_type}: {name} trains on source samples too, so it "
             "needs a policy loss of its own, such as jbond: drop the flag"

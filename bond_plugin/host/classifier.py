@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bond_plugin.host import batches, flags
+from bond_plugin.host import batches, plan
 from bond_plugin.host.rows import ROWS
-
-
-def wanted(args: Any) -> bool:
-    """Whether this run's algorithm trains a classifier."""
-    algorithm = flags.algorithm(args)
-    return algorithm is not None and algorithm.needs().classifier
 
 
 def logits_of(critic: Any, sequences: Tensor, attention_mask: Tensor) -> Tensor:
@@ -44,7 +38,7 @@ def logits_of(critic: Any, sequences: Tensor, attention_mask: Tensor) -> Tensor:
 def training_step(original: Any, self: Any, experience: Any, step: int, loss_batch_info: Any = None) -> dict:
     """One micro-batch of the critic's training: of the classifier's, where there is one."""
     batches.mark(self, self.critic, step)
-    if not wanted(self.args):
+    if not plan.of(self.args).needs.classifier:
         return original(self, experience, step, loss_batch_info)
     args = self.args
     device = experience.sequences.device

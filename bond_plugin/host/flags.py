@@ -79,45 +79,6 @@ def transform_class(name: str) -> type[RewardTransform]:
     return registry.load_class(registry.REWARD_TRANSFORMS, name, RewardTransform)
 
 
-@functools.lru_cache(maxsize=8)
-def _build(estimator: str, settings: tuple[tuple[str, Any], ...]) -> Algorithm | None:
-    found = algorithm_class(estimator)
-    return None if found is None else found(found.Config.from_flags(dict(settings), "bond"))
-
-
-@functools.lru_cache(maxsize=8)
-def _build_transform(name: str, settings: tuple[tuple[str, Any], ...]) -> RewardTransform:
-    found = transform_class(name)
-    return found(found.Config.from_flags(dict(settings), name))
-
-
-def algorithm(args: SimpleNamespace) -> Algorithm | None:
-    """The algorithm that a run's arguments select, in any process; ``None`` for the host's own estimators."""
-    advantage = getattr(getattr(args, "algo", None), "advantage", None)
-    if advantage is None:
-        return None  # one of the host's other trainers
-    return _build(advantage.estimator, _settings(args, "bond"))
-
-
-def transform(args: SimpleNamespace) -> RewardTransform | None:
-    """The reward transform that a run's arguments select, in any process; ``None`` for none."""
-    name = getattr(getattr(args, "reward", None), "transform", None)
-    return None if name is None else _build_transform(name, _settings(args, "bond") + _settings(args, name))
-
-
-def moving_reference(args: SimpleNamespace) -> tuple[float | None, int | None] | None:
-    """``--ref.update``: the moving average's eta and the copy's interval, one of them ``None``; ``None`` for
-    neither.
-    """
-    ref = getattr(args, "ref", None)
-    update = getattr(ref, "update", "none")
-    return {"ema": (ref.eta, None), "periodic": (None, ref.interval)}[update] if update != "none" else None
-
-
-def _settings(args: SimpleNamespace, group: str) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted((f"{group}.{k}", v) for k, v in vars(getattr(args, group, SimpleNamespace())).items()))
-
-
 def extend_parsers() -> None:
     """Let the host's parser know our flags as soon as it parses. May be called more than once."""
     original = argparse.ArgumentParser.parse_args

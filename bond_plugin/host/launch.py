@@ -21,8 +21,25 @@ HOST_MODULE = "openrlhf.cli.train_ppo_ray"
 SETUP_HOOK = "bond_plugin.host.load_plugins"
 
 
+class Resolved(SystemExit):
+    """Raised in the place of Ray's start, for a command that wants the run's arguments alone.
+
+    Attributes:
+        args: the host's nested arguments, complete and checked.
+    """
+
+    def __init__(self, args: SimpleNamespace) -> None:
+        super().__init__(0)
+        self.args = args
+
+
 def run_host(argv: list[str], command: str = "bond train") -> None:
-    """Run the host's own command with our hooks: what ``bond train`` does, and up to Ray's start ``bond cache``."""
+    """Run the host's own command with our hooks.
+
+    Raises:
+        Resolved: ``command`` is ``bond cache``.
+        SystemExit: this run cannot start, or was only to be checked.
+    """
     settle_device(argv)
     hooks.only_checks = bool({"--dry-run", "--help", "-h"} & set(argv))
     load_plugins()
@@ -111,9 +128,7 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
             write_json(Path(run.json), report)
         raise SystemExit(0)
     if run.caching:
-        from bond_plugin.offline import make_cache
-
-        raise SystemExit(make_cache.make(run.args))
+        raise Resolved(run.args)
     kwargs["runtime_env"] = _runtime_env(run.args, kwargs.get("runtime_env") or {})
     local = os.environ.get("RAY_ADDRESS", "local") == "local"
     needed = gpu_slots(run.args)
@@ -187,12 +202,14 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
 
 def gpu_slots(args: SimpleNamespace) -> dict[str, int]:
     """How many of Ray's GPUs each part of a run takes, by the flags that say so."""
+    from bond_plugin.host import plan  # torch: not in every process that loads the plugins
+
     actor = args.actor.num_nodes * args.actor.num_gpus_per_node
     slots = {"--actor.num_gpus_per_node": actor}
     colocate_all = args.train.colocate_all
     if not (colocate_all and not args.train.async_enable):
         slots["--vllm.num_engines"] = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
-    loaded = args.algo.kl.init_coef > 0 and flags.moving_reference(args) is None
+    loaded = args.algo.kl.init_coef > 0 and not plan.of(args).moving_reference
     if loaded and not (colocate_all or args.train.colocate_actor_ref):
         slots["--ref.num_gpus_per_node"] = args.ref.num_nodes * args.ref.num_gpus_per_node
     if colocate_all:

@@ -10,13 +10,12 @@ host's.
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ray
 from torch import Tensor
 
-from bond_plugin.host import classifier, flags, state, weights
+from bond_plugin.host import classifier, flags, plan, state, weights
 
 #: In the place of a group of workers: answered from what the policy's workers have sent.
 SLOT = "the policy's workers"
@@ -36,50 +35,22 @@ class UnderWeights(NamedTuple):
     others: dict[str, Tensor | None]
 
 
-def wanted(args: SimpleNamespace) -> tuple[str, ...]:
-    """Under which other weights, ``anchor`` or ``reference``, a run wants log-probabilities; in any process."""
-    algorithm = flags.algorithm(args)
-    if algorithm is None:
-        return ("anchor",) if flags.moving_reference(args) else ()
-    also = {"reference"} if algorithm.config.kl_ref else set()
-    return tuple(sorted(algorithm.needs().log_probs | also))
-
-
-def reported(args: SimpleNamespace) -> bool:
-    """Whether log-probabilities under the initial policy serve a report alone, so that a part of the samples does."""
-    algorithm = flags.algorithm(args)
-    return (
-        algorithm is not None
-        and algorithm.needs().source_samples == 0
-        and "reference" not in algorithm.needs().log_probs
-        and in_slot(args) != "reference"
-    )
-
-
-def in_slot(args: SimpleNamespace) -> str | None:
-    """Which of these stand where the host has its reference model's: the anchor, if there is one."""
-    names = wanted(args)
-    algorithm = flags.algorithm(args)
-    if algorithm is not None and algorithm.needs().source_log_probs:
-        return algorithm.needs().source
-    return names[0] if names else None
-
-
 def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, start_idx: int, end_idx: int) -> list:
     """A worker's share of a call: the policy's forward passes also under the other weights that are wanted, and the
     classifier's logits for what the host takes for a critic's values.
     """
-    if method_name == "forward" and hasattr(self, "critic") and classifier.wanted(self.strategy.args):
+    run = plan.of(self.strategy.args)
+    if method_name == "forward" and hasattr(self, "critic") and run.needs.classifier:
         return classifier.logits(self, all_data, start_idx, end_idx)
     found = original(self, method_name, all_data, start_idx, end_idx)
     kept = weights.of(getattr(self, "actor", None))
-    names = wanted(self.strategy.args) if kept is not None and method_name == "forward" else ()
+    names = run.log_probs if kept is not None and method_name == "forward" else ()
     if not names:
         return found
     others: dict[str, list[Tensor | None]] = {}
     for name in names:
         data, start, end = all_data, start_idx, end_idx
-        few = name == "reference" and reported(self.strategy.args)
+        few = name == "reference" and run.kl_from_few
         if few:
             data = {key: values[start:end:_REPORTED] for key, values in all_data.items()}
             start, end = 0, len(range(start, end, _REPORTED))
@@ -96,7 +67,7 @@ def dispatch_forward(original: Any, self: Any, group: Any, sync_condition: bool,
         return SLOT
     started = time.time()
     refs = original(self, group, sync_condition, **kwargs)
-    if group is self.critic_model_group and classifier.wanted(self.args):
+    if group is self.critic_model_group and plan.of(self.args).needs.classifier:
         ray.get(refs)
         state.of(self).timings["timing/classifier"] = time.time() - started
     return refs
@@ -105,7 +76,7 @@ def dispatch_forward(original: Any, self: Any, group: Any, sync_condition: bool,
 def flatten_results(original: Any, self: Any, refs: Any, duplicate_factor: int) -> list:
     """The experience maker's results: keep what came along with the policy's, and give :data:`SLOT`'s answer."""
     if refs is SLOT:
-        return state.of(self).log_probs[in_slot(self.args)]
+        return state.of(self).log_probs[plan.of(self.args).in_slot]
     found = original(self, refs, duplicate_factor)
     if found and isinstance(found[0], UnderWeights):
         state.of(self).log_probs = {name: [each.others[name] for each in found] for name in found[0].others}
@@ -118,8 +89,8 @@ def group_init(original: Any, self: Any, num_nodes: int, num_gpus_per_node: int,
     """A group of the host's workers; of reference models there are none where a moving reference takes the place."""
     from openrlhf.trainer.ray.launcher import ReferenceModelActor
 
-    run = flags.current()
-    if ray_actor_type is ReferenceModelActor and run is not None and flags.moving_reference(run.args):
+    asked = flags.current()
+    if ray_actor_type is ReferenceModelActor and asked is not None and plan.of(asked.args).moving_reference:
         self._actor_handlers = []
         return
     original(self, num_nodes, num_gpus_per_node, ray_actor_type, *args, **kwargs)

@@ -16,21 +16,20 @@ from torch import Tensor, nn
 from bond_plugin import registry
 from bond_plugin.algorithms.assemble import PolicyLoss, weighed_loss
 from bond_plugin.algorithms.base import LossInputs
-from bond_plugin.host import batches, checks, flags, hooks, weights
-from bond_plugin.host.rows import ROWS, rows_of
+from bond_plugin.host import batches, checks, hooks, plan, weights
+from bond_plugin.host.rows import ROWS
 
 
 def rows_per_step(args: SimpleNamespace) -> int:
     """Responses that one optimiser step trains on: ``--train.batch_size`` counts those of the policy alone."""
-    rows = rows_of(args)
+    rows = plan.of(args).rows
     return args.train.batch_size // rows.policy * rows.all
 
 
 def strategy_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """DeepSpeed counts every row it trains on, source samples too; ``--train.batch_size`` does not."""
     original(self, *args, **kwargs)
-    algorithm = flags.algorithm(self.args)
-    if algorithm is not None and algorithm.needs().source_samples:
+    if plan.of(self.args).needs.source_samples:
         self.train_batch_size = rows_per_step(self.args)
 
 
@@ -47,7 +46,7 @@ class PromptMeanLoss(nn.Module):
         super().__init__()
         self._loss = loss
         self._micro_batches = micro_batches
-        self.rows = rows_of(args)
+        self.rows = plan.of(args).rows
         n = self.rows.policy
         self._prompts = args.train.batch_size // n
         self._clip = tuple(args.actor.eps_clip_low_high)

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import torch
 
-from bond_plugin.host import flags, hooks, log_probs, metrics, state, weights
+from bond_plugin.host import flags, hooks, log_probs, metrics, plan, state, weights
 from bond_plugin.host.requests import Requests
 
 #: Response tokens of a step, of source samples too: what two algorithms cost beside each other.
@@ -96,18 +96,18 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
     hooks.attach(self, "openrlhf.trainer.ppo_trainer:BasePPOTrainer")
     kept = state.share(self)
     kept.log = metrics.MetricsFile(self.args)
-    if log_probs.wanted(self.args):
+    run = plan.of(self.args)
+    if run.log_probs:
         self.experience_maker.initial_model_group = log_probs.SLOT
-    algorithm = flags.algorithm(self.args)
-    if algorithm is None:
+    if run.algorithm is None:
         return
     # The host's way to advantages knows its own names; this one asks for nothing but returns, which ours replace.
     self.experience_maker.advantage_estimator = "reinforce"
     loader = getattr(self, "prompts_dataloader", None)  # elsewhere in an asynchronous run
     if loader is not None and len(loader) < self.args.rollout.batch_size:
         raise ValueError(_too_few(len(loader), self.args))
-    if algorithm.needs().source_samples:
-        kept.engines = Engines(self, algorithm)
+    if run.needs.source_samples:
+        kept.engines = Engines(self, run.algorithm)
 
 
 def init_checkpoint_states(original: Any, self: Any) -> dict:
@@ -131,9 +131,8 @@ def broadcast_to_vllm(original: Any, self: Any) -> None:
 
 def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
     """The engines must report log-probabilities of the distribution they sample from, temperature included."""
-    run = flags.current()
-    algorithm = flags.algorithm(run.args) if run is not None and run.args is not None else None
-    if algorithm is not None and algorithm.needs().source_samples:
+    asked = flags.current()
+    if asked is not None and asked.args is not None and plan.of(asked.args).needs.source_samples:
         import inspect
 
         bound = inspect.signature(original).bind(*args, **kwargs)
@@ -191,7 +190,7 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
 
 def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
     """The host's own rollout. What is left at the end of the data and fills no rollout is no step of ours."""
-    ours = flags.algorithm(self.args) is not None
+    ours = plan.of(self.args).algorithm is not None
     if ours:
         options = {**options, "min_new_tokens": 0}  # the policy may end at once: a sample is a sample of the policy
     samples, pass_rate, prompts, exhausted = original(self, **options)

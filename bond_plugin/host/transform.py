@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bond_plugin.algorithms.base import TransformInputs
-from bond_plugin.host import flags, state
+from bond_plugin.host import plan, state
 from bond_plugin.host.experience import Batch
 
 
@@ -21,7 +21,7 @@ def apply(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     # The host keeps log pi - log pi_ref of each token (its k1 estimate of the KL), not log pi_ref itself.
     kl = batch.tokens([e.kl for e in experiences]).sum(dim=-1)
     log_probs = batch.tokens([e.action_log_probs for e in experiences]).sum(dim=-1)
-    found = flags.transform(self.args).transform(
+    found = plan.of(self.args).transform.transform(
         TransformInputs(
             rewards=rewards,
             reference_rewards=make_cache.rewards_for(self.args, batch.prompts),

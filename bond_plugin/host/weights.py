@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from bond_plugin.files import write_whole
-from bond_plugin.host import flags
+from bond_plugin.host import plan
 
 #: Weights that are compared at a time: at 12 bytes each what :meth:`Weights.anchor_distance` needs.
 _PIECE = 2**22
@@ -256,22 +256,11 @@ def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
     from openrlhf.models import Actor
 
     prepared = original(self, model, cfg)
-    eta, interval, reference = _kept_beside(self.args)
-    if isinstance(model, Actor) and (reference or eta is not None or interval is not None):
+    run = plan.of(self.args)
+    if isinstance(model, Actor) and (run.keeps_reference or run.needs.anchor):
         engine = prepared[0].model
-        engine.bond_weights = Weights(engine, eta, reference, interval)
+        engine.bond_weights = Weights(engine, run.needs.anchor_eta, run.keeps_reference, run.needs.anchor_interval)
     return prepared
-
-
-def _kept_beside(args: Any) -> tuple[float | None, int | None, bool]:
-    """The anchor's ``eta`` and ``interval``, and whether the initial weights are kept."""
-    algorithm = flags.algorithm(args)
-    if algorithm is None:
-        return *(flags.moving_reference(args) or (None, None)), False
-    needs = algorithm.needs()
-    needed = needs.source_samples > 0 or needs.source_log_probs
-    reference = algorithm.config.kl_ref or needs.reference_log_probs or (needed and needs.source == "reference")
-    return needs.anchor_eta, needs.anchor_interval, reference
 
 
 def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from bond_plugin.host import flags
+from bond_plugin.host import flags, plan
 from bond_plugin.host.rewards import RewardError
 from bond_plugin.offline import engine, fingerprints, reward_cache, scoring
 from bond_plugin.offline.prompts import DataError, Pairs, label_text, tokenizer_of, training_prompts
@@ -73,7 +73,7 @@ def record_of(args: SimpleNamespace, tokenizer: Any) -> reward_cache.Record:
 
 def _min_new_tokens(args: SimpleNamespace) -> int:
     """What training samples with: the host itself asks for one token, the rollouts of an algorithm for none."""
-    return 0 if flags.algorithm(args) is not None else 1
+    return 0 if plan.of(args).algorithm is not None else 1
 
 
 # Before anything starts.

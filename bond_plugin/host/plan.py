@@ -1,0 +1,104 @@
+"""What a run's arguments ask for: the algorithm or transform they select, and what is kept and computed for it.
+
+The host hands its nested arguments to every process of a run. :func:`of` makes of them, wherever it is called, the
+same frozen :class:`Run`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from bond_plugin.algorithms.assemble import Rows
+from bond_plugin.algorithms.base import Algorithm, Needs, RewardTransform
+from bond_plugin.host import flags
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        algorithm: ours, or ``None`` for the host's own estimators.
+        transform: of the rewards, or ``None``.
+        needs: the algorithm's; of the host's own estimators a moving reference's (``--ref.update``), which is an
+            anchor whose log-probabilities stand in the reference model's place.
+        rows: of a prompt.
+        reports_kl: whether the KL to the initial policy is reported.
+    """
+
+    algorithm: Algorithm | None
+    transform: RewardTransform | None
+    needs: Needs
+    rows: Rows
+    reports_kl: bool
+
+    @property
+    def moving_reference(self) -> bool:
+        """Whether an anchor takes the place of the reference model of the host's own estimators."""
+        return self.algorithm is None and self.needs.anchor
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the training workers keep the initial policy's weights."""
+        sampled = self.needs.source_samples > 0 and self.needs.source == "reference"
+        return sampled or "reference" in self.log_probs
+
+    @property
+    def log_probs(self) -> tuple[str, ...]:
+        """Under which other weights, ``anchor`` or ``reference``, log-probabilities are wanted."""
+        return tuple(sorted(self.needs.log_probs | ({"reference"} if self.reports_kl else set())))
+
+    @property
+    def in_slot(self) -> str | None:
+        """Which of these stand where the host has its reference model's: the source's, if they are wanted."""
+        if self.needs.source_log_probs:
+            return self.needs.source
+        return self.log_probs[0] if self.log_probs else None
+
+    @property
+    def kl_from_few(self) -> bool:
+        """Whether nothing but the report wants the initial policy's log-probabilities, so that a part serves."""
+        without = "reference" not in self.needs.log_probs and self.in_slot != "reference"
+        return self.reports_kl and without and self.needs.source_samples == 0
+
+
+def of(args: SimpleNamespace) -> Run:
+    """The run of the host's nested arguments; of one of its other trainers, nothing of ours."""
+    advantage = getattr(getattr(args, "algo", None), "advantage", None)
+    if advantage is None:
+        return Run(None, None, Needs(), Rows(1), reports_kl=False)
+    algorithm = _algorithm(advantage.estimator, _settings(args, "bond"))
+    name = getattr(getattr(args, "reward", None), "transform", None)
+    transform = None if name is None else _transform(name, _settings(args, "bond") + _settings(args, name))
+    needs = _of_reference(args) if algorithm is None else algorithm.needs()
+    rows = Rows(args.rollout.n_samples_per_prompt, needs.selected_samples)
+    return Run(algorithm, transform, needs, rows, reports_kl=algorithm is not None and algorithm.config.kl_ref)
+
+
+def _of_reference(args: SimpleNamespace) -> Needs:
+    ref = getattr(args, "ref", None)
+    match getattr(ref, "update", "none"):
+        case "ema":
+            return Needs(source_log_probs=True, anchor_eta=ref.eta)
+        case "periodic":
+            return Needs(source_log_probs=True, anchor_interval=ref.interval)
+    return Needs()
+
+
+@functools.lru_cache(maxsize=8)
+def _algorithm(estimator: str, settings: tuple[tuple[str, Any], ...]) -> Algorithm | None:
+    found = flags.algorithm_class(estimator)
+    return None if found is None else found(found.Config.from_flags(dict(settings), "bond"))
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(name: str, settings: tuple[tuple[str, Any], ...]) -> RewardTransform:
+    found = flags.transform_class(name)
+    return found(found.Config.from_flags(dict(settings), name))
+
+
+def _settings(args: SimpleNamespace, group: str) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((f"{group}.{k}", v) for k, v in vars(getattr(args, group, SimpleNamespace())).items()))
