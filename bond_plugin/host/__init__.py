@@ -20,6 +20,8 @@ import os
 DEVICE_VARIABLE = "BOND_DEVICE"
 #: Set in every process of a run, so that other users of vLLM on the machine are left alone.
 ACTIVE_VARIABLE = "BOND_ACTIVE"
+#: Set in every process of a run with ``--reward.timeout``: seconds that a reward may take.
+TIMEOUT_VARIABLE = "BOND_REWARD_TIMEOUT"
 
 
 def on_cpu() -> bool:

@@ -13,11 +13,19 @@ import torch
 
 from bond_plugin.host import plan, state, transform
 from bond_plugin.host.experience import Batch, assembled, engine_gap, of_step
+from bond_plugin.host.rewards import finite
 
 
 @torch.no_grad()
 def compute_advantages_and_returns(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
-    """Let the host do its part (rewards, penalties, statistics, returns), and put our advantages in."""
+    """Let the host do its part (rewards, penalties, statistics, returns), and put our advantages in.
+
+    Raises:
+        RewardError: a reward is no number, whatever the estimator.
+    """
+    for e in experiences:
+        for prompt, reward in zip(e.prompts, e.rewards.flatten().tolist(), strict=True):
+            finite(reward, prompt)
     run = plan.of(self.args)
     if run.transform is not None:
         return transform.apply(original, self, experiences)

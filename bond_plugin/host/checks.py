@@ -61,6 +61,8 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     if on_cpu():
         _without_gpu(args, given, notes, aside)
     _absolute_paths(args)
+    if args.ckpt.load_enable and not args.bond.require_checkpoint and not _has_checkpoint(args):
+        notes.append(f"--ckpt.load_enable: {args.ckpt.path} holds no whole checkpoint, so the run starts at step 0")
     run = plan.of(args)
     if run.transform is not None:
         name = args.reward.transform
@@ -170,6 +172,10 @@ def _absolute_paths(args: SimpleNamespace) -> None:
         args.reward.remote_url = [_absolute(url) if url.endswith(".py") else url for url in args.reward.remote_url]
 
 
+def _has_checkpoint(args: SimpleNamespace) -> bool:
+    return Path(args.ckpt.path, "_actor", "latest").is_file()
+
+
 def _absolute(name: str | None) -> str | None:
     """The absolute path of what exists as a file or folder, ``name`` (a hub's, perhaps) otherwise."""
     if not name:
@@ -196,6 +202,15 @@ def impediments(args: SimpleNamespace) -> list[str]:
 def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
     found = [*_files(args), *_groups(args), *_host_cannot(args)]
+    if args.reward.timeout is not None and not args.reward.timeout > 0:
+        found.append(f"--reward.timeout must be above 0 seconds, got {args.reward.timeout:g}")
+    if args.bond.require_checkpoint and not args.ckpt.load_enable:
+        found.append("--bond.require_checkpoint is about resuming: add --ckpt.load_enable")
+    elif args.bond.require_checkpoint and not _has_checkpoint(args):
+        found.append(
+            f"--bond.require_checkpoint: --ckpt.path {args.ckpt.path} holds no whole checkpoint (no _actor/latest): "
+            "is the path right?"
+        )
     run = plan.of(args)
     loss = args.actor.policy_loss_type
     if loss not in HOST_LOSSES:

@@ -237,6 +237,18 @@ def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) ->
         "and a line at the start names each",
     )
     group.add_argument(
+        "--reward.timeout",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="end the run when the reward of one response takes longer (default: wait, and say so once a minute)",
+    )
+    group.add_argument(
+        "--bond.require_checkpoint",
+        action="store_true",
+        help="with --ckpt.load_enable: stop if --ckpt.path holds no whole checkpoint, instead of starting at step 0",
+    )
+    group.add_argument(
         "--ref.update",
         choices=("none", "ema", "periodic"),
         default="none",

@@ -14,7 +14,17 @@ from typing import Any
 
 from bond_plugin import recipe as recipes
 from bond_plugin.files import write_json
-from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu, flags, hooks, load_plugins, on_cpu, prefork
+from bond_plugin.host import (
+    ACTIVE_VARIABLE,
+    DEVICE_VARIABLE,
+    TIMEOUT_VARIABLE,
+    cpu,
+    flags,
+    hooks,
+    load_plugins,
+    on_cpu,
+    prefork,
+)
 from bond_plugin.options import last_value
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
@@ -151,6 +161,8 @@ def _before_ray(run: flags.Invocation) -> None:
     assert args is not None
     meant_for_cpu = args.bond.device == "cpu"
     args.bond.device = os.environ[DEVICE_VARIABLE]
+    if args.reward.timeout is not None:
+        os.environ[TIMEOUT_VARIABLE] = str(args.reward.timeout)
     try:
         hooks.check_all()
         notes, aside = checks.complete(args, run.given, run.critic)
@@ -182,6 +194,8 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
         DEVICE_VARIABLE: os.environ[DEVICE_VARIABLE],
         ACTIVE_VARIABLE: "1",
     }
+    if TIMEOUT_VARIABLE in os.environ:
+        variables[TIMEOUT_VARIABLE] = os.environ[TIMEOUT_VARIABLE]
     if on_cpu():
         ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
         variables |= {name: os.environ[name] for name in cpu.ENVIRONMENT}

@@ -1,18 +1,31 @@
-"""Errors in the user's reward stop the run.
+"""The user's reward: what goes wrong in it stops the run, and what it gives is one finite number.
 
-The host logs an exception of the reward function and goes on with no reward. Here it is raised again with
-its traceback, from the sample that met it.
+The host logs an exception of the reward function and goes on with no reward; a ``StopIteration`` or ``SystemExit``
+would hang its event loop. Here each is raised again, with its traceback, from the sample that met it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
+import logging
 import math
+import os
+import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from bond_plugin.host import TIMEOUT_VARIABLE
 from bond_plugin.words import shorten
 
-_failure: contextvars.ContextVar[list[BaseException] | None] = contextvars.ContextVar("failure", default=None)
+_SAY_EVERY = 60.0  # seconds
+#: Of the sample that is scored: the exception, and what the host said last of a server.
+_failure: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("failure", default=None)
+#: What the host has logged while it asked a server: why that failed, which it does not raise.
+_heard: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("heard", default=None)
+_said = 0.0
 
 
 class RewardError(RuntimeError):
@@ -20,14 +33,76 @@ class RewardError(RuntimeError):
 
 
 async def fetch(original: Any, self: Any, queries_list: list, prompts_list: list, labels_list: list) -> Any:
-    """Note the exception for :func:`execute` before the host swallows it."""
+    """Rewards by the host's own call of a function or a server.
+
+    Raises:
+        RewardError: it took longer than ``--reward.timeout``, or raised what would end more than this call.
+        Exception: what the function raised; a server's failure.
+    """
+    if self.reward_func is not None and not isinstance(self.reward_func, _Guarded):
+        self.reward_func = _Guarded(self.reward_func)
+    _listen()
+    heard: list[str] = []
+    _heard.set(heard)
     try:
-        return await original(self, queries_list, prompts_list, labels_list)
+        return await _within_time(original(self, queries_list, prompts_list, labels_list), prompts_list)
     except Exception as error:
         noted = _failure.get()
         if noted is not None:
-            noted.append(error)
+            noted += [error, *heard[-1:]]  # for `execute`, before the host swallows it
         raise
+
+
+class _Guarded:
+    """A reward function of which every exception can pass through a future."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self._function(*args)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                raise
+            raise RewardError(f"it raised {error!r}") from error
+
+
+async def _within_time(rewards: Any, prompts: list[str]) -> Any:
+    """Wait for rewards; say once a minute that this process waits, for all that it waits for."""
+    global _said
+    limit = float(os.environ.get(TIMEOUT_VARIABLE, math.inf))
+    started = time.monotonic()
+    task = asyncio.ensure_future(rewards)
+    while True:
+        left = started + limit - time.monotonic()
+        done, _ = await asyncio.wait({task}, timeout=max(0.0, min(_SAY_EVERY, left)))
+        if done:
+            return task.result()
+        now = time.monotonic()
+        if now >= started + limit:
+            raise RewardError(f"it took longer than --reward.timeout {limit:g} s")
+        if now - _said >= _SAY_EVERY:
+            _said = now
+            print(
+                f"bond: waiting for the reward of the prompt {shorten(prompts[0])} for {now - started:.0f} s "
+                "(--reward.timeout would end the run)",
+                flush=True,
+            )
+
+
+def _listen() -> None:
+    """Hear what the host's executor logs."""
+    logger = logging.getLogger("openrlhf.utils.agent")
+    if not any(isinstance(handler, _Listener) for handler in logger.handlers):
+        logger.addHandler(_Listener())
+
+
+class _Listener(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        heard = _heard.get()
+        if heard is not None:
+            heard.append(record.getMessage())
 
 
 async def execute(original: Any, self: Any, prompt: str, *args: Any, **kwargs: Any) -> Any:
@@ -38,23 +113,56 @@ async def execute(original: Any, self: Any, prompt: str, *args: Any, **kwargs: A
         output = await original(self, prompt, *args, **kwargs)
     finally:
         _failure.reset(token)
+    name = ", ".join(self.reward_endpoints)
     if noted:
-        raise RewardError(
-            f"the reward ({', '.join(self.reward_endpoints)}) failed on the prompt {shorten(prompt)}: {noted[0]!r}"
-        ) from noted[0]
+        cause, *last = noted
+        answer = f" ({last[0]})" if last else ""
+        raise RewardError(f"the reward ({name}) failed on the prompt {shorten(prompt)}: {cause!r}{answer}") from cause
     if self.reward_endpoints and output.get("reward") is None:
-        raise RewardError(
-            f"the reward ({', '.join(self.reward_endpoints)}) returned no 'rewards' for the prompt {shorten(prompt)}"
-        )
+        raise RewardError(f"the reward ({name}) returned no 'rewards' for the prompt {shorten(prompt)}")
     return output
 
 
-def finite(value: float, prompt: str) -> float:
+def settle(original: Any, self: Any, response: dict[str, Any], **kwargs: Any) -> Any:
+    """Before the host makes an experience of a response, its reward and score get their final form.
+
+    Raises:
+        RewardError: one of them is not one finite number.
+    """
+    prompt = response["prompt"]
+    numbers = {
+        name: number(response[name], prompt, what)
+        for name, what in (("reward", "reward"), ("scores", "score"))
+        if response.get(name) is not None
+    }
+    extra = {
+        name: number(value, prompt, f"extra_logs entry '{name}'")
+        for name, value in (response.get("extra_logs") or {}).items()
+    }
+    return original(self, response | numbers | {"extra_logs": extra}, **kwargs)
+
+
+def number(value: Any, prompt: str, what: str = "reward") -> float:
+    """One finite float32, of a number, a tensor or an array of one entry.
+
+    Raises:
+        RewardError: it is none; the prompt is named.
+    """
+    try:
+        (found,) = torch.as_tensor(value, dtype=torch.float32).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise RewardError(
+            f"the {what} must be one number, for the prompt {shorten(prompt)} it is {shorten(value)}"
+        ) from None
+    return finite(found, prompt, what)
+
+
+def finite(value: float, prompt: str, what: str = "reward") -> float:
     """``value``, if it is a number that can be put in an order.
 
     Raises:
         RewardError: NaN or infinite; the prompt is named.
     """
     if not math.isfinite(value):
-        raise RewardError(f"the reward is {value} for the prompt {shorten(prompt)}")
+        raise RewardError(f"the {what} is {value} for the prompt {shorten(prompt)}")
     return value

@@ -110,14 +110,6 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
         kept.engines = Engines(self, run.algorithm)
 
 
-def init_checkpoint_states(original: Any, self: Any) -> dict:
-    """Resuming: the step, and with it all seeds, go on where the checkpoint was written."""
-    states, kept = original(self), state.of(self)
-    kept.step = states["global_step"]
-    kept.log.resume(kept.step)
-    return states
-
-
 def broadcast_to_vllm(original: Any, self: Any) -> None:
     """The host sends the policy after each training step."""
     original(self)

@@ -18,13 +18,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from bond_plugin.files import write_whole
 from bond_plugin.host import plan
 
 #: Weights that are compared at a time: at 12 bytes each what :meth:`Weights.anchor_distance` needs.
@@ -32,7 +30,7 @@ _PIECE = 2**22
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint does not hold the anchor that this run needs."""
+    """A checkpoint cannot be written, or does not hold what this run needs."""
 
 
 class Weights:
@@ -290,47 +288,7 @@ def reload_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
     offload_states(original, model, *args, **kwargs)
 
 
-def _anchor_file(save_dir: str, tag: str) -> str:
-    return os.path.join(save_dir, tag, f"bond_anchor_rank_{dist.get_rank():05d}.pt")
-
-
-def save_ckpt(original: Any, self: Any, model: Any, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any):
-    """A checkpoint holds the anchor, and only then becomes the latest one: a kill leaves no half of it."""
-    kept = of(model)
-    if kept is None or "anchor" not in kept or tag is None:
-        return original(self, model, save_dir, tag, *args, **kwargs)
-    latest = kwargs.pop("save_latest", True)
-    original(self, model, save_dir, tag, *args, save_latest=False, **kwargs)
-    path = _anchor_file(save_dir, tag)
-    torch.save(kept.anchor_state(), f"{path}.part")
-    os.replace(f"{path}.part", path)
-    dist.barrier()
-    if latest and self.is_rank_0():
-        write_whole(Path(save_dir, "latest"), tag)
-    dist.barrier()
-
-
-def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, *args: Any, **kwargs: Any) -> Any:
-    """Resuming takes the anchor from the checkpoint, never from the pretrained model."""
-    load_path, states = original(self, model, load_dir, *args, **kwargs)
-    _restore_momentum_type(engine_of(model).optimizer)
-    kept = of(model)
-    if kept is not None and "anchor" in kept and load_path is not None:
-        tag = (
-            os.path.basename(os.path.dirname(load_path)) if os.path.isfile(load_path) else os.path.basename(load_path)
-        )
-        path = _anchor_file(load_dir, tag)
-        if not os.path.exists(path):
-            raise CheckpointError(
-                f"the checkpoint {os.path.join(load_dir, tag)} holds no anchor for rank {dist.get_rank()}: it was "
-                "written by another algorithm or with fewer ranks. Start without --ckpt.load_enable, or give "
-                "another --ckpt.path"
-            )
-        kept.load_anchor_state(torch.load(path, map_location="cpu", weights_only=True), path)
-    return load_path, states
-
-
-def _restore_momentum_type(optimizer: Any) -> None:
+def restore_momentum_type(optimizer: Any) -> None:
     """Muon's momentum in the gradients' type, as ZeRO-1 and 2 make it: a checkpoint brings it in the masters'."""
     for state in getattr(getattr(optimizer, "optimizer", None), "state", {}).values():
         if "momentum_buffer" in state:

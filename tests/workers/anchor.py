@@ -6,6 +6,7 @@ usage: anchor.py OUT.json ZERO_STAGE:STEPS ...
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bond_plugin.host.weights import CheckpointError, Weights, _anchor_file, load_ckpt, save_ckpt
+from bond_plugin.host.checkpoints import anchor_file, load_ckpt, save_ckpt
+from bond_plugin.host.weights import CheckpointError, Weights
 
 ETA, LR = 0.02, 3e-6
 deepspeed.init_distributed(BACKEND)
@@ -147,22 +149,25 @@ def measure(stage: int, steps: int) -> dict:
 
     # A checkpoint, through what is attached to the host's strategy around DeepSpeed's own saving and loading.
     engine.bond_weights = weights
-    strategy = SimpleNamespace(is_rank_0=lambda: dist.get_rank() == 0)
+    strategy = SimpleNamespace(
+        args=None,
+        is_rank_0=lambda: dist.get_rank() == 0,
+        print=print,
+        _write_ckpt_metric=lambda *_, **__: None,
+        _read_ckpt_metric=lambda _: None,
+    )
     folder = f"{sys.argv[1]}.{stage}"
 
-    def save(_: object, model: Any, save_dir: str, tag: str, save_latest: bool) -> None:
-        model.save_checkpoint(save_dir, tag=tag, save_latest=save_latest)
+    def load(_: object, model: Any, load_dir: str, tag: str) -> tuple:
+        return model.load_checkpoint(load_dir, tag)
 
-    def load(_: object, model: Any, load_dir: str) -> tuple:
-        return model.load_checkpoint(load_dir)
-
-    save_ckpt(save, strategy, engine, folder, "step1")
+    save_ckpt(None, strategy, engine, folder, "step1")
     saved = [part.clone() for part in weights._sets["anchor"]]
     for part in weights._sets["anchor"]:
         part.zero_()
     load_ckpt(load, strategy, engine, folder)
     numbers["loaded"] = all(torch.equal(a, b) for a, b in zip(saved, weights._sets["anchor"], strict=True))
-    os.unlink(_anchor_file(folder, "step1"))
+    os.unlink(anchor_file(Path(folder, "step1")))
     try:
         load_ckpt(load, strategy, engine, folder)
         numbers["without_anchor"] = "loaded"

@@ -9,6 +9,7 @@ the device between two trainings.
 import json
 import os
 import sys
+from pathlib import Path
 
 from common import arguments, optimiser
 from device import DEVICE
@@ -24,7 +25,7 @@ from openrlhf.trainer.ray.ppo_actor import offload_deepspeed_states, reload_deep
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bond_plugin.host import weights
+from bond_plugin.host import checkpoints, weights
 
 ETA, STEPS, PIECE = 0.1, 6, 1000
 with open(sys.argv[1]) as file:
@@ -156,7 +157,7 @@ def run(what: str, stage: int) -> dict:
     strategy.load_ckpt(engine, folder)
     found["loaded"] = all(torch.equal(a, b) for a, b in zip(saved, kept._sets["anchor"], strict=True))
     found["masters_loaded"] = same(before, masters())
-    found["files"] = os.path.exists(weights._anchor_file(folder, "step1"))
+    found["files"] = os.path.exists(checkpoints.anchor_file(Path(folder, "step1")))
     return found
 
 

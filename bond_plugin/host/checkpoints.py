@@ -1,0 +1,175 @@
+"""Checkpoints that a kill cannot take away: save, then name the new one the latest, then delete old ones.
+
+The host deletes before it saves, by number and by metric, so that a kill in between can leave nothing, or a
+``latest`` that names a folder that is gone. What is written here has the host's layout. Policy and critic have a
+folder each, with a ``latest`` each; a run resumes from the newest checkpoint that both have.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bond_plugin.files import write_whole
+from bond_plugin.host import state, weights
+from bond_plugin.host.weights import CheckpointError
+
+_LATEST = "latest"
+_FOLDERS = ("_actor", "_critic")  # of a run, in --ckpt.path
+_FULL = 2**26  # bytes: a disk with no more room than this is full
+
+
+def save_ckpt(
+    original: Any,
+    self: Any,
+    model: Any,
+    save_dir: str,
+    tag: str | None = None,
+    max_num: int = 3,
+    max_mem: float = 1000,
+    client_state: dict | None = None,
+    save_latest: bool = True,
+    metric_value: float | None = None,
+    metric_key: str | None = None,
+) -> None:
+    """The host's ``save_ckpt`` in another order, and with the anchor. ``max_mem`` is in GiB. Collective.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    tag = tag or f"global_step{model.global_steps}"
+    folder = Path(save_dir, tag)
+    try:
+        model.save_checkpoint(save_dir, tag=tag, client_state=client_state or {}, save_latest=False)
+        kept = weights.of(model)
+        if kept is not None and "anchor" in kept:
+            path = anchor_file(folder)
+            torch.save(kept.anchor_state(), f"{path}.part")
+            os.replace(f"{path}.part", path)
+        if self.is_rank_0():
+            self._write_ckpt_metric(str(folder), metric_value, metric_key=metric_key)
+    except (OSError, RuntimeError) as error:
+        if shutil.disk_usage(save_dir).free < _FULL:
+            raise CheckpointError(
+                f"no space left on the disk of {save_dir}: {tag} was not saved. Checkpoints saved before are whole"
+            ) from error
+        raise
+    dist.barrier()
+    if self.is_rank_0():
+        if save_latest:
+            write_whole(Path(save_dir, _LATEST), tag)
+        for old in _superfluous(self, Path(save_dir), tag, max_num, max_mem * 2**30):
+            shutil.rmtree(old)
+            self.print(f"Deleted checkpoint {old}")
+    dist.barrier()
+    gc.collect()
+
+
+def _superfluous(strategy: Any, folder: Path, saved: str, max_num: int, max_bytes: float) -> list[Path]:
+    """Which checkpoints go, by the host's rules: beyond ``max_num``, or together larger than ``max_bytes``.
+
+    First those without a metric, then those with the worst, and the oldest of these. Of the best ones only the
+    newest stays, and it does not count. What was just saved and what any ``latest`` names always stays.
+    """
+    named = {saved, *_named(strategy.args, folder)}
+    there = [path for path in folder.iterdir() if path.is_dir()]
+    best = [path for path in there if path.name.startswith("best")]
+    regular = [path for path in there if not path.name.startswith("best")]
+    gone = [path for path in best if saved.startswith("best") and path.name not in named]
+
+    def worth(path: Path) -> tuple[bool, float, float]:
+        metric = strategy._read_ckpt_metric(str(path))
+        return metric is not None, metric if metric is not None else 0.0, path.stat().st_mtime
+
+    sizes = {path: _size(path) for path in there}
+    number, size = len(regular), sum(sizes[path] for path in there if path not in gone)
+    for path in sorted((path for path in regular if path.name not in named), key=worth):
+        if number <= max_num and size <= max_bytes:
+            break
+        gone.append(path)
+        number, size = number - 1, size - sizes[path]
+    return gone
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def anchor_file(folder: Path) -> str:
+    """Where this rank's part of the anchor is, in a checkpoint's folder."""
+    return str(folder / f"bond_anchor_rank_{dist.get_rank():05d}.pt")
+
+
+def _named(args: Any, folder: Path) -> list[str]:
+    """What ``latest`` names in this folder and, where a run has a critic, in the other one of the two."""
+    folders = {folder}
+    if folder.name in _FOLDERS and args.critic.model_name_or_path:
+        folders |= {folder.with_name(name) for name in _FOLDERS}
+    return [path.read_text().strip() for each in folders if (path := each / _LATEST).is_file()]
+
+
+def latest(args: Any, folder: Path) -> str | None:
+    """The checkpoint to resume from: the newest that policy and critic both have; ``None`` if there is none yet.
+
+    Raises:
+        CheckpointError: ``latest`` names a folder that is not there.
+    """
+    if not (folder / _LATEST).is_file():
+        return None
+    named = sorted(_named(args, folder), key=_step)
+    for tag in named:
+        if (folder / tag).is_dir():
+            return tag
+    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
+    raise CheckpointError(
+        f"{folder / _LATEST} names {named[0]}, which is not there (there are: {there}). Write the name of a whole "
+        "checkpoint into that file, or start without --ckpt.load_enable"
+    )
+
+
+def _step(tag: str) -> int:
+    found = re.search(r"(\d+)$", tag)
+    return int(found.group()) if found else 0
+
+
+def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
+    """Resuming takes the anchor from the checkpoint, never from the pretrained model. Collective.
+
+    Raises:
+        CheckpointError: see :func:`latest`; or it holds no anchor for this rank.
+    """
+    tag = tag or latest(self.args, Path(load_dir))
+    if tag is None:
+        self.print(f"bond: note: {load_dir} holds no whole checkpoint: the run starts at step 0")
+        return None, {}
+    load_path, states = original(self, model, load_dir, tag, **kwargs)
+    weights.restore_momentum_type(weights.engine_of(model).optimizer)
+    kept = weights.of(model)
+    if kept is not None and "anchor" in kept and load_path is not None:
+        path = anchor_file(Path(load_dir, tag))
+        if not os.path.exists(path):
+            raise CheckpointError(
+                f"the checkpoint {os.path.join(load_dir, tag)} holds no anchor for rank {dist.get_rank()}: it was "
+                "written by another algorithm or with fewer ranks. Start without --ckpt.load_enable, or give "
+                "another --ckpt.path"
+            )
+        kept.load_anchor_state(torch.load(path, map_location="cpu", weights_only=True), path)
+    return load_path, states
+
+
+def init_checkpoint_states(original: Any, self: Any) -> dict:
+    """Resuming: the step, and with it all seeds, go on where the checkpoint was written."""
+    states, kept = original(self), state.of(self)
+    if not states:  # a first checkpoint that was cut short
+        self.args.ckpt.load_enable = False
+        states = original(self)
+    kept.step = states["global_step"]
+    kept.log.resume(kept.step)
+    return states
