@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import sys
 from dataclasses import Field, dataclass, field
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
 from bond_plugin.host import cpu, on_cpu
-from bond_plugin.options import add_flag, last_value
+from bond_plugin.options import add_flag
 from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     caching = parser.prog == CACHE
     parser.prog = "bond train" if parser.prog.startswith("bond") and not caching else parser.prog
     parser.allow_abbrev = False
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
     try:
         estimators = registry.names(registry.ADVANTAGE_ESTIMATORS)
         losses = registry.names(registry.POLICY_LOSSES)
@@ -152,8 +154,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
 
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
-        estimator = last_value(argv, ESTIMATOR) or from_recipe.get(ESTIMATOR[2:])
-        estimator = estimator or parser.get_default(ESTIMATOR[2:])
+        estimator = recipes.said(ESTIMATOR, argv, from_recipe) or parser.get_default(ESTIMATOR[2:])
         if ":" in estimator:  # an import path: a module in this folder is as good as an installed one
             if os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())
@@ -161,7 +162,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         selected = algorithm_class(estimator)
         if selected is not None:
             _add_config_flags(parser, estimator, selected.__module__, selected.Config.options("bond"))
-        transform = last_value(argv, TRANSFORM) or from_recipe.get(TRANSFORM[2:])
+        transform = recipes.said(TRANSFORM, argv, from_recipe)
         transformed = None
         if transform in registry.names(registry.REWARD_TRANSFORMS):  # if it is not, the parser says so
             if selected is not None:
