@@ -124,7 +124,7 @@ def expand_booleans(argv: list[str], parser: argparse.ArgumentParser) -> list[st
 
     The last word on a switch counts, as for any other flag.
     """
-    words: dict[str, str] = {}
+    switches: dict[argparse.Action, bool] = {}
     rest: list[str] = []
     for token in argv:
         option, equals, value = token.partition("=")
@@ -136,10 +136,10 @@ def expand_booleans(argv: list[str], parser: argparse.ArgumentParser) -> list[st
         if value not in ("true", "false"):
             raise RecipeError(f"{option} is a switch: {option}, {option}=true or {option}=false")
         off = isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
-        words[action.option_strings[0] if off else option] = str((value == "true") != off).lower()
-    for option, value in words.items():
-        action = parser._option_string_actions[option]
-        if value == "true":
+        switches[action] = (value == "true") != off
+    for action, on in switches.items():
+        option = action.option_strings[0]
+        if on:
             rest.append(option)
         elif isinstance(action, argparse.BooleanOptionalAction):
             rest.append(f"--no-{option[2:]}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
 from bond_plugin.host import cpu, on_cpu
-from bond_plugin.options import add_flag
+from bond_plugin.options import add_flag, at_least
 from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -183,9 +183,9 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         parser.error(_explain_unknown(unknown, parser, estimator))
     if vars(parsed).get("reward.remote_url") == "":  # a recipe's is taken back; the host would call a nameless server
         vars(parsed)["reward.remote_url"] = None
-    if caching:
-        _settle_output(parsed, parser)
     try:
+        if caching:
+            _settle_output(vars(parsed))
         if selected is not None:
             selected.Config.from_flags(vars(parsed), "bond")
         if transformed is not None:
@@ -384,17 +384,15 @@ def own_flags(caching: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-def _settle_output(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _settle_output(values: dict[str, Any]) -> None:
     """The run's reward cache and the file to write are each other's default."""
-    values, output, read = vars(parsed), "cache.output", REWARD_CACHE[2:]
+    output, read = "cache.output", REWARD_CACHE[2:]
     values[output] = values[output] or values.get(read)
     if not values[output]:
-        parser.error(f"--{output} is missing: the file to write, for {REWARD_CACHE} of the training run")
+        raise ValueError(f"--{output} is missing: the file to write, for {REWARD_CACHE} of the training run")
     if read in values:
         values[read] = values[read] or values[output]
-    for name, least in (("cache.samples", 1), ("cache.seed", 0), ("cache.chunk", 0)):
-        if values[name] < least:
-            parser.error(f"--{name} must be at least {least}, got {values[name]}")
+    at_least(values, {"cache.samples": 1, "cache.seed": 0, "cache.chunk": 0})
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, options: dict[str, Field]) -> None:
