@@ -101,19 +101,18 @@ def refused(args: SimpleNamespace) -> list[str]:
 def problems(args: SimpleNamespace) -> list[str]:
     """What keeps a training run from using its ``--bond.reward_cache``, each with the fix; empty without one.
 
-    Settles the path and the number of samples in ``args``, for the processes that follow.
+    The path is absolute already. Settles the number of samples in ``args``, for the processes that follow.
     """
-    given = getattr(args.bond, "reward_cache", "")
-    if not given:
+    path = getattr(args.bond, "reward_cache", "")
+    if not path:
         return []
-    args.bond.reward_cache = os.path.abspath(os.path.expanduser(given))
     if args.bond.cache_samples < 0:
         return [f"--bond.cache_samples must be at least 0, got {args.bond.cache_samples}"]
-    if not Path(args.bond.reward_cache).is_file():
-        return [f"{flags.REWARD_CACHE} {given}: no such file. This makes it: {_command()}"]
+    if not Path(path).is_file():
+        return [f"{flags.REWARD_CACHE} {path}: no such file. This makes it: {_command()}"]
     _read.cache_clear()  # it may have changed since
     try:
-        found = _read(args.bond.reward_cache)
+        found = _read(path)
         tokenizer = tokenizer_of(args)
         pairs = training_prompts(args, tokenizer)
     except (reward_cache.CacheError, DataError) as error:
@@ -123,7 +122,7 @@ def problems(args: SimpleNamespace) -> list[str]:
     if different and args.bond.reward_cache_mismatch == "error":
         reasons = "".join(f"\n      {line}" for line in different)
         listed.append(
-            f"{flags.REWARD_CACHE} {given} was not made for this run:{reasons}\n    Make another, or use it all the "
+            f"{flags.REWARD_CACHE} {path} was not made for this run:{reasons}\n    Make another, or use it all the "
             "same with --bond.reward_cache_mismatch warn"
         )
     else:

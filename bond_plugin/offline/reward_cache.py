@@ -266,11 +266,8 @@ def _identity(one: Any, other: Any) -> Any:
 def _describe(value: Any) -> str:
     if not isinstance(value, dict):
         return "none" if value is None else str(value)
-    parts = [
-        str(text) if key in ("kind", "name") else f"{key} {text}"
-        for key, text in value.items()
-        if text not in (None, False)
-    ]
+    said = {key: text for key, text in value.items() if text not in (None, False)}
+    parts = (str(text) if key in ("kind", "name") else f"{key} {text}" for key, text in said.items())
     return ", ".join(parts) or "none"
 
 
@@ -297,11 +294,10 @@ class Writer(contextlib.AbstractContextManager):
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.cache = self._resume()
-        except BlockingIOError:
+        except BaseException as error:
             self._file.close()
-            raise CacheError(f"{self.path}: another `bond cache` is writing this file") from None
-        except BaseException:
-            self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise CacheError(f"{self.path}: another `bond cache` is writing this file") from None
             raise
 
     def __exit__(self, *exception: object) -> None:
@@ -352,22 +348,17 @@ class Writer(contextlib.AbstractContextManager):
         if cache.record is None:  # new, or stopped in its first line
             self._write(self.record)
             return Cache(self.path, self.record)
-        self._check_record(cache.record)
-        return cache
-
-    def _check_record(self, record: Record) -> None:
-        found = differences(record, self.record)
-        found += [
-            f"--cache.{key}: {record.get(key)} in the file, {self.record.get(key)} now"
-            for key in ("samples", "seed")
-            if record.get(key) != self.record.get(key)
-        ]
+        found = differences(cache.record, self.record)
+        for key in ("samples", "seed"):
+            if cache.record.get(key) != self.record.get(key):
+                found.append(f"--cache.{key}: {cache.record.get(key)} in the file, {self.record.get(key)} now")
         if found:
             lines = "\n".join(f"  - {line}" for line in found)
             raise CacheError(
                 f"{self.path} was begun with other settings:\n{lines}\n"
                 "Name another --cache.output, or delete the file"
             )
+        return cache
 
 
 _START = json.dumps({_MARK: VERSION}).removesuffix("}").encode()
