@@ -181,7 +181,6 @@ class _Progress:
     def __init__(self, stream: IO[str], done: int, total: int) -> None:
         self.stream, self.total, self.n = stream, total, done
         self.format_dict = {"elapsed": 1.0}
-        self.postfix = ""
         self._reported = 0.0
 
     def update(self, count: int) -> None:
@@ -195,8 +194,7 @@ class _Progress:
     def refresh(self) -> None:
         pass
 
-    def close(self) -> None:
-        pass
+    close = refresh
 
 
 def _send(stream: IO[str], message: dict[str, Any]) -> None:
