@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import Field
 from typing import Any
 
@@ -36,3 +37,19 @@ def last_value(argv: list[str], option: str) -> str | None:
         elif token.startswith(option + "="):
             value = token.partition("=")[2]
     return value
+
+
+def at_least(values: Mapping[str, Any], least: Mapping[str, float]) -> None:
+    """Whether numbers are not too small.
+
+    Args:
+        values: by argparse's names; ``None`` for a flag that is not given.
+        least: by the flags' names without dashes, the least that makes sense.
+
+    Raises:
+        ValueError: the first that is smaller.
+    """
+    for name, bound in least.items():
+        value = values[name.replace("-", "_")]
+        if value is not None and value < bound:
+            raise ValueError(f"--{name} must be at least {bound}, got {value}")

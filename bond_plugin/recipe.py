@@ -13,9 +13,10 @@ what the parser knows.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from bond_plugin.options import last_value
 from bond_plugin.words import did_you_mean
@@ -39,21 +40,18 @@ def path_from(argv: list[str]) -> Path | None:
 def read(path: Path) -> dict[str, Any]:
     """Flatten a recipe into dotted names and values, in the order of the file.
 
-    Raises:
-        RecipeError: no such file, no YAML mapping, or a key given twice.
-    """
-    import yaml
+    A value is the text that the file has, for the flag's own parser to read; ``None`` for null, ``~`` or nothing; or
+    a list of such.
 
-    if not path.is_file():
-        raise RecipeError(f"--recipe {path}: no such file; `bond recipes` prints those of the package")
-    try:
-        content = yaml.load(path.read_text(), Loader=strict_loader(yaml))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--recipe {path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"--recipe {path}: a recipe is a mapping of flags, found {type(content).__name__}")
+    Raises:
+        RecipeError: a file that :func:`load` cannot read, no mapping, or a key given twice.
+    """
     flat: dict[str, Any] = {}
     try:
+        content = load(path, typed=False)
+        if not isinstance(content, dict):
+            found = "nothing" if content is None else type(content).__name__
+            raise RecipeError(f"a recipe is a mapping of flags, found {found}")
         flatten(content, flat)
     except RecipeError as error:
         raise RecipeError(f"--recipe {path}: {error}") from error
@@ -64,8 +62,10 @@ def flatten(node: dict, flat: dict[str, Any], prefix: str = "") -> None:
     """Add the dotted names and values of a nested mapping to ``flat``.
 
     Raises:
-        RecipeError: a name that is there already.
+        RecipeError: a name that is there already, or a mapping that is nested too deeply.
     """
+    if prefix.count(".") > _DEEPEST:  # by aliases: the loader counts what is written
+        raise RecipeError(f"nested deeper than {_DEEPEST} levels")
     for key, value in node.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -99,20 +99,23 @@ def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -
         known.pop(name, None)
     argv: list[str] = []
     for name, value in flat.items():
-        action = known.get(name)
+        action, option = known.get(name), f"--{name}"
         if action is None:
             raise RecipeError(f"--recipe {path}: unknown key '{name}'{did_you_mean(name, known, 0.5)}")
         if value is None:
             continue
-        option = f"--{name}"
         if action.nargs == 0:
-            if not isinstance(value, bool):
-                raise RecipeError(f"--recipe {path}: '{name}' is true or false, got {value!r}")
-            argv.append(f"{option}={'true' if value else 'false'}")
-        elif isinstance(value, list):
-            argv += [option, *map(_text, value)]
+            if str(value).lower() not in ("true", "false"):
+                raise RecipeError(f"--recipe {path}: '{name}' is true or false, got {value}")
+            argv.append(f"{option}={value}")
+        elif isinstance(value, str):
+            argv += [f"{option}={value}"] if value.startswith("-") else [option, value]
+        elif action.nargs is None:
+            raise RecipeError(f"--recipe {path}: '{name}' is one value, not a list")
+        elif not all(isinstance(one, str) for one in value):
+            raise RecipeError(f"--recipe {path}: the values of '{name}' are texts or numbers, not null or a list")
         else:
-            argv += [option, _text(value)] if not _text(value).startswith("-") else [f"{option}={_text(value)}"]
+            argv += [option, *value]
     return argv
 
 
@@ -121,7 +124,7 @@ def expand_booleans(argv: list[str], parser: argparse.ArgumentParser) -> list[st
 
     The last word on a switch counts, as for any other flag.
     """
-    words: dict[str, str] = {}
+    switches: dict[argparse.Action, bool] = {}
     rest: list[str] = []
     for token in argv:
         option, equals, value = token.partition("=")
@@ -133,10 +136,10 @@ def expand_booleans(argv: list[str], parser: argparse.ArgumentParser) -> list[st
         if value not in ("true", "false"):
             raise RecipeError(f"{option} is a switch: {option}, {option}=true or {option}=false")
         off = isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
-        words[action.option_strings[0] if off else option] = str((value == "true") != off).lower()
-    for option, value in words.items():
-        action = parser._option_string_actions[option]
-        if value == "true":
+        switches[action] = (value == "true") != off
+    for action, on in switches.items():
+        option = action.option_strings[0]
+        if on:
             rest.append(option)
         elif isinstance(action, argparse.BooleanOptionalAction):
             rest.append(f"--no-{option[2:]}")
@@ -159,26 +162,104 @@ def namespace(values: Any) -> Any:
     return values
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value)
+def said(option: str, argv: list[str], flat: dict[str, Any]) -> str | None:
+    """What the command line, else the recipe says of a flag with one value; ``None`` if neither does."""
+    value = last_value(argv, option)
+    value = flat.get(option[2:]) if value is None else value
+    return value if isinstance(value, str) else None  # a list is for the parser to refuse
 
 
-def strict_loader(yaml: Any) -> Any:
-    """A loader to which a key given twice is an error, as it never is meant."""
+# The file.
+
+_LARGEST = 2**20  # bytes
+_DEEPEST = 50  # mappings and lists in one another
+
+#: What is a number or a boolean where types are wanted: first characters, the whole, and how it is read.
+_TYPES = {
+    "bool": ("tTfF", "(true|True|TRUE|false|False|FALSE)$", lambda text: text.lower() == "true"),
+    "int": ("-+0123456789", "[-+]?(0|[1-9](_?[0-9]){0,17})$", int),
+    "float": ("-+.0123456789", r"[-+]?([0-9](_?[0-9])*\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?$", float),
+}
+
+
+def load(path: Path, typed: bool) -> Any:
+    """The content of a YAML file.
+
+    Args:
+        path: UTF-8, at most 1 MiB.
+        typed: see :func:`strict_loader`.
+
+    Raises:
+        RecipeError: what is wrong with the file, and in which line if it is in one. To follow the file's name.
+    """
+    import yaml
+
+    try:
+        if path.is_dir():
+            raise RecipeError("a folder, not a file")
+        if not path.is_file():
+            raise RecipeError("no such file; `bond recipes` prints those of the package")
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}") from error
+    if len(content) > _LARGEST:
+        raise RecipeError("larger than 1 MiB, which is no file of flags")
+    try:
+        return yaml.load(content.decode("utf-8-sig"), Loader=strict_loader(yaml, typed))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"line {line} is not UTF-8; save the file in that encoding") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: of numbers in escapes and directives
+        said = str(error).replace('in "<unicode string>", ', "in ")
+        raise RecipeError(f"not valid YAML: {said}") from error
+
+
+def strict_loader(yaml: Any, typed: bool = True) -> Any:
+    """A loader to which a key given twice is an error, as it never is meant, and nesting deeper than any flag is one.
+
+    Args:
+        yaml: the module.
+        typed: numbers, ``true`` and ``false`` are what they are, so far as all versions of YAML agree: ``off``,
+            ``0123`` and ``1:30`` are texts. Without, every value is the text that is written. Either way keys are
+            texts, and ``null``, ``~`` and nothing are ``None``.
+    """
+    tag, wrong = "tag:yaml.org,2002:", yaml.composer.ComposerError
 
     class Loader(yaml.SafeLoader):
-        pass
+        yaml_constructors: ClassVar = {None: yaml.SafeLoader.construct_undefined}  # of tags that are not below
+        yaml_implicit_resolvers: ClassVar = {}
 
-    def mapping(loader: Any, node: Any) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            name = loader.construct_object(key)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{name}' is given twice", key.start_mark)
-            seen.add(name)
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if len(self.marks) > _DEEPEST:
+                raise wrong(None, None, f"nested deeper than {_DEEPEST} levels", self.marks[-1])
+            return super().compose_node(parent, index)
 
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            merged, own = {}, {}
+            for key, value in node.value:
+                found = self.construct_object(value)
+                if key.tag == f"{tag}merge":
+                    for mapping in found if isinstance(found, list) else [found]:
+                        if not isinstance(mapping, dict):
+                            raise wrong(None, None, "<< takes a mapping, or a list of some", key.start_mark)
+                        merged = {**mapping, **merged}
+                elif not isinstance(key, yaml.ScalarNode):
+                    raise wrong(None, None, "a key must be a text", key.start_mark)
+                elif key.value in own:
+                    raise wrong(None, None, f"'{key.value}' is given twice", key.start_mark)
+                else:
+                    own[key.value] = found
+            return {**merged, **own}
+
+    Loader.add_constructor(f"{tag}map", Loader.construct_mapping)
+    Loader.add_constructor(f"{tag}seq", Loader.construct_sequence)
+    Loader.add_constructor(f"{tag}str", Loader.construct_scalar)
+    Loader.add_constructor(f"{tag}merge", Loader.construct_scalar)  # where it is a value
+    Loader.add_constructor(f"{tag}null", lambda loader, node: None)
+    Loader.add_implicit_resolver(f"{tag}null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+    Loader.add_implicit_resolver(f"{tag}merge", re.compile("<<$"), ["<"])
+    for name, (first, pattern, read_as) in _TYPES.items() if typed else ():
+        Loader.add_implicit_resolver(f"{tag}{name}", re.compile(pattern), list(first))
+        Loader.add_constructor(f"{tag}{name}", lambda loader, node, read_as=read_as: read_as(node.value))
     return Loader

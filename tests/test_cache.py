@@ -56,7 +56,7 @@ def test_both_layouts_of_the_authors_give_the_same_rewards(tmp_path: Path) -> No
     for path in (by_sample, by_prompt):
         found = read_cache(path)
         assert found.record is None
-        assert found.prompts == ["a", "b"]
+        assert list(found) == ["a", "b"]
         assert found.samples() == 2
         rewards = found.rewards(["b", "a", "b"])
         assert rewards.dtype == torch.float64
@@ -142,9 +142,9 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
             writer.append("q", [1.0, math.nan])
     found = read_cache(path)
     assert found.record == {"bond_cache": 1, **RECORD}
-    assert found.labels == {prompt: '{"answer": 4}'}
+    assert [entry.label for entry in found.values()] == ['{"answer": 4}', None]
     assert found.rewards([prompt], 6).tolist() == [torch.tensor(values, dtype=torch.float32).tolist()]
-    assert found.prompts == [prompt, "p"]
+    assert list(found) == [prompt, "p"]
     second = path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")[1]
     assert '"rewards": [0.1, 0.33333334,' in second  # for people: the shortest number that is the same in float32
 
@@ -212,7 +212,7 @@ def test_an_exception_in_the_reward_keeps_what_is_written(tmp_path: Path) -> Non
         list(cache.fill(writer, PROMPTS, drawing, failing, chunk=2))
     assert samplers[0].gi_frame is None  # closed, and with it vLLM's process
     assert whole.startswith(path.read_bytes())
-    assert read_cache(path).prompts == ["prompt 0", "prompt 1", "prompt 2"]
+    assert list(read_cache(path)) == ["prompt 0", "prompt 1", "prompt 2"]
     assert made(path) == whole
 
 

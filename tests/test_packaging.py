@@ -136,7 +136,8 @@ def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str], na
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith(".yaml") and "/bench" not in name])
 def test_sizes_of_a_recipe_are_the_hosts(name: str) -> None:
     """The host's own assertions, the last of which it makes only when Ray runs."""
-    flat = recipe.read(RECIPES[name])
+    flat: dict[str, Any] = {}
+    recipe.flatten(recipe.load(RECIPES[name], typed=True), flat)
     ranks = flat["actor.num_nodes"] * flat["actor.num_gpus_per_node"]
     samples = flat["rollout.batch_size"] * flat["rollout.n_samples_per_prompt"]
     assert samples // flat["rollout.micro_batch_size"] >= ranks

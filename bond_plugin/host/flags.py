@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import sys
 from dataclasses import Field, dataclass, field
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
 from bond_plugin.host import cpu, on_cpu
-from bond_plugin.options import add_flag, last_value
+from bond_plugin.options import add_flag, at_least
 from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     caching = parser.prog == CACHE
     parser.prog = "bond train" if parser.prog.startswith("bond") and not caching else parser.prog
     parser.allow_abbrev = False
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
     try:
         estimators = registry.names(registry.ADVANTAGE_ESTIMATORS)
         losses = registry.names(registry.POLICY_LOSSES)
@@ -113,8 +115,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
 
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
-        estimator = last_value(argv, ESTIMATOR) or from_recipe.get(ESTIMATOR[2:])
-        estimator = estimator or parser.get_default(ESTIMATOR[2:])
+        estimator = recipes.said(ESTIMATOR, argv, from_recipe) or parser.get_default(ESTIMATOR[2:])
         if ":" in estimator:  # an import path: a module in this folder is as good as an installed one
             if os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())
@@ -122,7 +123,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         selected = algorithm_class(estimator)
         if selected is not None:
             _add_config_flags(parser, estimator, selected.__module__, selected.Config.options("bond"))
-        transform = last_value(argv, TRANSFORM) or from_recipe.get(TRANSFORM[2:])
+        transform = recipes.said(TRANSFORM, argv, from_recipe)
         transformed = None
         if transform in registry.names(registry.REWARD_TRANSFORMS):  # if it is not, the parser says so
             if selected is not None:
@@ -143,9 +144,9 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         parser.error(_explain_unknown(unknown, parser, estimator))
     if vars(parsed).get("reward.remote_url") == "":  # a recipe's is taken back; the host would call a nameless server
         vars(parsed)["reward.remote_url"] = None
-    if caching:
-        _settle_output(parsed, parser)
     try:
+        if caching:
+            _settle_output(vars(parsed))
         if selected is not None:
             selected.Config.from_flags(vars(parsed), "bond")
         if transformed is not None:
@@ -356,17 +357,15 @@ def own_flags(caching: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-def _settle_output(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _settle_output(values: dict[str, Any]) -> None:
     """The run's reward cache and the file to write are each other's default."""
-    values, output, read = vars(parsed), "cache.output", REWARD_CACHE[2:]
+    output, read = "cache.output", REWARD_CACHE[2:]
     values[output] = values[output] or values.get(read)
     if not values[output]:
-        parser.error(f"--{output} is missing: the file to write, for {REWARD_CACHE} of the training run")
+        raise ValueError(f"--{output} is missing: the file to write, for {REWARD_CACHE} of the training run")
     if read in values:
         values[read] = values[read] or values[output]
-    for name, least in (("cache.samples", 1), ("cache.seed", 0), ("cache.chunk", 0)):
-        if values[name] < least:
-            parser.error(f"--{name} must be at least {least}, got {values[name]}")
+    at_least(values, {"cache.samples": 1, "cache.seed": 0, "cache.chunk": 0})
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, options: dict[str, Field]) -> None:

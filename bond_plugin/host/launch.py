@@ -25,7 +25,6 @@ from bond_plugin.host import (
     on_cpu,
     prefork,
 )
-from bond_plugin.options import last_value
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
 SETUP_HOOK = "bond_plugin.host.load_plugins"
@@ -102,13 +101,11 @@ def settle_device(argv: list[str]) -> None:
 
 
 def _device(argv: list[str]) -> str:
-    wanted = last_value(argv, "--bond.device")
-    if wanted is None:
-        try:
-            path = recipes.path_from(argv)
-            wanted = recipes.read(path).get("bond.device") if path else None
-        except recipes.RecipeError:
-            wanted = None  # the parser reports it
+    try:
+        path = recipes.path_from(argv)
+        wanted = recipes.said("--bond.device", argv, recipes.read(path) if path else {})
+    except recipes.RecipeError:
+        wanted = None  # the parser reports it
     if wanted in ("cpu", "cuda"):
         return wanted
     if os.environ.get("RAY_ADDRESS", "local") != "local":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -52,34 +53,13 @@ class PromptSamples:
     responses: list[str]
 
 
-def sample(
-    model: str | Path,
-    prompts: Sequence[str],
-    n: int,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    max_len: int | None = None,
-    engine: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> list[PromptSamples]:
+def sample(model: str | Path, prompts: Sequence[str], n: int, **how: Any) -> list[PromptSamples]:
     """Draw ``n`` responses for each prompt from a model's own distribution: no top-p, top-k or least length.
 
-    Arguments and errors as for :func:`stream`, but the random numbers come from one stream for all requests: the same
-    arguments on the same machine give the same samples, and other prompts give others. Without ``max_len`` no prompt
-    is cut.
+    Arguments and errors as for :func:`stream` without ``chunk``: the random numbers come from one stream for all
+    requests. So the same arguments on the same machine give the same samples, and other prompts give others.
     """
-    job = {
-        "model": os.fspath(model),
-        "prompts": list(prompts),
-        "n": n,
-        "max_new_tokens": max_new_tokens,
-        "max_len": max_len,
-        "temperature": temperature,
-        "engine": {"seed": seed, **(engine or {})},
-    }
-    return [one for chunk in _run(job, progress) for one in chunk]
+    return list(itertools.chain.from_iterable(stream(model, prompts, n, **how)))
 
 
 def stream(
@@ -88,11 +68,11 @@ def stream(
     n: int,
     *,
     max_new_tokens: int | None,
-    max_len: int,
     temperature: float,
-    min_new_tokens: int,
     seed: int,
-    chunk: int,
+    max_len: int | None = None,
+    min_new_tokens: int = 0,
+    chunk: int | None = None,
     use_fast_tokenizer: bool = True,
     engine: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -110,11 +90,11 @@ def stream(
             special tokens; only the last tokens are kept of one that leaves no room for the response.
         n: samples a prompt, at least 1.
         max_new_tokens: tokens after which a response is cut off; ``None`` for as many as ``max_len`` leaves.
-        max_len: tokens of prompt and response together.
         temperature: above 0.
-        min_new_tokens: no EOS token before so many tokens.
         seed: see above.
-        chunk: prompts in a chunk, at least 1.
+        max_len: tokens of prompt and response together; ``None`` cuts no prompt.
+        min_new_tokens: no EOS token before so many tokens.
+        chunk: prompts in a chunk, at least 1; ``None`` for all at once, without seeds of their own.
         use_fast_tokenizer: as the host's ``--data.disable_fast_tokenizer`` says.
         engine: further arguments of ``vllm.LLM``.
         progress: called with (responses finished, responses wanted) now and then.
@@ -126,26 +106,19 @@ def stream(
     Raises:
         SamplingError: vLLM failed.
     """
-    return _run(
-        {
-            "model": os.fspath(model),
-            "prompts": list(prompts),
-            "n": n,
-            "max_new_tokens": max_new_tokens,
-            "max_len": max_len,
-            "temperature": temperature,
-            "min_new_tokens": min_new_tokens,
-            "seed": seed,
-            "chunk": chunk,
-            "tokenizer": {"trust_remote_code": True, "use_fast": use_fast_tokenizer},
-            "engine": {"trust_remote_code": True, **(engine or {})},
-        },
-        progress,
-    )
-
-
-def _run(job: dict[str, Any], progress: Progress | None) -> Iterator[list[PromptSamples]]:
-    """The parent's side: start the child, read what it says, and raise what it ends with."""
+    job = {
+        "model": os.fspath(model),
+        "prompts": list(prompts),
+        "n": n,
+        "max_new_tokens": max_new_tokens,
+        "max_len": max_len,
+        "temperature": temperature,
+        "min_new_tokens": min_new_tokens,
+        "seed": seed,
+        "chunk": chunk,
+        "tokenizer": {"trust_remote_code": True, "use_fast": use_fast_tokenizer},
+        "engine": {"trust_remote_code": True, "seed": seed, **(engine or {})},
+    }
     error = ""
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
@@ -189,9 +162,8 @@ def _environment(model: str) -> dict[str, str]:
     """
     import torch
 
-    variables = dict(os.environ)
-    variables.pop(ACTIVE_VARIABLE, None)
-    variables.pop(DEVICE_VARIABLE, None)
+    ours = (ACTIVE_VARIABLE, DEVICE_VARIABLE)
+    variables = {name: value for name, value in os.environ.items() if name not in ours}
     root = os.fspath(Path(__file__).resolve().parents[2])
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (root, variables.get("PYTHONPATH"))))
     # The seed fixes the samples only while the engine lives in the child itself.
@@ -209,7 +181,6 @@ class _Progress:
     def __init__(self, stream: IO[str], done: int, total: int) -> None:
         self.stream, self.total, self.n = stream, total, done
         self.format_dict = {"elapsed": 1.0}
-        self.postfix = ""
         self._reported = 0.0
 
     def update(self, count: int) -> None:
@@ -223,19 +194,11 @@ class _Progress:
     def refresh(self) -> None:
         pass
 
-    def close(self) -> None:
-        pass
+    close = refresh
 
 
 def _send(stream: IO[str], message: dict[str, Any]) -> None:
     print(json.dumps(message), file=stream, flush=True)
-
-
-def _dtype() -> str:
-    """bfloat16, except on CPUs without instructions for it, where float32 is two to four times as fast."""
-    import torch
-
-    return "bfloat16" if torch.cuda.is_available() or cpu.native_bf16() else "float32"
 
 
 def _work(job: dict[str, Any], stream: IO[str]) -> None:
@@ -243,31 +206,25 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(job["model"], **job.get("tokenizer", {}))
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], **job["tokenizer"])
     requests = [prompt_tokens(tokenizer, text, job["max_new_tokens"], job["max_len"]) for text in job["prompts"]]
 
     from vllm import LLM, SamplingParams  # takes long, and most of what can go wrong has gone wrong by now
 
+    gpu = torch.cuda.is_available()
     engine = LLM(
         model=job["model"],
-        dtype=_dtype(),
-        enforce_eager=not torch.cuda.is_available(),
+        # On CPUs without instructions for bfloat16, float32 is two to four times as fast.
+        dtype="bfloat16" if gpu or cpu.native_bf16() else "float32",
+        enforce_eager=not gpu,
         # No longer than needed, so that a small cache suffices for a model with a long context.
         max_model_len=max(len(ids) + room for ids, room in requests),
         **job["engine"],
     )
-    n, total = job["n"], len(requests) * job["n"]
-    common = {
-        "temperature": job["temperature"],
-        "top_p": 1.0,
-        "top_k": -1,
-        "min_tokens": job.get("min_new_tokens", 0),
-        "detokenize": False,
-    }
-    chunk = job.get("chunk", len(requests))
+    n, total, chunk = job["n"], len(requests) * job["n"], job["chunk"] or len(requests)
     for start in range(0, len(requests), chunk):
-        part = range(start, min(start + chunk, len(requests)))
-        if "seed" in job:  # a request a response
+        part = range(len(requests))[start : start + chunk]
+        if job["chunk"]:  # a request a response
             asked = [(i, {"seed": seed(job["seed"], job["prompts"][i], j)}) for i in part for j in range(n)]
             # What earlier chunks left behind must not change how this one is computed.
             engine.reset_prefix_cache()
@@ -275,20 +232,27 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
             asked = [(i, {"n": n}) for i in part]
         outputs = engine.generate(
             [{"prompt_token_ids": requests[i][0]} for i, _ in asked],
-            [SamplingParams(**common, **own, max_tokens=requests[i][1]) for i, own in asked],
+            [
+                SamplingParams(
+                    temperature=job["temperature"],
+                    top_p=1.0,
+                    top_k=-1,
+                    min_tokens=job["min_new_tokens"],
+                    max_tokens=requests[i][1],
+                    detokenize=False,
+                    **own,
+                )
+                for i, own in asked
+            ],
             # vLLM puts its bar around an iterable too, while it reads the prompts: that one passes unchanged.
             use_tqdm=lambda *iterable, _done=start * n, **_: (
                 iterable[0] if iterable else _Progress(stream, _done, total)
             ),
         )
-        completions = [
-            list(completion.token_ids)
-            for output in outputs
-            for completion in sorted(output.outputs, key=lambda c: c.index)
-        ]
+        completions = (one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index))
         drawn = []
-        for k, i in enumerate(part):
-            ids, responses = requests[i][0], completions[k * n : (k + 1) * n]
+        for i in part:
+            ids, responses = requests[i][0], [list(one.token_ids) for one in itertools.islice(completions, n)]
             queries = [tokenizer.decode(ids + response, skip_special_tokens=False) for response in responses]
             texts = [tokenizer.decode(response, skip_special_tokens=False) for response in responses]
             drawn.append(vars(PromptSamples(ids, responses, queries, texts)))

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bond_plugin.files import read_json
+
 _WHOLE = 64 * 2**20  # bytes: files up to this size are hashed whole
 _PIECES = 256  # of larger ones, so many pieces at even distances
 _PIECE = 4096  # bytes
@@ -58,11 +60,9 @@ def of_model(name: str | Path) -> str | None:
     folder = _folder(os.fspath(name))
     if folder is None:
         return None
-    weights = _weight_files(folder)
-    config = folder / "config.json"
-    if not weights or not config.is_file():
+    weights, content = _weight_files(folder), read_json(folder / "config.json")
+    if not weights or content is None:
         return None
-    content = json.loads(config.read_text(encoding="utf-8"))
     digest = hashlib.sha256()
     kept = {key: value for key, value in content.items() if key not in _NOT_THE_MODEL}
     digest.update(json.dumps(kept, sort_keys=True).encode())
@@ -105,7 +105,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """All of them, or none if the copy is not complete."""
     for pattern in ("*.safetensors", "*.bin"):
         for index in sorted(folder.glob(f"{pattern}.index.json")):
-            listed: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+            listed: dict[str, str] = read_json(index).get("weight_map", {})
             files = [folder / name for name in sorted(set(listed.values()))]
             return files if all(path.is_file() for path in files) else []
         files = sorted(folder.glob(pattern))

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _CHUNK = {"cuda": 4096, "cpu": 512}  # responses sampled at a time
 
-_loaded: dict[str, reward_cache.Cache] = {}
+_read = functools.cache(reward_cache.read_cache)
 
 
 def rewards_for(args: SimpleNamespace, prompts: Sequence[str]) -> Tensor:
@@ -46,10 +47,7 @@ def rewards_for(args: SimpleNamespace, prompts: Sequence[str]) -> Tensor:
         CacheError: the file cannot be read.
         PromptError: a prompt is missing, or has fewer than M rewards.
     """
-    path = args.bond.reward_cache
-    if path not in _loaded:
-        _loaded[path] = reward_cache.read_cache(path)
-    return _loaded[path].rewards(prompts, args.bond.cache_samples)
+    return _read(args.bond.reward_cache).rewards(prompts, args.bond.cache_samples)
 
 
 def record_of(args: SimpleNamespace, tokenizer: Any) -> reward_cache.Record:
@@ -94,30 +92,27 @@ def refused(args: SimpleNamespace) -> list[str]:
             new is not None and longest <= new,
             f"{longest} leaves no room for a prompt before --rollout.max_new_tokens {new}",
         ),
-        "reward.overlong_buffer_len": (args.reward.overlong_buffer_len is not None, "penalties are not cached"),
-        "reward.stop_properly_penalty_coef": (
-            args.reward.stop_properly_penalty_coef is not None,
-            "penalties are not cached",
-        ),
     }
+    for name in ("overlong_buffer_len", "stop_properly_penalty_coef"):
+        table[f"reward.{name}"] = (getattr(args.reward, name) is not None, "penalties are not cached")
     return [f"--{dest} cannot be used with {flags.CACHE}: {why}" for dest, (on, why) in table.items() if on]
 
 
 def problems(args: SimpleNamespace) -> list[str]:
     """What keeps a training run from using its ``--bond.reward_cache``, each with the fix; empty without one.
 
-    Settles the path and the number of samples in ``args``, for the processes that follow.
+    The path is absolute already. Settles the number of samples in ``args``, for the processes that follow.
     """
-    given = getattr(args.bond, "reward_cache", "")
-    if not given:
+    path = getattr(args.bond, "reward_cache", "")
+    if not path:
         return []
-    args.bond.reward_cache = os.path.abspath(os.path.expanduser(given))
     if args.bond.cache_samples < 0:
         return [f"--bond.cache_samples must be at least 0, got {args.bond.cache_samples}"]
-    if not Path(args.bond.reward_cache).is_file():
-        return [f"{flags.REWARD_CACHE} {given}: no such file. This makes it: {_command()}"]
+    if not Path(path).is_file():
+        return [f"{flags.REWARD_CACHE} {path}: no such file. This makes it: {_command()}"]
+    _read.cache_clear()  # it may have changed since
     try:
-        found = reward_cache.read_cache(args.bond.reward_cache)
+        found = _read(path)
         tokenizer = tokenizer_of(args)
         pairs = training_prompts(args, tokenizer)
     except (reward_cache.CacheError, DataError) as error:
@@ -127,7 +122,7 @@ def problems(args: SimpleNamespace) -> list[str]:
     if different and args.bond.reward_cache_mismatch == "error":
         reasons = "".join(f"\n      {line}" for line in different)
         listed.append(
-            f"{flags.REWARD_CACHE} {given} was not made for this run:{reasons}\n    Make another, or use it all the "
+            f"{flags.REWARD_CACHE} {path} was not made for this run:{reasons}\n    Make another, or use it all the "
             "same with --bond.reward_cache_mismatch warn"
         )
     else:
@@ -140,7 +135,6 @@ def problems(args: SimpleNamespace) -> list[str]:
         listed.append(f"{flags.REWARD_CACHE}: {error}. {_remedy(found, prompts, args.bond.cache_samples)}")
     else:
         args.bond.cache_samples = args.bond.cache_samples or found.samples(prompts)
-    _loaded[args.bond.reward_cache] = found
     return listed
 
 
@@ -154,9 +148,9 @@ def _differences(found: reward_cache.Cache, args: SimpleNamespace, tokenizer: An
         return []
     listed = reward_cache.differences(found.record, record_of(args, tokenizer))
     for prompt, label in pairs:
-        if prompt in found and found.labels.get(prompt) != label_text(label):
+        if prompt in found and found[prompt].label != label_text(label):
             listed.append(
-                f"the label of the prompt {shorten(prompt)}: {found.labels.get(prompt) or 'none'} in the cache, "
+                f"the label of the prompt {shorten(prompt)}: {found[prompt].label or 'none'} in the cache, "
                 f"{label_text(label) or 'none'} in this run"
             )
             break
@@ -200,18 +194,12 @@ def make(args: SimpleNamespace) -> int:
                 )
                 return 130
             print(f"\n{path}: {reward_cache.summary(writer.cache, [prompt for prompt, _ in pairs])}", flush=True)
-    except RewardError as error:
-        if error.__cause__ is not None:
+    except (RewardError, reward_cache.CacheError, DataError, engine.SamplingError, OSError) as error:
+        if isinstance(error, RewardError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        return _failed(error)
-    except (reward_cache.CacheError, DataError, engine.SamplingError, OSError) as error:
-        return _failed(error)
+        print(f"{flags.CACHE}: error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
-
-
-def _failed(error: Exception) -> int:
-    print(f"{flags.CACHE}: error: {error}", file=sys.stderr, flush=True)
-    return 1
 
 
 def _one_label_each(pairs: Pairs) -> None:
@@ -241,11 +229,8 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
     responses = args.cache.chunk or _CHUNK["cuda" if torch.cuda.is_available() else "cpu"]
     chunk = -(-responses // args.cache.samples)
     score = scoring.scorer(args, tokenizer)
-    arguments = scoring.room_beside(score)
-    if args.vllm.tensor_parallel_size > 1:
-        arguments["tensor_parallel_size"] = args.vllm.tensor_parallel_size
     interactive = sys.stderr.isatty()
-    total, count, waiting, progress = 0.0, 0, True, ""
+    total, count, progress = 0.0, 0, ""
     with tqdm(
         total=len(pairs),
         initial=there,
@@ -256,29 +241,26 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
     ) as bar:
 
         def sampled(done: int, wanted: int) -> None:
-            nonlocal waiting, progress
-            if waiting:
-                waiting = False
+            nonlocal progress
+            if not progress:
                 bar.unpause()  # the time left is of sampling, not of starting vLLM
             progress = f"{done}/{wanted} responses sampled"
             bar.set_postfix_str(progress, refresh=interactive)
 
-        def draw(prompts: list[str]) -> Iterator[list[engine.PromptSamples]]:
-            return engine.stream(
-                args.actor.model_name_or_path,
-                prompts,
-                args.cache.samples,
-                max_new_tokens=args.rollout.max_new_tokens,
-                max_len=args.data.max_len,
-                temperature=args.rollout.temperature,
-                min_new_tokens=_min_new_tokens(args),
-                seed=args.cache.seed,
-                chunk=chunk,
-                use_fast_tokenizer=not args.data.disable_fast_tokenizer,
-                engine=arguments,
-                progress=sampled,
-            )
-
+        draw = functools.partial(
+            engine.stream,
+            args.actor.model_name_or_path,
+            n=args.cache.samples,
+            max_new_tokens=args.rollout.max_new_tokens,
+            max_len=args.data.max_len,
+            temperature=args.rollout.temperature,
+            min_new_tokens=_min_new_tokens(args),
+            seed=args.cache.seed,
+            chunk=chunk,
+            use_fast_tokenizer=not args.data.disable_fast_tokenizer,
+            engine={**scoring.room_beside(score), "tensor_parallel_size": args.vllm.tensor_parallel_size},
+            progress=sampled,
+        )
         for rewards in reward_cache.fill(writer, pairs, draw, score, chunk, args.cache.responses):
             total, count = total + sum(rewards), count + len(rewards)
             bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)

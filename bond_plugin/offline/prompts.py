@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +52,7 @@ def training_prompts(args: SimpleNamespace, tokenizer: Any) -> Pairs:
             f"--data.prompt_dataset {args.data.prompt_dataset} has no key {error}: set --data.input_key or "
             "--data.label_key"
         ) from error
-    pairs = _texts(zip(dataset.prompts, dataset.labels, strict=True), "--data.apply_chat_template")
+    pairs = _texts(dataset, "--data.apply_chat_template")
     return list({(prompt, label_text(label)): (prompt, label) for prompt, label in pairs}.values())
 
 
@@ -79,7 +78,7 @@ def held_out(rows: list[dict[str, Any]], data: SimpleNamespace, tokenizer: Any, 
         if not data.apply_chat_template:
             raise
         raise DataError(f"cannot be put into the tokenizer's chat template: {error}") from error
-    return _texts(zip(dataset.prompts, dataset.labels, strict=True), chat_flag)
+    return _texts(dataset, chat_flag)
 
 
 def read_rows(
@@ -130,12 +129,11 @@ def _strategy(args: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(args=args, print=lambda *words: None, is_rank_0=lambda: False)
 
 
-def _texts(pairs: Iterable[tuple[Any, Any]], chat_flag: str) -> Pairs:
-    found = list(pairs)
-    for prompt, _ in found:
+def _texts(dataset: Any, chat_flag: str) -> Pairs:
+    for prompt in dataset.prompts:
         if not isinstance(prompt, str) or not prompt:
             raise DataError(
                 f"a prompt must be text that is not empty, found {shorten(prompt)}. If these are "
                 f"conversations, set {chat_flag}: a chat template makes them text"
             )
-    return found
+    return list(zip(dataset.prompts, dataset.labels, strict=True))

@@ -21,9 +21,8 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -95,8 +94,8 @@ class _Line(Open):
 
 
 @dataclass
-class _Entry:
-    """The rewards of a prompt, the line that it came from, its label, and whether that line has all of them."""
+class Entry:
+    """The rewards of a prompt, the line that they came from, its label as JSON, and whether that line has all."""
 
     rewards: array
     line: int
@@ -104,9 +103,8 @@ class _Entry:
     whole: bool
 
 
-@dataclass
-class Cache:
-    """The rewards of a file, by prompt.
+class Cache(dict[str, Entry]):
+    """The rewards of a file, by prompt, in the order of the file.
 
     Attributes:
         path: the file.
@@ -114,30 +112,14 @@ class Cache:
             does not say.
     """
 
-    path: Path
-    record: Record | None = None
-    _entries: dict[str, _Entry] = field(default_factory=dict, repr=False)
-
-    def __contains__(self, prompt: str) -> bool:
-        return prompt in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts, in the order of the file."""
-        return list(self._entries)
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Of the prompts that have one: the label that the reward was given, as JSON."""
-        return {prompt: entry.label for prompt, entry in self._entries.items() if entry.label is not None}
+    def __init__(self, path: Path, record: Record | None = None) -> None:
+        super().__init__()
+        self.path, self.record = path, record
 
     def samples(self, prompts: Iterable[str] | None = None) -> int:
         """How many rewards every one of ``prompts`` has; of all prompts if none are given. 0 for no prompts."""
-        wanted = self._entries if prompts is None else prompts
-        return min((len(self._entries[prompt].rewards) for prompt in wanted), default=0)
+        wanted = self if prompts is None else prompts
+        return min((len(self[prompt].rewards) for prompt in wanted), default=0)
 
     def rewards(self, prompts: Sequence[str], samples: int = 0) -> Tensor:
         """The first ``samples`` rewards of each prompt.
@@ -156,7 +138,7 @@ class Cache:
 
         samples = samples or self.samples()
         self.check(prompts, samples)
-        rows = [torch.frombuffer(self._entries[prompt].rewards[:samples], dtype=torch.float32) for prompt in prompts]
+        rows = [torch.frombuffer(self[prompt].rewards[:samples], dtype=torch.float32) for prompt in prompts]
         return torch.stack(rows).double() if rows else torch.zeros(0, samples, dtype=torch.float64)
 
     def check(self, prompts: Sequence[str], samples: int = 0) -> None:
@@ -169,9 +151,9 @@ class Cache:
         if missing:
             others = f" (and of {len(missing) - 1} others)" if len(missing) > 1 else ""
             raise PromptError(f"{self.path} has no rewards of the prompt {shorten(missing[0])}{others}")
-        short = [prompt for prompt in prompts if len(self._entries[prompt].rewards) < max(1, samples)]
+        short = [prompt for prompt in prompts if len(self[prompt].rewards) < max(1, samples)]
         if short:
-            entry = self._entries[short[0]]
+            entry = self[short[0]]
             others = f" (and {len(short) - 1} other prompts have too few)" if len(short) > 1 else ""
             raise PromptError(
                 f"{self.path}, line {entry.line}: the prompt {shorten(short[0])} has {len(entry.rewards)} samples, "
@@ -197,8 +179,8 @@ class Cache:
             line = _Line.model_validate(item)
         except ValidationError as error:
             raise PromptError(f"{where}: {explain(error, _Line)}") from error
-        new = _Entry(array("f", line.rewards or [line.reward]), number, label_text(line.label), bool(line.rewards))
-        known = self._entries.setdefault(line.prompt, new)
+        new = Entry(array("f", line.rewards or [line.reward]), number, label_text(line.label), bool(line.rewards))
+        known = self.setdefault(line.prompt, new)
         if known is new:
             return
         if not new.whole and not known.whole:
@@ -226,7 +208,7 @@ def read_cache(path: str | Path) -> Cache:
         raise CacheError(f"{path}: no such file")
     with path.open("rb") as file:
         cache = _read(path, file, unfinished=False)[0]
-    if not len(cache):
+    if not cache:
         raise CacheError(f"{path} has no rewards in it")
     return cache
 
@@ -284,15 +266,12 @@ def _identity(one: Any, other: Any) -> Any:
 def _describe(value: Any) -> str:
     if not isinstance(value, dict):
         return "none" if value is None else str(value)
-    parts = [
-        str(text) if key in ("kind", "name") else f"{key} {text}"
-        for key, text in value.items()
-        if text not in (None, False)
-    ]
+    said = {key: text for key, text in value.items() if text not in (None, False)}
+    parts = (str(text) if key in ("kind", "name") else f"{key} {text}" for key, text in said.items())
     return ", ".join(parts) or "none"
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager):
     """Appends prompts to a cache, one line each, on the disk before :meth:`append` returns.
 
     Opening a file that exists goes on where it ends: a last line that was not finished is taken away, and
@@ -315,19 +294,13 @@ class Writer:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.cache = self._resume()
-        except BlockingIOError:
+        except BaseException as error:
             self._file.close()
-            raise CacheError(f"{self.path}: another `bond cache` is writing this file") from None
-        except BaseException:
-            self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise CacheError(f"{self.path}: another `bond cache` is writing this file") from None
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
     def append(
@@ -367,7 +340,7 @@ class Writer:
     def _resume(self) -> Cache:
         self._file.seek(0)
         start = self._file.read(len(_START))
-        if not _START.startswith(start) and start != _START:
+        if not _START.startswith(start):
             raise CacheError(f"{self.path} exists and is no file of `bond cache`: name another --cache.output")
         self._file.seek(0)
         cache, end, self._lines = _read(self.path, self._file, unfinished=True)
@@ -375,22 +348,17 @@ class Writer:
         if cache.record is None:  # new, or stopped in its first line
             self._write(self.record)
             return Cache(self.path, self.record)
-        self._check_record(cache.record)
-        return cache
-
-    def _check_record(self, record: Record) -> None:
-        found = differences(record, self.record)
-        found += [
-            f"--cache.{key}: {record.get(key)} in the file, {self.record.get(key)} now"
-            for key in ("samples", "seed")
-            if record.get(key) != self.record.get(key)
-        ]
+        found = differences(cache.record, self.record)
+        for key in ("samples", "seed"):
+            if cache.record.get(key) != self.record.get(key):
+                found.append(f"--cache.{key}: {cache.record.get(key)} in the file, {self.record.get(key)} now")
         if found:
             lines = "\n".join(f"  - {line}" for line in found)
             raise CacheError(
                 f"{self.path} was begun with other settings:\n{lines}\n"
                 "Name another --cache.output, or delete the file"
             )
+        return cache
 
 
 _START = json.dumps({_MARK: VERSION}).removesuffix("}").encode()
@@ -477,7 +445,7 @@ def summary(cache: Cache, prompts: Sequence[str] | None = None) -> Overview:
     from bond_plugin.bestofn.distribution import quantiles
     from bond_plugin.bestofn.estimates import expected_max
 
-    prompts = cache.prompts if prompts is None else prompts
+    prompts = list(cache) if prompts is None else prompts
     cache.check(prompts)
     rewards = cache.rewards(prompts, cache.samples(prompts))
     m = rewards.shape[-1]

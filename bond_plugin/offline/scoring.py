@@ -175,9 +175,7 @@ class ModelScore:
                 torch.tensor(samples.prompt_ids + ids) for ids in samples.response_ids[start : start + self._rows]
             ]
             sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
-            mask = torch.zeros_like(sequences)
-            for i, row in enumerate(rows):
-                mask[i, : len(row)] = 1
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             with torch.no_grad():
                 values = self._model(sequences.to(self.device), mask.to(self.device), pad_sequence=True)
             found += values.float().flatten().tolist()
