@@ -480,6 +480,16 @@ def test_a_reward_transform_takes_its_own_flags(
     assert "vbon, N 3" in out
 
 
+def test_as_many_samples_are_drawn_for_the_estimators_as_the_method_takes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Best-of-8 from the policy's own samples takes eight."""
+    quick(monkeypatch)
+    argv = ["lab", "--algorithm", "bond", "--bond.n", "8", "--bond.n_anchor_samples", "0", *SHORT[:4]]
+    assert main(argv) == 0
+    assert "bond, N 8" in capsys.readouterr().out
+
+
 ERRORS = [
     (["--steps", "3"], "--steps needs --algorithm NAME"),
     (["--seed", "-1"], "--seed must be at least 0"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bond_plugin.files import write_whole
-from bond_plugin.options import add_flag
+from bond_plugin.options import add_flag, last_value
 from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -73,16 +73,13 @@ def main(argv: list[str]) -> int:
 
     started = time.monotonic()
     parser = build_parser()
-    named = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    named.add_argument("--algorithm")
-    name = named.parse_known_args(argv)[0].algorithm
+    name = last_value(argv, "--algorithm")
     method = training = None
     try:
         if name is not None:
             if ":" in name and os.getcwd() not in sys.path:
-                sys.path.insert(
-                    0, os.getcwd()
-                )  # an import path: a module in this folder is as good as an installed one
+                # An import path: a module in this folder is as good as an installed one.
+                sys.path.insert(0, os.getcwd())
             found, prefix = _class_of(name)
             _add_method_flags(parser, name, found, prefix)
         args, unknown = parser.parse_known_args(argv)

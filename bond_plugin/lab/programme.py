@@ -274,7 +274,8 @@ def _compared(
 ) -> list[Estimator]:
     """A method's gradient beside those of ``targets``, names and objectives; from half as many samples as a step."""
     training = training_of(method, seed)
-    training = replace(training, samples=training.samples // 2, cached=cached)
+    samples = max(training.samples // 2, needs_of(method).least)
+    training = replace(training, samples=samples, cached=cached)
     gradients = draw_gradients(problem, method, policy, training)
     return [
         Estimator(name, against, gradient_error(gradients, exact_gradient(policy, objective)))
