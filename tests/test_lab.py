@@ -200,7 +200,7 @@ def test_the_harmonic_quantile_is_the_mean_over_the_orders_of_equals() -> None:
     for problem in (STRICT, TIED):
         low, high = (each[:5] for each in problem.levels())
         powers = [((1 - low) ** (j + 1) - (1 - high) ** (j + 1)) / (j + 1) / (high - low) for j in range(1, k + 1)]
-        rewards = problem.rewards[:5].expand(len(index), -1)
+        rewards = problem.rewards[:5].repeat(len(index), 1)
         mean = weight @ harmonic_log_quantile(rewards, problem.rewards[index])
         torch.testing.assert_close(mean, -sum(power / j for j, power in enumerate(powers, start=1)))
 
@@ -644,7 +644,7 @@ def test_the_laboratory_needs_no_host() -> None:
 
 def test_help_teaches_without_torch() -> None:
     probe = (
-        "import sys; from bond_plugin.cli import lab; print(build_parser().format_help());"
+        "import sys; from bond_plugin.cli import lab; print(lab.build_parser().format_help());"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", probe], env=clean_environment(), capture_output=True, text=True)

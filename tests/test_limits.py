@@ -70,7 +70,8 @@ def root_front(end: float = 8.0, supported: bool = True) -> Front:
 # --- closed forms ---------------------------------------------------------------------------------------------------
 
 
-def test_gaussian_rewards_gain_the_root_of_twice_the_kl() -> None:
+def test_gaussian_rewards_gain_the_root_of_twice_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_POINTS", 64)
     front = reward_front(40 * gaussian(256, 256) - 3)
     kl = f64(0.01, 0.1, 0.5, 1.0, 1.84)
     gain = 40 * (2 * kl).sqrt()
@@ -81,7 +82,8 @@ def test_gaussian_rewards_gain_the_root_of_twice_the_kl() -> None:
     assert front.corrected().bias.abs().max() == 0
 
 
-def test_uniform_rewards_follow_their_closed_form() -> None:
+def test_uniform_rewards_follow_their_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_POINTS", 64)
     rewards = torch.rand(64, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     front = reward_front(rewards - rewards.mean() + 0.5)
     for inverse_beta in (0.1, 1.0, 3.0, 10.0, 40.0):
