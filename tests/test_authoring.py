@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from bond_plugin import lab
 from bond_plugin.cli.main import main
 from bond_plugin.lab import programme
+from bond_plugin.lab.learner import train
+from bond_plugin.lab.methods import build
+from bond_plugin.lab.problem import Problem
 
 FILE = REPOSITORY / "recipes" / "authoring" / "best_of_two.py"
 PAGE = REPOSITORY / "docs" / "authoring.md"
@@ -35,10 +37,12 @@ def test_it_ends_where_its_gradient_is_zero(rewards: str, monkeypatch: pytest.Mo
     """There 2 share - pull (log pi - log pi_initial) is the same for all responses, shares being the policy's own."""
     monkeypatch.syspath_prepend(str(REPOSITORY))
     pull = 0.5
-    method = lab.build(PATH, pull=pull)
-    problem = lab.Problem.make(rewards)
+    method = build(PATH, pull=pull)
+    problem = Problem.make(rewards)
     training = replace(programme.training_of(method, seed=7), steps=320)
-    found = lab.train(problem, method, problem.policy("full"), 4, training).log_probs
+    policy = problem.policy("full")
+    train(problem, method, policy, 4, training)
+    found = policy.log_probs().detach()
     mass = found.exp()
     difference = problem.rewards.unsqueeze(-1) - problem.rewards.unsqueeze(-2)
     share = ((difference.sign() + 1) / 2) @ mass

@@ -66,7 +66,7 @@ def test_expected_max_refuses_what_has_no_unbiased_estimate(rewards, n):
 @settings(max_examples=60, deadline=None)
 def test_win_rate_counts_every_pair(ours, theirs):
     pairs = [(a > b) + 0.5 * (a == b) for a in ours for b in theirs]
-    a, b = torch.tensor(ours), torch.tensor(theirs)
+    a, b = torch.tensor([ours]), torch.tensor([theirs])
     assert win_rate(a, b).item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
     assert (win_rate(a, b) + win_rate(b, a)).item() == pytest.approx(1.0, abs=1e-12)
 
@@ -77,8 +77,8 @@ def test_win_rate_is_computed_prompt_by_prompt():
     assert win_rate(ours, theirs).tolist() == pytest.approx([1.0, 1 / 6])
 
 
-def test_win_rate_refuses_other_leading_dimensions():
-    with pytest.raises(ValueError, match="leading dimensions"):
+def test_win_rate_refuses_samples_of_other_prompts():
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 3\)"):
         win_rate(torch.zeros(2, 3), torch.zeros(3, 3))
 
 

@@ -256,17 +256,3 @@ def test_crude_log_quantile_matches_log_p_at_one_half(m: int) -> None:
     assert found.mean().item() == pytest.approx(math.log(0.5), abs=6 * found.std().item() / math.sqrt(400_000))
     if m == 2:
         assert found.min().item() == pytest.approx(-math.log(16))
-
-
-def test_strict_ranks_order_rewards_and_shuffle_equals() -> None:
-    from bond_plugin.bestofn.rewards import strict_ranks
-
-    assert strict_ranks(torch.tensor([[3.0, 1.0, 2.0]])).tolist() == [[2, 0, 1]]
-    generator = torch.Generator().manual_seed(0)
-    ranks = strict_ranks(torch.tensor([1.0, 0.0, 1.0, 1.0]).expand(30_000, 4), generator)
-    assert (ranks[:, 1] == 0).all()
-    for column in (0, 2, 3):
-        for rank in (1, 2, 3):
-            assert (ranks[:, column] == rank).double().mean().item() == pytest.approx(1 / 3, abs=0.015)
-    with pytest.raises(ValueError, match="finite"):
-        strict_ranks(torch.tensor([1.0, math.nan]))

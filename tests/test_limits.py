@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bond_plugin.bestofn import limits
 from bond_plugin.bestofn.distribution import bon_kl_bound, bon_log_probs
 from bond_plugin.bestofn.estimates import win_rate
 from bond_plugin.bestofn.limits import (
@@ -69,8 +70,9 @@ def root_front(end: float = 8.0, supported: bool = True) -> Front:
 # --- closed forms ---------------------------------------------------------------------------------------------------
 
 
-def test_gaussian_rewards_gain_the_root_of_twice_the_kl() -> None:
-    front = reward_front(40 * gaussian(256, 256) - 3, points=64)
+def test_gaussian_rewards_gain_the_root_of_twice_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_POINTS", 64)
+    front = reward_front(40 * gaussian(256, 256) - 3)
     kl = f64(0.01, 0.1, 0.5, 1.0, 1.84)
     gain = 40 * (2 * kl).sqrt()
     assert front.supported_at(kl).all() and not front.supported_at(3.0)
@@ -80,9 +82,10 @@ def test_gaussian_rewards_gain_the_root_of_twice_the_kl() -> None:
     assert front.corrected().bias.abs().max() == 0
 
 
-def test_uniform_rewards_follow_their_closed_form() -> None:
+def test_uniform_rewards_follow_their_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_POINTS", 64)
     rewards = torch.rand(64, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    front = reward_front(rewards - rewards.mean() + 0.5, points=64)
+    front = reward_front(rewards - rewards.mean() + 0.5)
     for inverse_beta in (0.1, 1.0, 3.0, 10.0, 40.0):
         kl, mean = uniform_by_tilt(inverse_beta)
         assert front.at(kl).item() - 0.5 == pytest.approx(mean - 0.5, rel=0.006)
@@ -92,7 +95,7 @@ def test_uniform_rewards_follow_their_closed_form() -> None:
 @pytest.mark.parametrize("samples", [16, 128, 257])
 def test_win_rate_without_ties_is_that_of_uniform_rewards_whatever_the_rewards_are(samples: int) -> None:
     rewards = gaussian(3, samples).exp() * f64(1.0, -2.0, 1e-6).unsqueeze(-1)
-    front = win_rate_front(rewards, points=512)
+    front = win_rate_front(rewards)
     assert front.base == 0.5
     assert front.kl[-1].item() == pytest.approx(math.log(samples))
     assert front.value[-1].item() == pytest.approx(1 - 0.5 / samples)
@@ -108,7 +111,7 @@ def test_right_or_wrong_has_the_kl_of_two_levels(right: int, samples: int) -> No
     rewards = torch.zeros(1, samples)
     rewards[0, torch.randperm(samples, generator=torch.Generator().manual_seed(0))[:right]] = 1
     share = right / samples
-    by_reward, by_win_rate = (front(rewards, points=400) for front in FRONTS)
+    by_reward, by_win_rate = (front(rewards) for front in FRONTS)
     assert by_reward.base == pytest.approx(share) and by_win_rate.base == 0.5
     for accuracy in torch.linspace(share + 1e-3, 1 - 1e-9, 9, dtype=torch.float64).tolist():
         kl = accuracy * math.log(accuracy / share) + (1 - accuracy) * math.log((1 - accuracy) / (1 - share))
@@ -126,7 +129,7 @@ def test_right_or_wrong_has_the_kl_of_two_levels(right: int, samples: int) -> No
 def test_two_prompts_share_the_kl_as_a_search_over_all_their_policies_does() -> None:
     """The second prompt has ten times as much to gain: one KL for both, or one for each, would both be wrong."""
     rewards = f64([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 10.0, 10.0]])
-    front = reward_front(rewards, points=512)
+    front = reward_front(rewards)
     best = torch.linspace(0, 1, 1501, dtype=torch.float64)  # the mass on each prompt's best level
 
     def divergence(share: float) -> Tensor:
@@ -213,7 +216,7 @@ def test_a_front_rises_ever_more_slowly_to_the_best_samples(
 ) -> None:
     rewards = f64(prompts)
     values = rewards if make is reward_front else level(rewards)
-    front = make(rewards, points=32)
+    front = make(rewards)
     assert front.kl[0] == 0 and front.value[0].item() == front.base == pytest.approx(values.mean().item())
     assert front.value[-1].item() == pytest.approx(values.amax(-1).mean().item())
     kl, value = front.kl.diff(), front.value.diff()
@@ -240,19 +243,19 @@ def test_best_of_n_is_below_both_fronts(prompts: Prompts, n: int) -> None:
 
 def test_order_alone_decides_the_win_rate_front() -> None:
     rewards = torch.randint(6, (5, 40), generator=torch.Generator().manual_seed(0)).double()
-    wanted = win_rate_front(rewards, points=32)
+    wanted = win_rate_front(rewards)
     for transform in (torch.exp, lambda r: r**3 - 100, lambda r: r * f64(1, 2, 3, 1e9, 1e-9).unsqueeze(-1)):
-        found = win_rate_front(transform(rewards), points=32)
+        found = win_rate_front(transform(rewards))
         for mine, other in zip(vars(wanted).values(), vars(found).values(), strict=True):
             assert torch.equal(mine, other)
-    assert not torch.allclose(win_rate_front(-rewards, points=32).value, wanted.value, atol=1e-4)
+    assert not torch.allclose(win_rate_front(-rewards).value, wanted.value, atol=1e-4)
 
 
 def test_units_and_what_a_prompt_adds_to_all_its_rewards_change_no_kl() -> None:
     rewards = gaussian(4, 32)
-    wanted = reward_front(rewards, points=32)
+    wanted = reward_front(rewards)
     shift = f64(0.0, 5.0, -20.0, 3.0)
-    found = reward_front(7 * rewards + shift.unsqueeze(-1), points=32)
+    found = reward_front(7 * rewards + shift.unsqueeze(-1))
     torch.testing.assert_close(found.kl, wanted.kl, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.value, 7 * wanted.value + shift.mean())
     torch.testing.assert_close(found.bias, 7 * wanted.bias, rtol=1e-6, atol=1e-9)
@@ -262,7 +265,7 @@ def test_units_and_what_a_prompt_adds_to_all_its_rewards_change_no_kl() -> None:
 @pytest.mark.parametrize("scale", [1e-150, 1e-6, 1e6, 1e150])
 def test_rewards_of_any_size_give_the_same_front(scale: float) -> None:
     rewards = gaussian(3, 16)
-    wanted, found = reward_front(rewards, points=32), reward_front(scale * rewards, points=32)
+    wanted, found = reward_front(rewards), reward_front(scale * rewards)
     torch.testing.assert_close(found.kl, wanted.kl, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.value / scale, wanted.value)
 
@@ -291,7 +294,7 @@ def test_constant_rewards_leave_nothing_to_gain(make: Callable[[Tensor], Front])
 @pytest.mark.parametrize("make", FRONTS)
 def test_prompts_with_constant_rewards_keep_to_the_reference(make: Callable[[Tensor], Front]) -> None:
     varied = gaussian(2, 64)
-    alone, both = make(varied, points=64), make(torch.cat([varied, torch.ones(2, 64)]), points=64)
+    alone, both = make(varied), make(torch.cat([varied, torch.ones(2, 64)]))
     constant = 1.0 if make is reward_front else 0.5
     kl = f64(0.01, 0.2, 1.0, 1.5)
     torch.testing.assert_close(both.at(kl / 2), (alone.at(kl) + constant) / 2, rtol=0, atol=2e-4)
@@ -301,33 +304,34 @@ def test_prompts_with_constant_rewards_keep_to_the_reference(make: Callable[[Ten
 def test_beyond_its_end_a_front_goes_on_only_where_more_samples_would_find_no_more() -> None:
     right = (gaussian(64, 64) > 0.5).double()
     assert right.sum(-1).min() > 5
-    front = reward_front(right, points=64)
+    front = reward_front(right)
     assert front.supported.all()
     assert front.at(f64(front.kl[-1].item() + 1, 100.0)).tolist() == [1.0, 1.0] and front.supported_at(100.0)
-    front = reward_front(gaussian(64, 64), points=64)
+    front = reward_front(gaussian(64, 64))
     assert front.at(math.log(64) + 1e-9).isnan() and not front.at(math.log(64) - 1e-9).isnan()
     assert front.supported_at(f64(0.0, 0.4, 2.0, 4.0, 9.0)).tolist() == [True, True, False, False, False]
     assert front.at(math.nan).isnan() and not front.supported_at(math.nan)
 
 
-def test_supported_ends_where_the_bias_first_exceeds_the_tolerance() -> None:
+def test_supported_ends_where_the_bias_first_exceeds_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     rewards = gaussian(128, 64)
     reach = []
     for tolerance in (0.01, 0.02, 0.05, 1.0):
-        front = reward_front(rewards, points=64, tolerance=tolerance)
+        monkeypatch.setattr(limits, "_TOLERANCE", tolerance)
+        front = reward_front(rewards)
         within = front.bias.abs() <= tolerance * (front.value - front.base)
         count = int(front.supported.sum())
         assert front.supported[:count].all() and within[:count].all()
         assert count == len(within) or not within[count]
         reach.append(count)
-    assert reach == sorted(set(reach)) and reach[-1] == 66
+    assert reach == sorted(set(reach)) and reach[-1] == 258
 
 
 def test_support_that_is_lost_does_not_return() -> None:
     """With one prompt the bias is noisy, and may pass through zero again where nothing is supported any more."""
     returned = 0
     for seed in range(8):
-        front = reward_front(gaussian(1, 64, seed=seed), points=64)
+        front = reward_front(gaussian(1, 64, seed=seed))
         within = front.bias.abs() <= 0.02 * (front.value - front.base)
         count = int(front.supported.sum())
         assert front.supported[:count].all() and within[:count].all() and not front.supported[count:].any()
@@ -346,26 +350,26 @@ def test_between_its_points_a_front_is_straight_in_the_root_of_the_kl() -> None:
 def test_bias_is_what_half_the_samples_lack() -> None:
     """Halves that are the same leave no bias; halves that cannot see the best rewards leave most of it."""
     repeated = gaussian(3, 20).repeat_interleave(2, dim=-1)
-    assert reward_front(repeated, points=64).bias.abs().max() < 1e-3
-    front = reward_front(f64([[0.0, 1.0, 0.0, 1.0]]), points=64)  # every other sample: each half is constant
+    assert reward_front(repeated).bias.abs().max() < 1e-3
+    front = reward_front(f64([[0.0, 1.0, 0.0, 1.0]]))  # every other sample: each half is constant
     torch.testing.assert_close(front.bias, front.base - front.value)
     assert front.supported.tolist() == [True] + [False] * (len(front.kl) - 1)
     # One half has two levels and the front of right or wrong, the other has nothing to choose from.
-    front = reward_front(f64([[0.0, 1.0, 1.0, 1.0]]), points=64)
-    half = reward_front(f64([[0.0, 1.0]]), points=64)
+    front = reward_front(f64([[0.0, 1.0, 1.0, 1.0]]))
+    half = reward_front(f64([[0.0, 1.0]]))
     wanted = (half.at(front.kl.clamp(max=math.log(2))) - 0.5) / 2 - (front.value - front.base)
     torch.testing.assert_close(front.bias, wanted)
 
 
 def test_an_odd_number_of_samples_starts_without_bias() -> None:
-    front = reward_front(gaussian(5, 33), points=32)
+    front = reward_front(gaussian(5, 33))
     assert front.bias[0] == 0 and front.supported[0]
 
 
 def test_the_front_of_samples_is_too_low_on_average_and_less_so_with_more() -> None:
     """As the docstring of the module proves; 2,048 prompts leave 1 % of chance."""
     kl = f64(0.3, 1.0, 2.0)
-    few, more = (reward_front(gaussian(2048, samples, seed=1), points=32).at(kl) for samples in (16, 32))
+    few, more = (reward_front(gaussian(2048, samples, seed=1)).at(kl) for samples in (16, 32))
     assert (few < more).all() and (more < (2 * kl).sqrt()).all()
 
 
@@ -475,7 +479,7 @@ def test_best_of_16_has_92_percent_of_what_gaussian_rewards_allow() -> None:
     assert exact == pytest.approx(0.922, abs=5e-4)
     rewards = gaussian(256, 256, seed=2) + 10
     kl, reward, _ = best_of_n_curve(rewards, [16]).mean()
-    front = reward_front(rewards, points=64).corrected()
+    front = reward_front(rewards).corrected()
     assert ((reward - front.base) / (front.at(kl) - front.base)).item() == pytest.approx(0.922, abs=0.01)
 
 
@@ -498,10 +502,10 @@ def test_pareto_front_is_what_its_definition_says(points: list[tuple[int, int]])
 def test_everything_is_computed_in_float64(dtype: torch.dtype) -> None:
     rewards = (4 * gaussian(3, 12)).to(dtype)
     for make in FRONTS:
-        found, wanted = make(rewards, points=8), make(rewards.double(), points=8)
+        found, wanted = make(rewards), make(rewards.double())
         for mine, other in zip(vars(found).values(), vars(wanted).values(), strict=True):
             assert torch.equal(mine, other) and mine.dtype in (torch.float64, torch.bool)
-        assert len(found.kl) == 10
+        assert len(found.kl) == 258
         assert found.at(torch.ones(2, 3)).shape == found.supported_at(torch.ones(2, 3)).shape == (2, 3)
         assert found.at(0.5).dtype == torch.float64 and found.at(0.5).shape == ()
     assert torch.equal(best_of_n_curve(rewards, [3]).reward, best_of_n_curve(rewards.double(), [3]).reward)
@@ -510,9 +514,9 @@ def test_everything_is_computed_in_float64(dtype: torch.dtype) -> None:
 def test_nothing_is_made_on_a_device_that_nobody_named() -> None:
     rewards, kl = gaussian(3, 8), f64([0.1, 0.5])
     with torch.device("meta"):
-        front = reward_front(rewards, points=8)
+        front = reward_front(rewards)
         found = [*vars(front).values(), front.at(kl), front.supported_at(kl), *best_of_n_curve(rewards, [2]).mean()]
-        found += [pareto_front(kl, kl), *vars(win_rate_front(rewards, points=8).corrected()).values()]
+        found += [pareto_front(kl, kl), *vars(win_rate_front(rewards).corrected()).values()]
     assert {value.device.type for value in found} == {"cpu"}
 
 
@@ -527,9 +531,6 @@ REWARDS, ONE = gaussian(2, 4), f64([1.0])
         (lambda: reward_front(torch.zeros(0, 4)), "at least one prompt"),
         (lambda: reward_front(f64([[0.0, math.nan]])), "finite rewards"),
         (lambda: win_rate_front(f64([[0.0, math.inf]])), "finite rewards"),
-        (lambda: reward_front(REWARDS, points=1), "points >= 2 .* got 1"),
-        (lambda: reward_front(REWARDS, tolerance=0.0), "positive tolerance"),
-        (lambda: win_rate_front(REWARDS, tolerance=math.nan), "positive tolerance"),
         (lambda: best_of_n_curve(REWARDS, []), "at least one n"),
         (lambda: best_of_n_curve(REWARDS, [2, 4]), "1 <= n < samples, got n = 4 with 4 samples"),
         (lambda: best_of_n_curve(REWARDS, [0]), "n must be at least 1, got 0"),

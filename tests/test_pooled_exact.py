@@ -140,8 +140,8 @@ def test_what_came_before_a_token_does_not_depend_on_it() -> None:
 
     def of(to_go: bool) -> object:
         def make(batch: AdvantageInputs) -> object:
-            pool = Pool.of(batch)
-            return advantages(pool, pool.tilt(2, False), pool.log_tilt(2, False), n=2, beta=0.5, to_go=to_go)
+            pool, config = Pool.of(batch), JBONDConfig()
+            return advantages(pool, *pool.tilts(config), config, to_go=to_go)
 
         return make
 

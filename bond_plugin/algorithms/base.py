@@ -72,15 +72,6 @@ def reward_cache_flag() -> Any:
     )
 
 
-def gamma_ref_flag() -> Any:
-    """The field ``gamma_ref`` of those that can be pulled to the initial policy."""
-    return flag(
-        0.0,
-        "coefficient of KL(pi || initial policy), >= 0: takes back what noise costs in KL, which a moving "
-        "anchor never does; 0.1 to 0.3 did well. Ours, not the paper's",
-    )
-
-
 @dataclass(frozen=True)
 class Needs:
     """What an algorithm needs beside the policy's ``--rollout.n_samples_per_prompt``: *source samples*, and more.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
-from bond_plugin.bestofn.divergences import BASELINES, centre
+from bond_plugin.bestofn.baselines import BASELINES, centre
 from bond_plugin.bestofn.estimates import win_rate
-from bond_plugin.bestofn.rewards import strict_ranks
+from bond_plugin.bestofn.rewards import random_argmax
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,9 @@ class BoNSFT(Algorithm):
 
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
         """The best of a prompt's source samples: ``[P, n]`` rewards to ``[P, 1]`` indices. Ties at random."""
-        return strict_ranks(source_rewards, generator).argmax(dim=-1, keepdim=True)
+        return random_argmax(source_rewards, generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        if batch.source_log_probs is None:
-            raise ValueError("bon_sft needs log pi_ref of the policy's samples")
         log_ratio = batch.log_probs - batch.source_log_probs
         weights = centre(log_ratio, self.config.baseline) if self.config.kl_coef else torch.zeros_like(log_ratio)
         return AdvantageOutputs(

@@ -46,40 +46,25 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms import pooled
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Algorithm,
-    Config,
-    Needs,
-    flag,
-    gamma_ref_flag,
-    reward_cache_flag,
-)
-from bond_plugin.algorithms.pooled import min_ess_flag, normalised_flag
+from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Needs, flag, reward_cache_flag
+from bond_plugin.bestofn.baselines import centre
 from bond_plugin.bestofn.distribution import log_bon_ratio, quantiles
-from bond_plugin.bestofn.divergences import BASELINES, backward_kl
 from bond_plugin.bestofn.estimates import win_rate
-from bond_plugin.bestofn.rewards import bond_reward, strict_ranks
+from bond_plugin.bestofn.rewards import bond_reward, random_argmax
 
 
 @dataclass(frozen=True)
-class BONDConfig(Config):
+class BONDConfig(pooled.PooledConfig):
     """Settings of BOND. The paper's: n in {4, 8, 16}, 16 samples for the quantile, beta 0.5 (section 4)."""
 
     n: int = flag(8, "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4")
-    beta: float = flag(
-        0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
-    )
+    eta: float = flag(0.02, "step of the moving average under --bond.anchor ema, in [0, 1]")
     n_anchor_samples: int = flag(
         16,
         "k: samples of the anchor per prompt for the quantile, >= 1, and at least n while beta < 1. With a "
         "reward cache or a learned quantile only what the forward term needs is drawn. 0: none, the policy's own "
         "samples are weighted (pooled form)",
     )
-    gamma_ref: float = gamma_ref_flag()
-    normalised: bool = normalised_flag()
-    min_ess: float = min_ess_flag()
     anchor: str = flag(
         "fixed",
         "'fixed': the initial policy (BOND); 'periodic': a copy of the policy every anchor_interval steps "
@@ -89,15 +74,8 @@ class BONDConfig(Config):
     anchor_interval: int = flag(
         50, "optimiser steps between two copies of the policy, >= 1 (paper: 1000 on XSum, 50 on Gemma)"
     )
-    eta: float = flag(0.02, "step of the moving average under --bond.anchor ema, in [0, 1]")
     correction: bool = flag(
         True, "keep term (B) of Theorem 1 in the reward: needed for tied rewards; the paper leaves it out"
-    )
-    baseline: str = flag(
-        "batch",
-        "baseline of the backward term: 'batch', the mean return of the other samples in the rollout batch; "
-        "'leave_one_out', of the prompt's other samples; or 'none'",
-        choices=BASELINES,
     )
     quantile: str = flag(
         "monte_carlo",
@@ -108,21 +86,15 @@ class BONDConfig(Config):
     reward_cache: str = reward_cache_flag()
 
     def __post_init__(self) -> None:
-        if self.n < 2:
-            raise ValueError(f"--bond.n must be at least 2 (Best-of-1 is the anchor itself), got {self.n}")
-        pooled.check(self.beta, {"gamma_ref": self.gamma_ref})
+        super().__post_init__()
         if self.n_anchor_samples < 0:
             raise ValueError(f"--bond.n_anchor_samples must be at least 0, got {self.n_anchor_samples}")
-        if self.pooled:
-            pooled.check_flags(self)
-            if self.quantile == "learned":
-                raise ValueError(
-                    "--bond.quantile learned is trained on samples of the anchor: use --bond.n_anchor_samples 1"
-                )
+        if self.pooled and self.quantile == "learned":
+            raise ValueError(
+                "--bond.quantile learned is trained on samples of the anchor: use --bond.n_anchor_samples 1"
+            )
         if self.anchor_interval < 1:
             raise ValueError(f"--bond.anchor_interval must be at least 1, got {self.anchor_interval}")
-        if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"--bond.eta must lie in [0, 1], got {self.eta}")
         if self.quantile == "learned" and self.correction:
             raise ValueError(
                 "--bond.quantile learned knows p_<= alone, so term (B) cannot be kept: add --no-bond.correction"
@@ -140,11 +112,6 @@ class BONDConfig(Config):
                 f"--bond.n_anchor_samples {self.n_anchor_samples} is less than --bond.n {self.n}: the forward term "
                 "needs the best of n of them. Raise it, use --bond.beta 1.0, or draw none (0, the pooled form)"
             )
-
-    @property
-    def pooled(self) -> bool:
-        """Whether this is the pooled form."""
-        return self.n_anchor_samples == 0
 
 
 class BOND(Algorithm):
@@ -182,8 +149,7 @@ class BOND(Algorithm):
 
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
         """The best of the first n source samples: ``[P, m]`` rewards to ``[P, 1]`` indices. Ties at random."""
-        ranks = strict_ranks(source_rewards[:, : self.config.n], generator)
-        return ranks.argmax(dim=-1, keepdim=True)
+        return random_argmax(source_rewards[:, : self.config.n], generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         return self._pooled(batch) if self.config.pooled else self._sampled(batch)
@@ -192,30 +158,17 @@ class BOND(Algorithm):
         cfg = self.config
         pool = pooled.Pool.of(batch)
         if batch.reference_rewards is None:
-            tilt, log_tilt = pool.tilt(cfg.n, cfg.normalised), pool.log_tilt(cfg.n, cfg.normalised)
+            tilt, log_tilt = pool.tilts(cfg)
         else:
             p_lt, p_le = quantiles(batch.rewards, batch.reference_rewards, include_self=True)
             tilt = log_bon_ratio(p_lt, p_le, cfg.n).exp()
             log_tilt = (cfg.n - 1) * bond_reward(p_lt, p_le, cfg.n, cfg.correction)
-        return pooled.advantages(
-            pool,
-            tilt,
-            log_tilt,
-            n=cfg.n,
-            beta=cfg.beta,
-            gamma_ref=cfg.gamma_ref,
-            centred=cfg.baseline != "none",
-        )
+        return pooled.advantages(pool, tilt, log_tilt, cfg)
 
     def _sampled(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        if batch.source_log_probs is None:
-            raise ValueError("BOND needs log pi_anchor of the policy's samples")
-
         targets = None
         if cfg.quantile == "learned":
-            if batch.classifier_logits is None:
-                raise ValueError("--bond.quantile learned needs the classifier's logits")
             p_le = batch.classifier_logits.sigmoid().clamp(min=1e-6)
             p_lt = p_le
             # Eq. 25's label, averaged over the source samples there are: the same mean, less noise.
@@ -226,13 +179,13 @@ class BOND(Algorithm):
 
         reward = bond_reward(p_lt, p_le, cfg.n, cfg.correction)
         log_ratio = batch.log_probs - batch.source_log_probs
-        backward = backward_kl(log_ratio, (cfg.n - 1) * reward, cfg.baseline)
+        backward = log_ratio - (cfg.n - 1) * reward  # log pi(y) - log pi_BoN(y), whose mean is the backward KL
         selected_advantages = torch.full_like(batch.selected_log_probs, 1.0 - cfg.beta)
 
         metrics = {
             "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
             "bond/log_quantile": p_le.log().mean().item(),
-            "bond/backward_kl": backward.values.mean().item(),
+            "bond/backward_kl": backward.mean().item(),
             "bond/kl_anchor": log_ratio.mean().item(),
         }
         if batch.source_rewards.shape[-1]:
@@ -242,5 +195,5 @@ class BOND(Algorithm):
         if targets is not None:
             metrics["bond/quantile_bce"] = torch.nn.functional.binary_cross_entropy(p_le, targets).item()
             metrics["bond/quantile_error"] = (p_le - targets).mean().item()
-        advantages = pooled.pulled(-cfg.beta * backward.weights, batch, cfg.gamma_ref)
+        advantages = pooled.pulled(-cfg.beta * centre(backward, cfg.baseline), batch, cfg.gamma_ref)
         return AdvantageOutputs(advantages, selected_advantages, metrics, targets)

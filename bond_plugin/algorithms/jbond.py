@@ -43,49 +43,26 @@ from bond_plugin.algorithms.base import (
     AdvantageInputs,
     AdvantageOutputs,
     Algorithm,
-    Config,
     LossInputs,
     LossOutputs,
     Needs,
     flag,
-    gamma_ref_flag,
 )
-from bond_plugin.algorithms.pooled import min_ess_flag, normalised_flag
-from bond_plugin.bestofn.divergences import BASELINES, backward_kl
+from bond_plugin.bestofn.baselines import centre
 from bond_plugin.bestofn.estimates import win_rate
-from bond_plugin.bestofn.rewards import jbond_reward, strict_ranks
+from bond_plugin.bestofn.rewards import jbond_reward, random_argmax
 
 
 @dataclass(frozen=True)
-class JBONDConfig(Config):
+class JBONDConfig(pooled.PooledConfig):
     """Settings of J-BOND. beta, eta and gamma are the paper's (section 5; eta for Gemma 7B)."""
 
-    n: int = flag(2, "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2")
-    beta: float = flag(
-        0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
-    )
-    eta: float = flag(0.02, "step of the anchor's moving average, anchor <- (1 - eta) anchor + eta policy, in [0, 1]")
     gamma: float = flag(0.0, "coefficient of the extra KL to the anchor (Eq. 19), >= 0; larger is slower")
-    gamma_ref: float = gamma_ref_flag()
-    n_anchor_samples: int = flag(
-        0,
-        "m: samples of the anchor per prompt. 0: none, the policy's own samples are weighted (pooled form). 2 or "
-        "more: Algorithm 2 as printed, whose target is Best-of-m; the paper's is 2",
-    )
     estimator: str = flag(
         "auto",
         "'pooled': all samples are compared with one another, those of the anchor too if there are any; 'paper': "
         "Algorithm 2; 'auto': pooled without samples of the anchor, else paper",
         choices=("auto", "pooled", "paper"),
-    )
-    normalised: bool = normalised_flag()
-    min_ess: float = min_ess_flag()
-    baseline: str = flag(
-        "batch",
-        "baseline B of the backward term: 'batch', the mean return of the other samples in the rollout batch; "
-        "'leave_one_out', of the prompt's other samples (not in the pooled form, where it would change the target); "
-        "or 'none'",
-        choices=BASELINES,
     )
     ties: str = flag(
         "expected",
@@ -95,22 +72,18 @@ class JBONDConfig(Config):
     )
 
     def __post_init__(self) -> None:
-        pooled.check(self.beta, {"gamma": self.gamma, "gamma_ref": self.gamma_ref})
-        if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"--bond.eta must lie in [0, 1], got {self.eta}")
-        if self.n < 2:
-            raise ValueError(f"--bond.n must be at least 2 (Best-of-1 is the anchor itself), got {self.n}")
+        super().__post_init__()
+        if not (self.gamma >= 0.0 and math.isfinite(self.gamma)):
+            raise ValueError(f"--bond.gamma must be at least 0, got {self.gamma}")
         m = self.n_anchor_samples
         if m < 0 or (m < 2 and not self.pooled):
             raise ValueError(
                 f"--bond.n_anchor_samples must be 0 (the pooled form), or at least 2 (Best-of-1 is the anchor "
                 f"itself), got {m}; any number goes with --bond.estimator pooled"
             )
-        if self.pooled:
-            pooled.check_flags(self)
-            if self.ties != "expected":
-                raise ValueError("--bond.ties textbook is Algorithm 2's: use it with --bond.n_anchor_samples 2")
-        elif self.n not in (2, m):
+        if self.pooled and self.ties != "expected":
+            raise ValueError("--bond.ties textbook is Algorithm 2's: use it with --bond.n_anchor_samples 2")
+        if not self.pooled and self.n not in (2, m):
             raise ValueError(
                 f"--bond.n {self.n}: Algorithm 2's target is Best-of-m, m = --bond.n_anchor_samples {m}: drop "
                 "--bond.n, or use --bond.estimator pooled"
@@ -148,39 +121,25 @@ class JBOND(Algorithm):
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
         """The best anchor sample of each prompt, in the pooled form all: ``[P, m]`` rewards to ``[P, f]`` indices."""
         if self.config.pooled:
-            return pooled.everyone(source_rewards)
-        return strict_ranks(source_rewards, generator).argmax(dim=-1, keepdim=True)
+            return torch.arange(source_rewards.shape[-1]).expand(source_rewards.shape)
+        return random_argmax(source_rewards, generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        return self._pooled(batch) if cfg.pooled else self._algorithm_2(batch)
-
-    def _pooled(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        cfg = self.config
+        if not cfg.pooled:
+            return self._algorithm_2(batch)
         pool = pooled.Pool.of(batch)
-        return pooled.advantages(
-            pool,
-            pool.tilt(cfg.n, cfg.normalised),
-            pool.log_tilt(cfg.n, cfg.normalised),
-            n=cfg.n,
-            beta=cfg.beta,
-            gamma=cfg.gamma,
-            gamma_ref=cfg.gamma_ref,
-            centred=cfg.baseline != "none",
-        )
+        return pooled.advantages(pool, *pool.tilts(cfg), cfg, cfg.gamma)
 
     def _algorithm_2(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        if batch.source_log_probs is None:
-            raise ValueError("J-BOND needs log pi_anchor of the policy's samples")
         m = batch.source_rewards.shape[-1]
 
         log_quantile = jbond_reward(batch.rewards, batch.source_rewards, cfg.ties)  # Eq. 17
-        # Eq. 18: the return R is minus what backward_kl takes the mean of. For Best-of-m the quantile counts
-        # m - 1 times (Eq. 8 with N = m), which is once in the paper.
+        # For Best-of-m the quantile counts m - 1 times (Eq. 8 with N = m), which is once in the paper.
         log_ratio = batch.log_probs - batch.source_log_probs
-        backward = backward_kl(log_ratio, (m - 1) * log_quantile, cfg.baseline)
-        advantages = -cfg.beta * backward.weights - cfg.gamma * log_ratio
+        returns = (m - 1) * log_quantile - log_ratio  # Eq. 18
+        advantages = cfg.beta * centre(returns, cfg.baseline) - cfg.gamma * log_ratio
         return AdvantageOutputs(
             advantages=pooled.pulled(advantages, batch, cfg.gamma_ref),
             selected_advantages=torch.full_like(batch.selected_log_probs, 1.0 - cfg.beta),

@@ -30,19 +30,75 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, flag
-from bond_plugin.bestofn.divergences import leave_one_out_mean
+from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Config, flag
+from bond_plugin.bestofn.baselines import BASELINES, leave_one_out_mean
 from bond_plugin.bestofn.pooled import (
     effective_sample_size,
     harmonic_log_quantile,
     mixture_weights,
     pooled_tilt,
 )
+
+
+@dataclass(frozen=True)
+class PooledConfig(Config):
+    """Settings that BOND and J-BOND share, as both can take the pooled form; the defaults are those of J-BOND."""
+
+    n: int = flag(2, "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2")
+    beta: float = flag(
+        0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
+    )
+    eta: float = flag(0.02, "step of the anchor's moving average, anchor <- (1 - eta) anchor + eta policy, in [0, 1]")
+    gamma_ref: float = flag(
+        0.0,
+        "coefficient of KL(pi || initial policy), >= 0: takes back what noise costs in KL, which a moving "
+        "anchor never does; 0.1 to 0.3 did well. Ours, not the paper's",
+    )
+    n_anchor_samples: int = flag(
+        0,
+        "m: samples of the anchor per prompt. 0: none, the policy's own samples are weighted (pooled form). 2 or "
+        "more: Algorithm 2 as printed, whose target is Best-of-m; the paper's is 2",
+    )
+    normalised: bool = flag(
+        False,
+        "pooled form: divide by the weights of the other samples instead of by their number. Bounded, but its target "
+        "lies beyond Best-of-N, the further the smaller bond/ess is and the fewer samples a prompt has",
+    )
+    min_ess: float = flag(
+        0.2,
+        "pooled form: say so once when bond/ess, the share of effective samples, falls below this; in [0, 1]",
+    )
+    baseline: str = flag(
+        "batch",
+        "baseline B of the backward term: 'batch', the mean return of the other samples in the rollout batch; "
+        "'leave_one_out', of the prompt's other samples (not in the pooled form, where it would change the target); "
+        "or 'none'",
+        choices=BASELINES,
+    )
+
+    def __post_init__(self) -> None:
+        if self.n < 2:
+            raise ValueError(f"--bond.n must be at least 2 (Best-of-1 is the anchor itself), got {self.n}")
+        for name, share in (("beta", self.beta), ("eta", self.eta), ("min_ess", self.min_ess)):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"--bond.{name} must lie in [0, 1], got {share}")
+        if not (self.gamma_ref >= 0.0 and math.isfinite(self.gamma_ref)):
+            raise ValueError(f"--bond.gamma_ref must be at least 0, got {self.gamma_ref}")
+        if self.pooled and self.baseline == "leave_one_out":
+            raise ValueError(
+                "--bond.baseline leave_one_out would change the pooled form's target (ranks within a prompt depend "
+                "on one another): use batch, where the log-ratio has the prompt's other samples for its baseline "
+                "anyway"
+            )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether this is the pooled form."""
+        return self.n_anchor_samples == 0
 
 
 @dataclass(frozen=True)
@@ -69,12 +125,7 @@ class Pool:
 
     @classmethod
     def of(cls, batch: AdvantageInputs) -> Pool:
-        """Raises ``ValueError`` without log-ratios to the anchor, or where source samples were left out."""
-        if batch.source_log_ratios is None:
-            raise ValueError("the pooled form needs log pi_anchor of each token of the samples")
-        rewards = torch.cat([batch.rewards, batch.source_rewards], dim=-1)
-        if batch.source_log_ratios.shape[:2] != rewards.shape:
-            raise ValueError("the pooled form takes all samples of the anchor, in their order")
+        """Of a batch with all samples of the anchor, in their order."""
         n = batch.rewards.shape[-1]
         log_ratio = batch.source_log_ratios.sum(dim=-1)
         moved = torch.zeros_like(log_ratio)
@@ -84,7 +135,7 @@ class Pool:
         own_anchor, own_policy = mixture_weights(torch.zeros_like(moved), -log_ratio, n)
         return cls(
             n=n,
-            rewards=rewards,
+            rewards=torch.cat([batch.rewards, batch.source_rewards], dim=-1),
             log_probs=torch.cat([batch.log_probs, batch.selected_log_probs], dim=-1),
             log_ratios=batch.source_log_ratios,
             reference_log_ratios=batch.reference_log_ratios,
@@ -93,25 +144,19 @@ class Pool:
             own_policy=own_policy,
         )
 
-    def tilt(self, n: int, normalised: bool) -> Tensor:
-        """ĝ of Best-of-``n``, ``[P, S]``."""
-        return pooled_tilt(self.rewards, self.weights, n, normalised)
-
-    def log_tilt(self, n: int, normalised: bool) -> Tensor:
-        """log ĝ of Best-of-``n`` but for the constant log n, ``[P, S]``: (n - 1) log F, half of equals below."""
-        return (n - 1) * harmonic_log_quantile(self.rewards, self.weights, normalised, ties="half")
+    def tilts(self, config: PooledConfig) -> tuple[Tensor, Tensor]:
+        """ĝ of Best-of-n, and log ĝ but for the constant log n: (n - 1) log F. ``[P, S]`` each."""
+        tilt = pooled_tilt(self.rewards, self.weights, config.n, config.normalised)
+        log_quantile = harmonic_log_quantile(self.rewards, self.weights, config.normalised)
+        return tilt, (config.n - 1) * log_quantile
 
 
 def advantages(
     pool: Pool,
     tilt: Tensor,
     log_tilt: Tensor,
-    *,
-    n: int,
-    beta: float,
+    config: PooledConfig,
     gamma: float = 0.0,
-    gamma_ref: float = 0.0,
-    centred: bool = True,
     to_go: bool = True,
 ) -> AdvantageOutputs:
     """The advantages A_it of the head of this file.
@@ -119,14 +164,11 @@ def advantages(
     Args:
         pool: see there.
         tilt, log_tilt: ``[P, S]``, ĝ, and log ĝ up to a constant.
-        n: N of Best-of-N.
-        beta, gamma, gamma_ref: see above.
-        centred: whether baselines are subtracted from the backward parts.
+        config: of which N, beta, gamma_ref, and whether baselines are subtracted from the backward parts.
+        gamma: see above.
         to_go: ``False`` gives all tokens the log-ratio of the whole response: the same expectation with more noise.
-
-    Raises:
-        ValueError: ``gamma_ref`` without log-ratios to the initial policy.
     """
+    n, beta, centred = config.n, config.beta, config.baseline != "none"
 
     def parts(log_ratios: Tensor) -> Tensor:
         if not to_go:
@@ -137,15 +179,15 @@ def advantages(
     base = _other_prompts(log_tilt, own, n) if centred else 0.0
     each = (1 - beta) * (pool.own_anchor * tilt - own) + beta * own * (log_tilt - base)
     found = each.unsqueeze(-1) - (beta + gamma) * parts(pool.log_ratios)
-    if gamma_ref:
-        found = found - gamma_ref * parts(_to_reference(pool))
+    if config.gamma_ref:
+        found = found - config.gamma_ref * parts(pool.reference_log_ratios)
 
     policy, anchor = slice(0, pool.n), slice(pool.n, None)
     m = size - pool.n
-    pairs = pool.tilt(2, normalised=True)[:, policy] / 2
+    pairs = pooled_tilt(pool.rewards, pool.weights, 2, normalised=True)[:, policy] / 2
     metrics = {
         "bond/win_rate": pairs.mean().item(),
-        "bond/log_quantile": log_tilt[:, policy].mean().item() / max(n - 1, 1),
+        "bond/log_quantile": log_tilt[:, policy].mean().item() / (n - 1),
         "bond/kl_anchor": pool.log_ratios.sum(dim=-1)[:, policy].mean().item(),
         "bond/forward_nll": -(pool.own_anchor * tilt * pool.log_probs).mean().item(),
         "bond/ess": effective_sample_size(pool.weights).mean().item(),
@@ -182,60 +224,11 @@ def pulled(advantages: Tensor, batch: AdvantageInputs, gamma_ref: float) -> Tens
     """``[P, n]`` advantages with the pull to the initial policy, ``[P, n, A]``; as they are for ``gamma_ref`` 0."""
     if not gamma_ref:
         return advantages
-    to_reference = _to_reference(batch)[:, : advantages.shape[-1]]
+    to_reference = batch.reference_log_ratios[:, : advantages.shape[-1]]
     pull = _to_go(to_reference, torch.ones_like(advantages), centred=True)
     return advantages.unsqueeze(-1) - gamma_ref * pull
-
-
-def _to_reference(known: Pool | AdvantageInputs) -> Tensor:
-    """Raises ``ValueError`` without log-ratios to the initial policy."""
-    if known.reference_log_ratios is None:
-        raise ValueError("gamma_ref needs log pi_ref of each token of the samples")
-    return known.reference_log_ratios
-
-
-def everyone(source_rewards: Tensor) -> Tensor:
-    """The selection of all source samples in their order: ``[P, m]`` rewards to ``[P, m]`` indices."""
-    return torch.arange(source_rewards.shape[-1]).expand(source_rewards.shape)
 
 
 def least(n: int, m: int) -> int:
     """How many samples of the policy the pooled form of Best-of-``n`` takes with ``m`` samples of the anchor."""
     return max(n - m, 1 if m else 2)
-
-
-def normalised_flag() -> Any:
-    """The field ``normalised``."""
-    return flag(
-        False,
-        "pooled form: divide by the weights of the other samples instead of by their number. Bounded, but its target "
-        "lies beyond Best-of-N, the further the smaller bond/ess is and the fewer samples a prompt has",
-    )
-
-
-def min_ess_flag() -> Any:
-    """The field ``min_ess``."""
-    return flag(
-        0.2,
-        "pooled form: say so once when bond/ess, the share of effective samples, falls below this; in [0, 1]",
-    )
-
-
-def check(beta: float, coefficients: dict[str, float]) -> None:
-    """Raises ``ValueError`` for a ``beta`` outside [0, 1] or a negative coefficient, naming the flag."""
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"--bond.beta must lie in [0, 1], got {beta}")
-    for name, value in coefficients.items():
-        if not (value >= 0.0 and math.isfinite(value)):
-            raise ValueError(f"--bond.{name} must be at least 0, got {value}")
-
-
-def check_flags(config: Any) -> None:
-    """Raises ``ValueError`` for settings of a config that do not go with the pooled form."""
-    if not 0.0 <= config.min_ess <= 1.0:
-        raise ValueError(f"--bond.min_ess must lie in [0, 1], got {config.min_ess}")
-    if config.baseline == "leave_one_out":
-        raise ValueError(
-            "--bond.baseline leave_one_out would change the pooled form's target (ranks within a prompt depend "
-            "on one another): use batch, where the log-ratio has the prompt's other samples for its baseline anyway"
-        )

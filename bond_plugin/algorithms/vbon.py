@@ -77,8 +77,10 @@ class VBoN(RewardTransform):
         below = p_lt + 1 / (batch.reference_rewards.shape[-1] + 1)
         if cfg.bound == "tied":
             rewards = bond_reward(p_lt, p_le, cfg.n)
+        elif cfg.bound == "exact":
+            rewards = vbon_reward(below.log(), batch.reference_log_probs, cfg.n)
         else:
-            rewards = vbon_reward(below.log(), batch.reference_log_probs, cfg.n, cfg.bound)
+            rewards = below.log()
         if not torch.isfinite(rewards).all():
             raise FloatingPointError("a reward of vBoN is not finite: a log-probability of the reference is not")
         return TransformOutputs(

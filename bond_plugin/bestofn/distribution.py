@@ -24,21 +24,21 @@ def quantiles(rewards: Tensor, samples: Tensor, include_self: bool = False) -> t
     """The shares of the reference's samples with a lower reward, and with one that is not higher (Eq. 10).
 
     Args:
-        rewards: ``[B]`` or ``[B, m]``, the rewards to place.
+        rewards: ``[B, m]``, the rewards to place.
         samples: ``[B, k]``, rewards of k samples of the reference for the same prompts. k >= 1.
         include_self: count the placed reward as one more sample of the reference:
             p_< = #{lower} / (k + 1), p_<= = (#{lower or equal} + 1) / (k + 1). Then p_<= is never 0 and its
             log is finite. Where y is a sample of the reference, these are its exact ranks among k + 1.
 
     Returns:
-        (p_lt, p_le), each in the shape of ``rewards``, float64 in [0, 1], p_lt <= p_le.
+        (p_lt, p_le), each ``[B, m]`` float64 in [0, 1], p_lt <= p_le.
 
     Raises:
         ValueError: shapes that do not fit, no samples, or NaN.
     """
-    if rewards.dim() not in (1, 2) or samples.dim() != 2 or rewards.shape[0] != samples.shape[0]:
+    if rewards.dim() != 2 or samples.dim() != 2 or len(rewards) != len(samples):
         raise ValueError(
-            f"quantiles needs rewards [B] or [B, m] and samples [B, k], got {tuple(rewards.shape)} and "
+            f"quantiles needs rewards [B, m] and samples [B, k], got {tuple(rewards.shape)} and "
             f"{tuple(samples.shape)}"
         )
     k = samples.shape[-1]
@@ -46,15 +46,15 @@ def quantiles(rewards: Tensor, samples: Tensor, include_self: bool = False) -> t
         raise ValueError("quantiles needs at least one sample of the reference a prompt")
     if rewards.isnan().any() or samples.isnan().any():
         raise ValueError("quantiles needs rewards that are numbers, got NaN")
-    values = (rewards if rewards.dim() == 2 else rewards.unsqueeze(-1)).detach().double().contiguous()
+    values = rewards.detach().double().contiguous()
     ordered = samples.detach().double().sort(dim=-1).values.contiguous()
     lower = torch.searchsorted(ordered, values, right=False).double()
     not_higher = torch.searchsorted(ordered, values, right=True).double()
     own = int(include_self)
-    return (lower / (k + own)).reshape(rewards.shape), ((not_higher + own) / (k + own)).reshape(rewards.shape)
+    return lower / (k + own), (not_higher + own) / (k + own)
 
 
-def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
+def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: float) -> Tensor:
     """log pi_BoN(y) - log pi_ref(y) by Theorem 1 of arXiv 2407.14622, term (B) included: so for tied rewards too.
 
         (n - 1) log p_<= + log sum_{i=1..n} (p_< / p_<=)^(i-1)
@@ -65,7 +65,7 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
     Args:
         p_lt: any shape, P(r(y') < r(y)) under the reference.
         p_le: the same shape, P(r(y') <= r(y)), p_lt <= p_le.
-        n: N of Best-of-N, >= 1.
+        n: N of Best-of-N, >= 1. What is not whole lies on the curve between those that are.
 
     Returns:
         The same shape and dtype, in nats; computed in float64. ``-inf`` where p_le = 0 and n > 1.
@@ -73,7 +73,13 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
     Raises:
         ValueError: n < 1, shapes that differ, or probabilities out of order.
     """
-    low, high = _probabilities(p_lt, p_le, n)
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if p_lt.shape != p_le.shape:
+        raise ValueError(f"p_lt and p_le differ in shape: {tuple(p_lt.shape)} and {tuple(p_le.shape)}")
+    low, high = p_lt.double(), p_le.double()
+    if not ((low >= 0) & (low <= high) & (high <= 1 + 1e-9)).all():
+        raise ValueError("need 0 <= p_lt <= p_le <= 1 everywhere")
     whole = high > 0
     safe = torch.where(whole, high, 1.0)
     gap = torch.where(whole, (safe - low) / safe, 1.0)  # 1 - q
@@ -85,13 +91,13 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: int) -> Tensor:
     return found.to(p_le.dtype)
 
 
-def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
+def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: float) -> Tensor:
     """log pi_BoN on a finite set, exactly; ties are broken uniformly at random.
 
     Args:
         log_ref: ``[..., S]``, log-probabilities of the reference, which sum to one over the last dimension.
         rewards: ``[..., S]``.
-        n: >= 1.
+        n: >= 1, as for :func:`log_bon_ratio`.
 
     Returns:
         ``[..., S]`` float64, normalised; ``-inf`` where the reference has no mass (at the lowest level also
@@ -100,7 +106,13 @@ def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:
     Raises:
         ValueError: shapes that differ, n < 1, or probabilities that do not sum to one (to 1e-6).
     """
-    log_ref = _normalised(log_ref, rewards)
+    if log_ref.shape != rewards.shape or log_ref.dim() < 1:
+        raise ValueError(f"need log_ref and rewards [..., S], got {tuple(log_ref.shape)} and {tuple(rewards.shape)}")
+    log_ref = log_ref.double()
+    log_total = log_ref.logsumexp(dim=-1, keepdim=True)
+    if not (torch.expm1(log_total).abs() <= 1e-6).all():
+        raise ValueError("log_ref must be normalised over its last dimension")
+    log_ref = log_ref - log_total  # what rounding in float32 leaves would be raised to the power of n
     p_lt, p_le = level_probabilities(log_ref.exp(), rewards)
     return log_ref + log_bon_ratio(p_lt, p_le, n)
 
@@ -133,24 +145,3 @@ def bon_kl_bound(n: int) -> float:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     return math.log(n) - (n - 1) / n
-
-
-def _probabilities(p_lt: Tensor, p_le: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if p_lt.shape != p_le.shape:
-        raise ValueError(f"p_lt and p_le differ in shape: {tuple(p_lt.shape)} and {tuple(p_le.shape)}")
-    low, high = p_lt.double(), p_le.double()
-    if not ((low >= 0) & (low <= high) & (high <= 1 + 1e-9)).all():
-        raise ValueError("need 0 <= p_lt <= p_le <= 1 everywhere")
-    return low, high
-
-
-def _normalised(log_ref: Tensor, rewards: Tensor) -> Tensor:
-    if log_ref.shape != rewards.shape or log_ref.dim() < 1:
-        raise ValueError(f"need log_ref and rewards [..., S], got {tuple(log_ref.shape)} and {tuple(rewards.shape)}")
-    log_ref = log_ref.double()
-    log_total = log_ref.logsumexp(dim=-1, keepdim=True)
-    if not (torch.expm1(log_total).abs() <= 1e-6).all():
-        raise ValueError("log_ref must be normalised over its last dimension")
-    return log_ref - log_total  # what rounding in float32 leaves would be raised to the power of n

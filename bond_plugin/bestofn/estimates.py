@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bond_plugin.bestofn.distribution import quantiles
+
 
 def expected_max(rewards: Tensor, n: int) -> Tensor:
     """The mean reward of Best-of-n, estimated without bias from k >= n samples.
@@ -55,7 +57,7 @@ def pass_at_n(rewards: Tensor, n: int) -> Tensor:
     """
     if not ((rewards == 0) | (rewards == 1)).all():
         raise ValueError("pass_at_n needs rewards that are 0 or 1")
-    return expected_max(rewards if rewards.is_floating_point() else rewards.float(), n).clamp(0, 1)
+    return expected_max(rewards, n).clamp(0, 1)
 
 
 def _log_binomial(total: Tensor, chosen: int) -> Tensor:
@@ -69,22 +71,14 @@ def win_rate(rewards: Tensor, against: Tensor) -> Tensor:
         (1 / k m) sum_{i, j} ( 1{a_i > b_j} + 1/2 1{a_i = b_j} )
 
     Args:
-        rewards: ``[..., k]``.
-        against: ``[..., m]``, the same leading dimensions.
+        rewards: ``[P, k]``, k >= 1.
+        against: ``[P, m]``, m >= 1.
 
     Returns:
-        ``[...]`` float64 in [0, 1]. ``win_rate(a, b) + win_rate(b, a) == 1``.
+        ``[P]`` float64 in [0, 1]. ``win_rate(a, b) + win_rate(b, a) == 1``.
 
     Raises:
-        ValueError: different leading dimensions, or a side without samples.
+        ValueError: other shapes, or NaN.
     """
-    if rewards.shape[:-1] != against.shape[:-1] or 0 in (rewards.shape[-1], against.shape[-1]):
-        raise ValueError(
-            f"win_rate needs [..., k] and [..., m] with equal leading dimensions, got {tuple(rewards.shape)} "
-            f"and {tuple(against.shape)}"
-        )
-    ordered = against.double().sort(dim=-1).values.contiguous()
-    values = rewards.double().contiguous()
-    below = torch.searchsorted(ordered, values, right=False)
-    not_above = torch.searchsorted(ordered, values, right=True)
-    return (below + not_above).double().mean(dim=-1) / (2 * against.shape[-1])
+    below, not_above = quantiles(rewards, against)
+    return (below + not_above).mean(dim=-1) / 2

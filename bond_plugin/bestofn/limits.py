@@ -36,6 +36,8 @@ from bond_plugin.bestofn.estimates import expected_max
 
 _FIRST_KL = 1e-6  # where the grid of beta begins, in nats; from there to 0 the front is a root, which `at` follows
 _LAST_SHARE = 0.999  # and where it stops, as a share of the KL at which only the best samples have weight
+_POINTS = 256  # values of beta between the two, evenly spaced in its logarithm
+_TOLERANCE = 0.02  # the bias of a front that is still supported, as a share of the gain over the reference
 _CHUNK = 250_000  # weights at a time: 2 MB
 
 
@@ -44,8 +46,8 @@ class Front:
     """A front on a grid of beta, from the reference itself (infinite beta) to its best samples (beta 0).
 
     ``supported`` says where the samples are enough. Measured against the true fronts (Gaussian: mean +
-    sqrt(2 KL) standard deviations) with 262,000 rewards in P prompts of M samples, and a tolerance of 2 %; errors
-    in percent of the gain over the reference, uncertain by 0.3:
+    sqrt(2 KL) standard deviations) with 262,000 rewards in P prompts of M samples; errors in percent of the gain over
+    the reference, uncertain by 0.3:
 
         rewards        M      supported up to    error there    :meth:`corrected`
         Gaussian        64    KL 0.8 nats            -1.6            0.3
@@ -69,7 +71,7 @@ class Front:
             reference's own.
         bias: ``[S]``, estimate minus truth, itself estimated: the mean front of both halves of the samples minus
             that of all, at the same KL. Right to first order, because the bias is in proportion to 1 / M.
-        supported: ``[S]`` bool, True up to the first KL at which the bias exceeds the tolerance.
+        supported: ``[S]`` bool, True up to the first KL at which the bias exceeds 2 % of the gain over the reference.
     """
 
     kl: Tensor
@@ -114,27 +116,24 @@ class Front:
         return replace(self, value=value, bias=torch.zeros_like(self.bias))
 
 
-def reward_front(rewards: Tensor, points: int = 256, tolerance: float = 0.02) -> Front:
+def reward_front(rewards: Tensor) -> Front:
     """The highest mean reward at a given mean KL to the reference.
 
     Args:
         rewards: ``[P, M]``, rewards of M >= 2 independent samples of the reference for each of P prompts, in the
             order in which they were drawn: the bias compares every other sample, and sorting would hide it.
             Prompts may have constant rewards; if all have, the front is the one point (0, mean).
-        points: how many values of beta, >= 2, evenly spaced in its logarithm.
-        tolerance: the bias that is still supported, as a share of the gain over the reference.
 
     Returns:
-        :class:`Front` in units of the reward, with at most ``points`` + 2 points.
+        :class:`Front` in units of the reward.
 
     Raises:
-        ValueError: another shape, too few samples, a reward that is not finite, or ``points`` or ``tolerance`` out
-            of range.
+        ValueError: another shape, too few samples, or a reward that is not finite.
     """
-    return _front(_checked(rewards), False, points, tolerance)
+    return _front(_checked(rewards), ranked=False)
 
 
-def win_rate_front(rewards: Tensor, points: int = 256, tolerance: float = 0.02) -> Front:
+def win_rate_front(rewards: Tensor) -> Front:
     """The highest mean win rate against one sample of the reference (a tie counts 1/2) at a given mean KL to it.
 
     It depends on the order of the rewards alone. Without ties it is one and the same function for all rewards,
@@ -142,26 +141,24 @@ def win_rate_front(rewards: Tensor, points: int = 256, tolerance: float = 0.02) 
 
     Arguments, result and errors as for :func:`reward_front`; values are win rates, from 1/2.
     """
-    return _front(_checked(rewards), True, points, tolerance)
+    return _front(_checked(rewards), ranked=True)
 
 
-def _front(rewards: Tensor, ranked: bool, points: int, tolerance: float) -> Front:
-    if points < 2 or not tolerance > 0:
-        raise ValueError(f"need points >= 2 and a positive tolerance, got {points} and {tolerance}")
-    kl, value = _tilted(rewards, ranked, points)
+def _front(rewards: Tensor, ranked: bool) -> Front:
+    kl, value = _tilted(rewards, ranked)
     gain = value - value[0]
     bias = -gain
     for half in (rewards[:, 0::2], rewards[:, 1::2]):
-        half_kl, half_value = _tilted(half, ranked, points)
+        half_kl, half_value = _tilted(half, ranked)
         # Beyond its own end a half keeps its last value. Unless that is the best there is, the bias then counts
         # as larger than it is, which is on the safe side.
         found = over_root(kl[None], half_kl[None], half_value[None])[0]
         bias = bias + (found - half_value[0]) / 2
-    supported = (bias.abs() <= tolerance * gain).long().cummin(dim=0).values.bool()
+    supported = (bias.abs() <= _TOLERANCE * gain).long().cummin(dim=0).values.bool()
     return Front(kl, value, bias, supported)
 
 
-def _tilted(rewards: Tensor, ranked: bool, points: int) -> tuple[Tensor, Tensor]:
+def _tilted(rewards: Tensor, ranked: bool) -> tuple[Tensor, Tensor]:
     """Mean KL and mean value of the empirical distributions tilted by one beta, from infinite beta to 0."""
     if ranked:
         rewards = torch.stack(quantiles(rewards, rewards)).mean(dim=0)
@@ -178,7 +175,7 @@ def _tilted(rewards: Tensor, ranked: bool, points: int) -> tuple[Tensor, Tensor]
     last = 2 * first
     while tilted_means(below, last.reshape(1))[0].mean() < _LAST_SHARE * end:
         last = 2 * last
-    share = torch.arange(points, dtype=torch.float64, device=rewards.device) / (points - 1)
+    share = torch.arange(_POINTS, dtype=torch.float64, device=rewards.device) / (_POINTS - 1)
     grid = first * (last / first) ** share
     kl, gap = (found.mean(dim=-1) for found in tilted_means(below, grid, below))
     kl = torch.cat([kl.new_zeros(1), kl, end.reshape(1)])
@@ -338,7 +335,10 @@ def pareto_front(kl: Tensor, value: Tensor) -> Tensor:
     Raises:
         ValueError: other shapes, or NaN.
     """
-    _check_points(kl, value)
+    if kl.dim() != 1 or kl.shape != value.shape:
+        raise ValueError(f"need kl [n] and value [n], got {tuple(kl.shape)} and {tuple(value.shape)}")
+    if kl.isnan().any() or value.isnan().any():
+        raise ValueError("need points that are numbers, got NaN: leave out runs that failed")
     no_worse = (kl <= kl.unsqueeze(-1)) & (value >= value.unsqueeze(-1))
     better = (kl < kl.unsqueeze(-1)) | (value > value.unsqueeze(-1))
     return ~(no_worse & better).any(dim=-1)
@@ -373,10 +373,3 @@ def _checked(rewards: Tensor) -> Tensor:
     if not torch.isfinite(rewards).all():
         raise ValueError("need finite rewards: leave out prompts of which a sample has none")
     return rewards.detach().double()
-
-
-def _check_points(kl: Tensor, value: Tensor) -> None:
-    if kl.dim() != 1 or kl.shape != value.shape:
-        raise ValueError(f"need kl [n] and value [n], got {tuple(kl.shape)} and {tuple(value.shape)}")
-    if kl.isnan().any() or value.isnan().any():
-        raise ValueError("need points that are numbers, got NaN: leave out runs that failed")

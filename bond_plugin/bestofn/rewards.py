@@ -1,4 +1,4 @@
-"""Rewards that turn Best-of-N distillation into policy gradients, and strict orders to compute them on."""
+"""Rewards that turn Best-of-N distillation into policy gradients, and which of equal samples is the best."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from bond_plugin.bestofn.distribution import log_bon_ratio
 
 
-def strict_ranks(rewards: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Replace rewards by ranks in which nothing is tied any more; ties are ordered uniformly at random.
+def random_argmax(rewards: Tensor, generator: torch.Generator) -> Tensor:
+    """Where the highest reward is; of equals, uniformly at random.
 
     Theorem 1 of BOND (arXiv 2407.14622) assumes that the reward orders generations strictly. Its proof
     needs *some* strict order among equals; a random one (rather than the position in the batch) favours no
@@ -19,20 +19,20 @@ def strict_ranks(rewards: Tensor, generator: torch.Generator | None = None) -> T
 
     Args:
         rewards: ``[..., k]``, the rewards of the samples that are compared with each other. Finite.
-        generator: source of the random order among equals. ``None`` uses torch's global one.
+        generator: source of the random order among equals, on the CPU.
 
     Returns:
-        ``[..., k]`` int64: a permutation of 0 … k-1 along the last dimension, increasing in the reward.
+        ``[..., 1]`` int64, in 0 … k-1.
 
     Raises:
         ValueError: a reward is NaN or infinite: such values have no place in an order.
     """
     if not torch.isfinite(rewards).all():
-        raise ValueError("strict_ranks needs finite rewards")
+        raise ValueError("random_argmax needs finite rewards")
     tie_break = torch.rand(rewards.shape, generator=generator, dtype=torch.float64, device="cpu")
     shuffled = tie_break.argsort(dim=-1)
     by_reward = rewards.detach().cpu().gather(-1, shuffled).argsort(dim=-1, stable=True)
-    return shuffled.gather(-1, by_reward).argsort(dim=-1).to(rewards.device)
+    return shuffled.gather(-1, by_reward[..., -1:]).to(rewards.device)
 
 
 def bond_reward(p_lt: Tensor, p_le: Tensor, n: int, correction: bool = True) -> Tensor:
@@ -62,43 +62,35 @@ def bond_reward(p_lt: Tensor, p_le: Tensor, n: int, correction: bool = True) -> 
     return (log_ratio / (n - 1) if correction else torch.log(p_le.double())).to(p_le.dtype)
 
 
-def vbon_reward(log_cdf: Tensor, log_ref: Tensor | None, n: int, bound: str = "exact") -> Tensor:
-    """The rewards of vBoN, arXiv 2407.06057, scaled for a KL coefficient of 1 / (n - 1).
+def vbon_reward(log_cdf: Tensor, log_ref: Tensor, n: int) -> Tensor:
+    """The exact reward of vBoN, arXiv 2407.06057, scaled for a KL coefficient of 1 / (n - 1).
 
-        exact   ( log sum_{i=1..n} C(n, i) F^(n-i) pi_ref^i  -  log pi_ref ) / (n - 1)
-        l1      log F
+        ( log sum_{i=1..n} C(n, i) F^(n-i) pi_ref^i  -  log pi_ref ) / (n - 1)
 
     with F = P(r(y') < r(y)) under the reference. By the binomial theorem the sum is (F + pi_ref)^n - F^n.
-    With the coefficient 1 / (n - 1) the optimum of the exact form is pi_BoN itself, because
+    With the coefficient 1 / (n - 1) the optimum is pi_BoN itself, because
     KL(pi || pi_BoN) = KL(pi || pi_ref) - E[log pi_BoN - log pi_ref]. The authors' code divides the same sum by
     n, whose optimum is another distribution.
 
-    The exact form takes pi_ref(y) for the mass of y's whole level of reward: generations that tie with y are
+    It takes pi_ref(y) for the mass of y's whole level of reward: generations that tie with y are
     left out. Where many tie, :func:`bond_reward` with the correction is the right reward for both methods.
 
     Args:
         log_cdf: any shape, log F.
-        log_ref: the same shape, log pi_ref(y) of the whole response; not used by ``l1``.
+        log_ref: the same shape, log pi_ref(y) of the whole response.
         n: >= 2.
-        bound: ``exact`` or ``l1``, the lower bound L1 of the paper.
 
     Returns:
-        The same shape and dtype, in nats; computed in float64. The exact form is finite at F = 0 and stays
-        accurate when pi_ref(y) underflows; for F > 0 it is that also in the limit of no mass at all.
+        The same shape and dtype, in nats; computed in float64. Finite at F = 0 and accurate when pi_ref(y)
+        underflows; for F > 0 it is that also in the limit of no mass at all.
 
     Raises:
-        ValueError: n < 2, an unknown bound, a missing ``log_ref``, or a positive log-probability.
+        ValueError: n < 2, or a positive log-probability.
     """
     if n < 2:
         raise ValueError(f"vbon_reward needs n >= 2, got {n}")
-    if not (log_cdf <= 1e-6).all() or (log_ref is not None and not (log_ref <= 1e-6).all()):
+    if not ((log_cdf <= 1e-6) & (log_ref <= 1e-6)).all():
         raise ValueError("vbon_reward needs logs of probabilities, at most 0")
-    if bound == "l1":
-        return log_cdf.clone()
-    if bound != "exact":
-        raise ValueError(f"bound must be 'exact' or 'l1', got {bound!r}")
-    if log_ref is None:
-        raise ValueError("the exact form of vbon_reward needs log_ref")
     f, ref = log_cdf.double(), log_ref.double()
     apart = ref - f  # log (pi_ref / F); +inf at F = 0
     # With s = log (1 + pi_ref / F), (F / (F + pi_ref))^n = exp(-n s).

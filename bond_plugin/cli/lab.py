@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bond_plugin.files import write_whole
-from bond_plugin.options import add_flag
+from bond_plugin.options import add_flag, last_value
 from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
-    from bond_plugin.lab import Training
+    from bond_plugin.lab.learner import Training
     from bond_plugin.lab.methods import Method
 
 _DESCRIPTION = """\
@@ -73,16 +73,13 @@ def main(argv: list[str]) -> int:
 
     started = time.monotonic()
     parser = build_parser()
-    named = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    named.add_argument("--algorithm")
-    name = named.parse_known_args(argv)[0].algorithm
+    name = last_value(argv, "--algorithm")
     method = training = None
     try:
         if name is not None:
             if ":" in name and os.getcwd() not in sys.path:
-                sys.path.insert(
-                    0, os.getcwd()
-                )  # an import path: a module in this folder is as good as an installed one
+                # An import path: a module in this folder is as good as an installed one.
+                sys.path.insert(0, os.getcwd())
             found, prefix = _class_of(name)
             _add_method_flags(parser, name, found, prefix)
         args, unknown = parser.parse_known_args(argv)
@@ -222,7 +219,7 @@ def _class_of(name: str) -> tuple[type[Method], str]:
 def _add_method_flags(parser: argparse.ArgumentParser, name: str, found: type[Method], prefix: str) -> None:
     """Add the flags of the method's settings, as ``bond train`` does, without those that are about the host."""
     from bond_plugin.algorithms.base import reward_cache_flag
-    from bond_plugin.lab import CACHE
+    from bond_plugin.lab.methods import CACHE
 
     cache = reward_cache_flag().metadata["option"]
     group = parser.add_argument_group(f"{name} ({found.__module__})")
@@ -270,7 +267,7 @@ def _training(args: argparse.Namespace, method: Method) -> Training:
     from bond_plugin.lab.programme import training_of
 
     given = {name: getattr(args, name) for name in _NUMBERS if name != "n" and getattr(args, name) is not None}
-    training = replace(training_of(method, seed=args.seed), **given)
+    training = replace(training_of(method, args.seed), **given)
     if getattr(method.config, "baseline", None) == "leave_one_out" and training.samples < 2:
         raise ValueError("--bond.baseline leave_one_out needs two samples a prompt: raise --samples")
     if training.prompts * training.samples < 2:

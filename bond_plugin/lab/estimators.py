@@ -9,12 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.bestofn.distribution import level_probabilities
 from bond_plugin.lab.learner import Learner, Training
 from bond_plugin.lab.methods import Method
 from bond_plugin.lab.problem import EnumerablePolicy, Problem
-
-SMALL = Training(samples=4)
 
 
 @dataclass(frozen=True)
@@ -46,17 +43,15 @@ def draw_gradients(
     problem: Problem,
     method: Method,
     policy: EnumerablePolicy,
+    training: Training,
     batches: int = 200,
-    training: Training = SMALL,
-    classifier: Tensor | None = None,
 ) -> Tensor:
-    """The gradients of independent batches, with the reference for an anchor.
+    """The gradients of independent batches, with the reference for an anchor and a classifier that has learned p_<=.
 
     Args:
         problem, method, policy: as for :func:`train`; the policy stays where it is.
-        batches: how many. Cached rewards are drawn anew for each, so that a bias of the cache's size M shows.
         training: of which prompts, samples, cached and seed count.
-        classifier: ``[S]``, the classifier's logits where the method uses one.
+        batches: how many. Cached rewards are drawn anew for each, so that a bias of the cache's size M shows.
 
     Returns:
         ``[batches, d]``.
@@ -66,8 +61,7 @@ def draw_gradients(
     """
     learner = Learner(problem, method, policy, training)
     learner.anchor.zero_()  # all zeros is the reference
-    if classifier is not None:
-        learner.classifier = classifier.detach().clone().requires_grad_()
+    learner.classifier = torch.logit(problem.levels()[1], eps=1e-9).requires_grad_()
     found = []
     for _ in range(batches):
         if learner.cache is not None:
@@ -83,16 +77,9 @@ def gradient_error(gradients: Tensor, exact: Tensor) -> GradientError:
     bias.
 
     Args:
-        gradients: ``[B, d]``, from :func:`draw_gradients`.
+        gradients: ``[B, d]``, from :func:`draw_gradients`; B >= 2.
         exact: ``[d]``, from :func:`exact_gradient`.
-
-    Raises:
-        ValueError: fewer than two gradients, or shapes that do not fit.
     """
-    if gradients.dim() != 2 or len(gradients) < 2 or gradients.shape[1:] != exact.shape:
-        raise ValueError(
-            f"need gradients [B >= 2, d] and exact [d], got {tuple(gradients.shape)} and {tuple(exact.shape)}"
-        )
     batches = len(gradients)
     off = gradients - exact
     square = (off.sum(dim=0).square().sum() - off.square().sum()) / (batches * (batches - 1))
@@ -113,13 +100,19 @@ def exact_gradient(policy: EnumerablePolicy, objective: Callable[[Tensor], Tenso
     return torch.autograd.grad(objective(policy.log_probs()), policy.parameters)[0]
 
 
-def jeffreys_objective(problem: Problem, n: int, beta: float, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """``scale`` times J_beta(pi || Best-of-n of the reference), Eq. 11 of arXiv 2407.14622."""
+def jeffreys_objective(
+    problem: Problem, n: int, beta: float, scale: float = 1.0, backward_target: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """``scale`` times J_beta(pi || Best-of-n of the reference), Eq. 11 of arXiv 2407.14622.
+
+    ``backward_target``, ``[S]`` log-probabilities up to a constant, takes the place of Best-of-n in KL(pi || .).
+    """
     target = problem.best_of(n)
+    aim = target if backward_target is None else backward_target
 
     def objective(log_pi: Tensor) -> Tensor:
         forward = (target.exp() * (target - log_pi)).sum()
-        backward = (log_pi.exp() * (log_pi - target)).sum()
+        backward = (log_pi.exp() * (log_pi - aim)).sum()
         return scale * ((1 - beta) * forward + beta * backward)
 
     return objective
@@ -131,16 +124,9 @@ def jbond_objective(problem: Problem, beta: float) -> Callable[[Tensor], Tensor]
     In expectation that reward is -log 16 (1 - p)^2 with p the quantile, uniform in [p_<, p_<=] as ties are
     broken at random.
     """
-    target = problem.best_of(2)
-    p_lt, p_le = level_probabilities(problem.log_ref.exp(), problem.rewards)
+    p_lt, p_le = problem.levels()
     crude = -math.log(16) * ((1 - p_lt) ** 3 - (1 - p_le) ** 3) / (3 * (p_le - p_lt))
-
-    def objective(log_pi: Tensor) -> Tensor:
-        forward = -(target.exp() * log_pi).sum()
-        backward = (log_pi.exp() * (log_pi - problem.log_ref - crude)).sum()
-        return (1 - beta) * forward + beta * backward
-
-    return objective
+    return jeffreys_objective(problem, 2, beta, backward_target=problem.log_ref + crude)
 
 
 def halfway(problem: Problem, n: int) -> EnumerablePolicy:

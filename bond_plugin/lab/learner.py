@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from bond_plugin import registry
 from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import LossInputs, RewardTransform, TransformInputs
-from bond_plugin.bestofn.divergences import centre
+from bond_plugin.bestofn.baselines import centre
 from bond_plugin.lab.methods import Method, needs_of
 from bond_plugin.lab.problem import LENGTH, MASK, RESPONSES, EnumerablePolicy, Point, Problem
+
+_EVERY = 5  # steps between two measurements
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,10 @@ class Run:
     Attributes:
         trajectory: exact measurements, the first before any step and the last at the end.
         rounds: one at the end of each period of a periodic anchor.
-        log_probs: ``[S]``, the trained policy.
-        metrics: the method's own, of the last step.
     """
 
     trajectory: list[Point]
     rounds: list[Point]
-    log_probs: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def end(self) -> Point:
@@ -80,7 +78,6 @@ class Learner:
         self.rows = assemble.Rows(training.samples, self.needs.selected_samples)
         self.anchor = policy.parameters.detach().clone()
         self.classifier = torch.zeros(len(RESPONSES), dtype=torch.float64, requires_grad=True)
-        self.metrics: dict[str, float] = {}
         # At the weights that drew the samples, the host's own loss has the gradient of J-BOND's: all ratios are 1.
         name = getattr(method, "policy_loss", "ppo")
         self.policy_loss = registry.load(registry.POLICY_LOSSES, "jbond" if name == "ppo" else name)
@@ -102,7 +99,7 @@ class Learner:
         drawn = self._draw(self.policy.log_probs().detach(), self.training.samples)
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
-            rows, advantages, self.metrics, targets = made(drawn, tokens.detach())
+            rows, advantages, targets = made(drawn, tokens.detach())
         flat = rows.flatten()
         inputs = LossInputs(
             log_probs=tokens[flat],
@@ -143,16 +140,16 @@ class Learner:
         drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
         return drawn[:size].reshape(self.training.prompts, count)
 
-    def _transformed(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, float], None]:
+    def _transformed(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, None]:
         """REINFORCE on the transformed reward less its KL penalty, with the mean of the others as baseline."""
         log_ref = self.problem.log_ref[drawn]
         found = self.method.transform(TransformInputs(self.problem.rewards[drawn], self.cache, log_ref))
         rewards = assemble.checked("rewards", found.rewards, drawn.shape)
         returns = rewards - self.method.kl_coefficient * (tokens.sum(dim=-1)[drawn] - log_ref)
         advantages = assemble.per_token("advantages", centre(returns, "batch"), drawn.shape, LENGTH)
-        return drawn, advantages, found.metrics, None
+        return drawn, advantages, None
 
-    def _assembled(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, float], Tensor | None]:
+    def _assembled(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         needs, rewards = self.needs, self.problem.rewards
         source = self._draw(self.policy.log_probs(self._parameters(needs.source)), needs.source_samples)
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
@@ -167,18 +164,11 @@ class Learner:
             reference_rewards=self.cache,
             classifier_logits=self.classifier.detach()[drawn] if needs.classifier else None,
         )
-        return rows, found.advantages, found.metrics, found.classifier_targets
+        return rows, found.advantages, found.classifier_targets
 
 
-def train(
-    problem: Problem,
-    method: Method,
-    policy: EnumerablePolicy,
-    n: int,
-    training: Training = Training(),
-    every: int = 5,
-) -> Run:
-    """Train ``policy`` in place, measuring it exactly against Best-of-n of the reference as it goes.
+def train(problem: Problem, method: Method, policy: EnumerablePolicy, n: int, training: Training) -> Run:
+    """Train ``policy`` in place, measuring it exactly against Best-of-n of the reference every few steps.
 
     Args:
         problem: where rewards and reference come from.
@@ -186,7 +176,6 @@ def train(
         policy: from :meth:`Problem.policy`; its parameters move.
         n: of the Best-of-n it is measured against, which need not be the method's own.
         training: batch, steps, learning rate and seed.
-        every: steps between two measurements.
 
     Raises:
         ContractError: see :meth:`Learner.losses`.
@@ -208,11 +197,11 @@ def train(
         (loss if classified is None else loss + classified).backward()
         optimiser.step()
         renewed = learner.move_anchor(step)
-        if renewed or step % every == 0 or step == training.steps:
+        if renewed or step % _EVERY == 0 or step == training.steps:
             point = problem.measure(policy.log_probs().detach(), n, step)
             if not math.isfinite(point.kl_ref):
                 raise FloatingPointError(f"the policy is no longer finite after step {step}: lower the learning rate")
             trajectory.append(point)
             if renewed:
                 rounds.append(point)
-    return Run(trajectory, rounds, policy.log_probs().detach(), learner.metrics)
+    return Run(trajectory, rounds)

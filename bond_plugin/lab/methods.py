@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from bond_plugin import registry
 from bond_plugin.algorithms.base import (
     AdvantageInputs,
@@ -16,8 +19,7 @@ from bond_plugin.algorithms.base import (
 )
 from bond_plugin.algorithms.bond import BOND
 from bond_plugin.algorithms.vbon import VBoN
-from bond_plugin.bestofn.divergences import backward_kl
-from bond_plugin.bestofn.pooled import harmonic_log_quantile_among
+from bond_plugin.bestofn.baselines import centre
 from bond_plugin.words import did_you_mean
 
 #: What ``--bond.reward_cache`` is here: rewards of the reference that the laboratory draws before training.
@@ -65,17 +67,41 @@ class VBoNByN(VBoN):
 
 
 class HarmonicVBoN(VBoN):
-    """log F by the harmonic estimate, :func:`~bond_plugin.bestofn.pooled.harmonic_log_quantile_among`."""
+    """log F by the harmonic estimate, :func:`harmonic_log_quantile`."""
 
     def transform(self, batch: TransformInputs) -> TransformOutputs:
         found = super().transform(batch)
-        return replace(found, rewards=harmonic_log_quantile_among(batch.rewards, batch.reference_rewards))
+        return replace(found, rewards=harmonic_log_quantile(batch.rewards, batch.reference_rewards))
 
 
 class HarmonicBOND(BOND):
     """BOND with a reward cache and log F by the harmonic estimate, for beta = 1."""
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        log_quantile = harmonic_log_quantile_among(batch.rewards, batch.reference_rewards)
+        log_quantile = harmonic_log_quantile(batch.rewards, batch.reference_rewards)
         log_ratio = batch.log_probs - batch.source_log_probs
-        return AdvantageOutputs(-backward_kl(log_ratio, (self.config.n - 1) * log_quantile, "batch").weights)
+        return AdvantageOutputs(centre((self.config.n - 1) * log_quantile - log_ratio, "batch"))
+
+
+def harmonic_log_quantile(rewards: Tensor, samples: Tensor) -> Tensor:
+    """An estimate of log F of each reward by its rank among k samples of the reference: H_c - H_k, c samples below.
+
+    Here H_j = 1 + 1/2 + ... + 1/j. With e equals it is the mean over their random orders, that is over c, c + 1, ...,
+    c + e below. Its expectation is -sum_{j=1..k} E[(1 - F)^j] / j, the Taylor series of log F, with F uniform in
+    [p_<, p_<=].
+
+    Args:
+        rewards: ``[P, n]``.
+        samples: ``[P, k]``, k >= 1.
+
+    Returns:
+        ``[P, n]`` float64, in [-H_k, 0], in nats.
+    """
+    count = torch.arange(1, samples.shape[-1] + 1, dtype=torch.float64)
+    harmonic = torch.cat([count.new_zeros(1), count.reciprocal().cumsum(dim=0)])
+    ordered = samples.sort(dim=-1).values
+    lower = torch.searchsorted(ordered, rewards)
+    not_higher = torch.searchsorted(ordered, rewards, right=True)
+    equal, high = not_higher - lower, harmonic[not_higher]
+    # By sum_{c=0..m} H_c = (m + 1) H_m - m.
+    return high - harmonic[-1] + (lower * (high - harmonic[lower]) - equal) / (equal + 1)

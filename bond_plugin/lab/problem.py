@@ -14,8 +14,6 @@ from torch import Tensor
 from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities
 
 VOCABULARY, LENGTH, EOS = 4, 3, 0
-POLICIES = ("full", "restricted")
-REWARDS = ("strict", "tied")
 
 #: Which of the problems of this kind (see :meth:`Problem.make`): one in which each single direction of the divergence
 #: raises the other above where it started, in the restricted class and for N = 4. That is not so in most of them.
@@ -120,10 +118,8 @@ class Problem:
                 reference's mass, and 0 for the others.
 
         Raises:
-            ValueError: another name.
+            KeyError: another name.
         """
-        if rewards not in REWARDS:
-            raise ValueError(f"rewards must be one of {', '.join(REWARDS)}, got {rewards!r}")
         generator = torch.Generator().manual_seed(_PROBLEM_SEED)
         table = 0.5 * torch.randn(len(_PREFIXES), VOCABULARY, generator=generator, dtype=torch.float64)
         log_token = table.log_softmax(dim=-1)
@@ -132,22 +128,23 @@ class Problem:
         )
         features = torch.tensor([[r.count(3), float(1 in r)] for r in RESPONSES], dtype=torch.float64)
         noise = torch.randn(len(RESPONSES), generator=generator, dtype=torch.float64)
-        values = features[:, 0] / 2 + noise * (1 + 4 * features[:, 1])
-        if rewards == "tied":
-            _, not_higher = level_probabilities(log_ref.exp(), values)
-            values = (not_higher > 0.75).double()
-        return cls(log_ref, values, features)
+        strict = features[:, 0] / 2 + noise * (1 + 4 * features[:, 1])
+        _, not_higher = level_probabilities(log_ref.exp(), strict)
+        values = {"strict": strict, "tied": (not_higher > 0.75).double()}
+        return cls(log_ref, values[rewards], features)
 
     def policy(self, kind: str = "full") -> EnumerablePolicy:
         """A policy that starts at the reference: ``full`` (any distribution) or ``restricted`` (two numbers).
 
         Raises:
-            ValueError: another name.
+            KeyError: another name.
         """
-        if kind not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {kind!r}")
-        identity = torch.eye(len(RESPONSES), dtype=torch.float64)
-        return EnumerablePolicy(self.log_ref, identity if kind == "full" else self.features)
+        features = {"full": torch.eye(len(RESPONSES), dtype=torch.float64), "restricted": self.features}
+        return EnumerablePolicy(self.log_ref, features[kind])
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """p_< and p_<= of each response under the reference, ``[S]`` each."""
+        return level_probabilities(self.log_ref.exp(), self.rewards)
 
     def best_of(self, n: float) -> Tensor:
         """``[S]`` log pi_BoN, exactly, ties at random. A real n >= 1 fills the curve between whole ones.
@@ -155,19 +152,14 @@ class Problem:
         Raises:
             ValueError: n < 1.
         """
-        if float(n).is_integer():
-            return bon_log_probs(self.log_ref, self.rewards, int(n))
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        p_lt, p_le = level_probabilities(self.log_ref.exp(), self.rewards)
-        return self.log_ref + ((p_le**n - p_lt**n) / (p_le - p_lt)).log()
+        return bon_log_probs(self.log_ref, self.rewards, n)
 
     def measure(self, log_probs: Tensor, n: float, step: int = 0) -> Point:
         """Measure the distribution ``log_probs`` (``[S]``) against Best-of-n of the reference."""
         with torch.no_grad():
             target = self.best_of(n)
             mass = log_probs.exp()
-            p_lt, p_le = level_probabilities(self.log_ref.exp(), self.rewards)
+            p_lt, p_le = self.levels()
             backward = (mass * (log_probs - target)).sum().item()
             forward = (target.exp() * (target - log_probs)).sum().item()
             return Point(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from bond_plugin.algorithms.base import RewardTransform, TransformInputs
 from bond_plugin.algorithms.bond import BOND
-from bond_plugin.bestofn.distribution import level_probabilities
 from bond_plugin.lab.estimators import (
-    SMALL,
     GradientError,
     draw_gradients,
     exact_gradient,
@@ -22,7 +21,7 @@ from bond_plugin.lab.estimators import (
 )
 from bond_plugin.lab.learner import Run, Training, train
 from bond_plugin.lab.methods import CACHE, HarmonicBOND, HarmonicVBoN, Method, VBoNByN, build, needs_of
-from bond_plugin.lab.problem import Point, Problem
+from bond_plugin.lab.problem import EnumerablePolicy, Point, Problem
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,11 @@ class Report:
 Say = Callable[[str], None]
 N = 4
 _PERIOD, _ROUNDS = 60, 4
+#: The M of :func:`sensitivity`, and how many caches are drawn for each.
+_SIZES, _CACHES = (4, 8, 16, 32, 64, 128, 300, 1000, 3000), 400
 
 
-def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
+def programme(seed: int, say: Say) -> Report:
     """Train everything, measure everything: what ``bond lab`` runs without ``--algorithm``. About a minute."""
     strict, tied = Problem.make("strict"), Problem.make("tied")
 
@@ -180,7 +181,7 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
             draw += 1
             needs = needs_of(method)
             steps = 200 if needs.anchor_eta else _PERIOD * _ROUNDS if needs.anchor_interval else 160
-            training = training_of(method, steps, draw)
+            training = training_of(method, draw, steps)
             if kind == "restricted" and isinstance(method, BOND):
                 training = replace(training, prompts=128)
             run = train(problem, method, problem.policy(kind), N, training)
@@ -192,46 +193,25 @@ def programme(seed: int = 0, say: Say = lambda _: None) -> Report:
             rounds += _rounds(problem, 2, run)
         tables[key] = Table(title, kind, rewards, N, rows)
     estimators = _estimators(strict, full, draw, say)
-    return Report(
-        seed, tables, rounds, estimators, strict.curve(2.0**_ROUNDS * 1.25), sensitivity(strict, N, seed=seed)
-    )
+    curve = strict.curve(2.0**_ROUNDS * 1.25)
+    return Report(seed, tables, rounds, estimators, curve, sensitivity(strict, seed))
 
 
-def sensitivity(
-    problem: Problem,
-    n: int,
-    sizes: Sequence[int] = (4, 8, 16, 32, 64, 128, 300, 1000, 3000),
-    draws: int = 400,
-    seed: int = 0,
-) -> list[Cached]:
-    """How far from Best-of-n vBoN ends up with a cache of M rewards, for each of its bounds and each M.
+def sensitivity(problem: Problem, seed: int) -> list[Cached]:
+    """How far from Best-of-N vBoN ends up with a cache of M rewards, for each of its bounds and each M.
 
     Needs no training: with coefficient c the optimum for a cache is pi* = pi_ref exp(r / c), normalised, where r
-    is what the reward transform itself makes of that cache. The mean is over ``draws`` caches.
-
-    Args:
-        problem: where rewards and reference come from.
-        n: >= 2.
-        sizes: the M to try.
-        draws: caches drawn for each M.
-        seed: of the caches.
+    is what the reward transform itself makes of that cache. The mean is over many caches, drawn by ``seed``.
     """
     generator = torch.Generator().manual_seed(seed)
-    target = problem.best_of(n)
+    target = problem.best_of(N)
     found = []
     for bound in ("exact", "tied", "l1"):
-        method = build("vbon", n=n, bound=bound)
-        for size in sizes:
-            drawn = torch.multinomial(
-                problem.log_ref.exp().expand(draws, -1), size, replacement=True, generator=generator
-            )
-            out = method.transform(
-                TransformInputs(
-                    rewards=problem.rewards.expand(draws, -1),
-                    reference_rewards=problem.rewards[drawn],
-                    reference_log_probs=problem.log_ref.expand(draws, -1),
-                )
-            )
+        method = build("vbon", n=N, bound=bound)
+        rewards, log_ref = problem.rewards.expand(_CACHES, -1), problem.log_ref.expand(_CACHES, -1)
+        for size in _SIZES:
+            drawn = torch.multinomial(log_ref.exp(), size, replacement=True, generator=generator)
+            out = method.transform(TransformInputs(rewards, problem.rewards[drawn], log_ref))
             optimum = (problem.log_ref + out.rewards / method.kl_coefficient).log_softmax(dim=-1)
             kl = (optimum.exp() * (optimum - target)).sum(dim=-1)
             low, high = torch.quantile(kl, torch.tensor([0.05, 0.95], dtype=kl.dtype)).tolist()
@@ -239,20 +219,13 @@ def sensitivity(
     return found
 
 
-def training_of(method: Method, steps: int = 160, seed: int = 0) -> Training:
+def training_of(method: Method, seed: int, steps: int = 160) -> Training:
     """The batch that suits a method: cached rewards stay from step to step, so fewer prompts have more samples."""
     size = {"prompts": 64, "samples": 32} if needs_of(method).reward_cache else {}
     return Training(steps=steps, seed=seed, **size)
 
 
-def _batch(method: Method) -> Training:
-    """The same for :func:`draw_gradients`."""
-    return Training(prompts=64, samples=16) if needs_of(method).reward_cache else SMALL
-
-
-def examine(
-    name: str, method: Method, n: int, training: Training, policy: str = "full", rewards: str = "strict"
-) -> Report:
+def examine(name: str, method: Method, n: int, training: Training, policy: str, rewards: str) -> Report:
     """Train one method, and look at its gradient: what ``bond lab --algorithm NAME`` runs.
 
     Its gradient, with the reference for an anchor and half-way from it to Best-of-N, is laid beside those of
@@ -265,7 +238,7 @@ def examine(
         method: from :func:`build`.
         n: of the Best-of-n that it is measured against.
         training: batch, steps, learning rate and seed.
-        policy, rewards: one of :data:`POLICIES` and of :data:`REWARDS`.
+        policy, rewards: see :meth:`Problem.policy` and :meth:`Problem.make`.
 
     Raises:
         ContractError: see :meth:`Learner.losses`.
@@ -278,23 +251,36 @@ def examine(
     if moving:
         rows.append(Row(f"{name}, closest", run.closest, f"step {run.closest.step} of {training.steps}"))
     own = getattr(method.config, "n", None) or (2 if moving else n)
-    start = halfway(problem, own)
-    _, p_le = level_probabilities(problem.log_ref.exp(), problem.rewards)
-    batch = replace(_batch(method), cached=training.cached, seed=training.seed + 1)
-    gradients = draw_gradients(problem, method, start, training=batch, classifier=torch.logit(p_le, eps=1e-9))
     scale = method.kl_coefficient if isinstance(method, RewardTransform) else 1.0
     beta = getattr(method.config, "beta", 0.5)
-    estimators = [
-        Estimator(f"{name}, N {own}", against, gradient_error(gradients, exact_gradient(start, objective)))
-        for against, objective in (
-            ("KL(BoN || pi)", jeffreys_objective(problem, own, 0.0, scale)),
-            ("KL(pi || BoN)", jeffreys_objective(problem, own, 1.0, scale)),
-            (f"Jeffreys {beta:g}", jeffreys_objective(problem, own, beta, scale)),
-        )
-    ]
+    weights = (("KL(BoN || pi)", 0.0), ("KL(pi || BoN)", 1.0), (f"Jeffreys {beta:g}", beta))
+    targets = [(against, jeffreys_objective(problem, own, weight, scale)) for against, weight in weights]
+    estimators = _compared(
+        f"{name}, N {own}", problem, method, halfway(problem, own), targets, training.cached, training.seed + 1
+    )
     table = Table(f"{name}, against Best-of-{n}", policy, rewards, n, rows)
     largest = max(2.0 * n, problem.worth(run.end)[0] * 1.25)
     return Report(training.seed, {"one": table}, _rounds(problem, own, run), estimators, problem.curve(largest))
+
+
+def _compared(
+    name: str,
+    problem: Problem,
+    method: Method,
+    policy: EnumerablePolicy,
+    targets: list[tuple[str, Callable[[Tensor], Tensor]]],
+    cached: int,
+    seed: int,
+) -> list[Estimator]:
+    """A method's gradient beside those of ``targets``, names and objectives; from half as many samples as a step."""
+    training = training_of(method, seed)
+    samples = max(training.samples // 2, needs_of(method).least)
+    training = replace(training, samples=samples, cached=cached)
+    gradients = draw_gradients(problem, method, policy, training)
+    return [
+        Estimator(name, against, gradient_error(gradients, exact_gradient(policy, objective)))
+        for against, objective in targets
+    ]
 
 
 def _levels(problem: Problem, n: int) -> list[Row]:
@@ -315,8 +301,6 @@ def _rounds(problem: Problem, base: int, run: Run) -> list[Round]:
 def _estimators(problem: Problem, methods: dict[str, Method], seed: int, say: Say) -> list[Estimator]:
     """Of some of the table's methods and of others."""
     policy = halfway(problem, N)
-    _, p_le = level_probabilities(problem.log_ref.exp(), problem.rewards)
-    perfect = torch.logit(p_le, eps=1e-9)
     forward = ("KL(BoN || pi)", jeffreys_objective(problem, N, 0.0))
     backward = ("KL(pi || BoN)", jeffreys_objective(problem, N, 1.0))
     both = ("Jeffreys 0.5", jeffreys_objective(problem, N, 0.5))
@@ -345,10 +329,8 @@ def _estimators(problem: Problem, methods: dict[str, Method], seed: int, say: Sa
         ("jbond pooled, normalised", build("jbond", normalised=True), pairs, 0),
     ]
     found = []
-    for i, (name, method, (against, objective), cached) in enumerate(rows, start=1):
-        training = replace(_batch(method), cached=max(cached, 1), seed=seed + i)
-        gradients = draw_gradients(problem, method, policy, training=training, classifier=perfect)
-        error = gradient_error(gradients, exact_gradient(policy, objective))
-        found.append(Estimator(name, against, error))
+    for i, (name, method, target, cached) in enumerate(rows, start=1):
+        found += _compared(name, problem, method, policy, [target], cached, seed + i)
+        error = found[-1].error
         say(f"estimators: {name}: bias {error.bias:.1%} of the gradient, seen from {error.resolution:.1%}")
     return found

@@ -40,7 +40,7 @@ from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
 from bond_plugin.algorithms.pooled import Pool, advantages
 from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
-from bond_plugin.bestofn.divergences import centre
+from bond_plugin.bestofn.baselines import centre
 from bond_plugin.offline.reward_cache import read_cache
 
 RESPONSES = 8  # a prompt
@@ -98,18 +98,17 @@ def of_reward(change: Callable[[Known], Tensor]) -> Weights:
     return lambda known: centre(change(known), "leave_one_out") / RESPONSES
 
 
-def whole_log_ratio(algorithm: JBOND) -> Weights:
+def whole_log_ratio(config: JBONDConfig) -> Weights:
     """The pooled form with the log-ratio of the whole response in all of its tokens."""
 
     def weights(known: Known) -> Tensor:
-        cfg, totals = algorithm.config, known.log_probs.sum(dim=-1)
+        totals = known.log_probs.sum(dim=-1)
         none = known.rewards[:, :0]
         generator = torch.Generator()
         pool = Pool.of(
             AdvantageInputs(known.rewards, totals, none, none, None, generator, source_log_ratios=known.log_ratios)
         )
-        tilts = (part(cfg.n, cfg.normalised) for part in (pool.tilt, pool.log_tilt))
-        return advantages(pool, *tilts, n=cfg.n, beta=cfg.beta, to_go=False).advantages / RESPONSES
+        return advantages(pool, *pool.tilts(config), config, to_go=False).advantages / RESPONSES
 
     return weights
 
@@ -123,8 +122,7 @@ def methods(cache: str, moved: bool = False) -> dict[str, Weights]:
             made[name] = of_algorithm(JBOND(JBONDConfig(n=n, beta=beta, normalised=normalised)))
     if moved:
         for beta in (0.5, 1):
-            pooled = JBOND(JBONDConfig(beta=beta))
-            made[f"pooled J-BOND, N = 2, beta {beta:g}, whole log-ratio"] = whole_log_ratio(pooled)
+            made[f"pooled J-BOND, N = 2, beta {beta:g}, whole log-ratio"] = whole_log_ratio(JBONDConfig(beta=beta))
         return made
     for n in (4, 16):
         vbon = VBoN(VBoNConfig(n=n, reward_cache=cache))

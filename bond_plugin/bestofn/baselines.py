@@ -1,0 +1,50 @@
+"""Baselines: what may be subtracted from the values of samples without changing the gradient they give on average.
+
+A gradient is the mean of ``value * grad log pi(y)`` over samples y of the policy. A number that does not depend on y
+itself leaves its expectation as it is, and can take most of its noise away (``B`` in Eq. 15 of arXiv 2407.14622).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+BASELINES: tuple[str, ...] = ("leave_one_out", "batch", "none")
+
+
+def centre(values: Tensor, baseline: str) -> Tensor:
+    """Subtract from each entry of ``[P, n]`` the mean of others, of those that ``baseline`` names.
+
+    Args:
+        values: n samples of each of P prompts.
+        baseline: ``leave_one_out``: the prompt's other samples, n >= 2. ``batch``: all other samples. ``none``.
+
+    Raises:
+        ValueError: too few samples for the baseline, or an unknown one.
+    """
+    if baseline == "none":
+        return values
+    if baseline == "batch":
+        return values - leave_one_out_mean(values)
+    if baseline == "leave_one_out":
+        return values - leave_one_out_mean(values, dim=-1)
+    raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
+
+
+def leave_one_out_mean(values: Tensor, dim: int | None = None) -> Tensor:
+    """For each entry the mean of the others: a baseline that does not depend on the entry itself.
+
+    Args:
+        values: any shape.
+        dim: the dimension whose others count; ``None`` takes all entries.
+
+    Returns:
+        The same shape.
+
+    Raises:
+        ValueError: fewer than two entries.
+    """
+    count = values.numel() if dim is None else values.shape[dim]
+    if count < 2:
+        raise ValueError("a leave-one-out mean needs at least two values")
+    total = values.sum() if dim is None else values.sum(dim=dim, keepdim=True)
+    return (total - values) / (count - 1)
