@@ -24,6 +24,9 @@ from bond_plugin.words import did_you_mean
 #: Names of arguments whose values are nobody's to read: ``--logger.wandb.key``.
 _SECRET = ("key",)
 
+#: What YAML 1.1 takes for true and false.
+_SWITCH = {word: "true" for word in ("true", "yes", "on")} | {word: "false" for word in ("false", "no", "off")}
+
 
 class RecipeError(ValueError):
     """A recipe cannot be read, or holds a key that is no flag."""
@@ -105,9 +108,10 @@ def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -
         if value is None:
             continue
         if action.nargs == 0:
-            if str(value).lower() not in ("true", "false"):
+            on = _SWITCH.get(str(value).lower())
+            if on is None:
                 raise RecipeError(f"--recipe {path}: '{name}' is true or false, got {value}")
-            argv.append(f"{option}={value}")
+            argv.append(f"{option}={on}")
         elif isinstance(value, str):
             argv += [f"{option}={value}"] if value.startswith("-") else [option, value]
         elif action.nargs is None:

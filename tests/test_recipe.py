@@ -159,7 +159,7 @@ def test_a_file_without_permission(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    ("a: {on: yes}", "'a.on' is true or false, got yes"),
+    ("a: {on: maybe}", "'a.on' is true or false, got maybe"),
     ("a: {kept: 1}", "'a.kept' is true or false, got 1"),
     ("a: {on: [true]}", "'a.on' is true or false, got ['true']"),
     ("a: {values: [[1]]}", "the values of 'a.values' are texts or numbers, not null or a list"),
