@@ -209,7 +209,7 @@ SMALL = "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}"
         ),
         (
             "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}",
-            ["--no-prefork"],
+            [],
             "none.jsonl: no such file",
         ),
     ],

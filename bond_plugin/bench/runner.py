@@ -28,7 +28,7 @@ from bond_plugin import __version__
 from bond_plugin import recipe as recipes
 from bond_plugin.bench.matrix import Cell, Matrix
 from bond_plugin.files import read_json, write_json, write_whole
-from bond_plugin.host import metrics
+from bond_plugin.host import metrics, python
 from bond_plugin.offline import fingerprints
 from bond_plugin.offline.prompts import DataError, read_rows
 
@@ -64,10 +64,10 @@ class Processes:
     """Starts processes, knows those that run, and ends them all when asked.
 
     Attributes:
-        python: the executable for Python command lines: this interpreter, or a prefork server's.
+        python: the executable for Python command lines.
     """
 
-    python: str = sys.executable
+    python: str = field(default_factory=python)
     _running: set[subprocess.Popen] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: bool = False
@@ -115,24 +115,22 @@ class Processes:
 
 
 def _memory(pid: int) -> float:
+    """GiB of a process and of all that it has started."""
     import psutil
 
-    from bond_plugin.host import prefork
-
-    total, seen = 0, set()
-    waiting = [pid]
+    total, waiting, seen = 0, [pid], set()
+    copies = Path(python()).parent / "copies"  # benchmarks/prefork.py: process ids of those that others stand for
     while waiting:
         one = waiting.pop()
         if one in seen:
             continue
         seen.add(one)
-        with contextlib.suppress(psutil.Error, OSError):
+        with contextlib.suppress(psutil.Error):
             process = psutil.Process(one)
             total += process.memory_full_info().pss
             waiting += [child.pid for child in process.children()]
-        copy = prefork.copy_of(one)
-        if copy is not None:
-            waiting.append(copy)
+        with contextlib.suppress(OSError, ValueError):
+            waiting.append(int((copies / str(one)).read_text()))
     return total / 2**30
 
 
@@ -144,14 +142,12 @@ class Options:
         output: the folder of results.
         parallel: cells at a time; 0 finds out.
         keep_policies: keep trained weights (they are deleted after they were measured otherwise).
-        prefork: let all processes be copies of one that has the imports (only without GPU, and on this machine).
         command: what made the results, for the report.
     """
 
     output: Path
     parallel: int = 0
     keep_policies: bool = False
-    prefork: bool = True
     command: str = "bond bench"
 
 
@@ -508,34 +504,9 @@ def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]
 
 @contextlib.contextmanager
 def _runner(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
-    """What is cheap to check comes before the processes."""
     rows = _rows(matrix)
-    with locked(options.output), _processes(options) as processes:
-        yield Runner(matrix, options, rows, processes, say)
-
-
-@contextlib.contextmanager
-def _processes(options: Options) -> Iterator[Processes]:
-    """With a prefork server where it helps."""
-    from bond_plugin.host import DEVICE_VARIABLE, launch, prefork
-
-    variables = dict(os.environ)
-    try:
-        if not options.prefork or "RAY_ADDRESS" in os.environ or launch.has_gpu():
-            os.environ.pop(prefork.VARIABLE, None)
-            yield Processes()
-            return
-        if prefork.VARIABLE in os.environ:  # somebody else's server
-            yield Processes(os.environ[prefork.VARIABLE])
-            return
-        os.environ[DEVICE_VARIABLE] = "cpu"
-        launch.settle_device([])
-        with prefork.Server() as server:
-            os.environ[prefork.VARIABLE] = str(server.python)
-            yield Processes(str(server.python))
-    finally:
-        os.environ.clear()
-        os.environ.update(variables)
+    with locked(options.output):
+        yield Runner(matrix, options, rows, Processes(), say)
 
 
 def _results(output: Path, matrix: Matrix, results: dict[str, dict[str, Any] | None]) -> None:

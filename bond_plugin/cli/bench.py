@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         return _report(args.output_dir)
     command = shlex.join(["bond", "bench", *argv])
     output = args.output_dir.resolve()
-    options = runner.Options(output, args.parallel, args.keep_policies, args.prefork, command)
+    options = runner.Options(output, args.parallel, args.keep_policies, command)
     started = time.monotonic()
 
     def say(message: str) -> None:
@@ -119,12 +119,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="check every cell's flags, list the cells, and stop")
     parser.add_argument("--report", action="store_true", help="write the report of what is there, and stop")
     parser.add_argument("--keep-policies", action="store_true", help="keep the weights of every trained policy")
-    parser.add_argument(
-        "--no-prefork",
-        dest="prefork",
-        action="store_false",
-        help="without GPU, let every process import the host itself instead of copying one that has (slower)",
-    )
     return parser
 
 
