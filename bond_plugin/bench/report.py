@@ -88,13 +88,16 @@ def outcome(summary: Summary) -> str:
         return f"{leader.label}: {worth}."
     gaps = {c.first if c.second == leader.label else c.second: _seen_from(c, leader) for c in _pairs(summary, leader)}
     below = [label for label in others if gaps[label].low > 0]
-    unclear = [label for label in others if label not in below]
+    unclear = [label for label in others if gaps[label].low <= 0]
+    apart = [label for label in others if math.isnan(gaps[label].low)]
     parts = []
     if below:
         parts.append(f"above {_listed(below)} at equal KL beyond the 95 % interval")
     if unclear:
         parts.append(f"not told apart from {_listed(unclear)}")
-    return f"{leader.label} has the highest reward front, {' and '.join(parts)}; {worth}."
+    if apart:
+        parts.append(f"with no KL in common with {_listed(apart)}")
+    return f"{leader.label} has the highest reward front, {_listed(parts)}; {worth}."
 
 
 def _defined(value: float) -> float:

@@ -158,7 +158,7 @@ def fronts(summary: Summary) -> list[Block]:
     on_front = [[p.name, *(f"{100 * p.on_front[measure]:.0f}" for measure in MEASURES)] for p in summary.points]
     comparisons = []
     for first, second in zip(*(summary.comparisons[measure] for measure in MEASURES), strict=True):
-        span = f"{first.low:.2f} to {first.high:.2f}" if first.low < first.high else f"{first.high:.2f}"
+        span = f"{first.low:.2f} to {first.high:.2f}" if first.low < first.high else _number(first.high, 2)
         comparisons.append([f"{first.first} above {first.second}", span, _entry(first.gap), _entry(second.gap)])
     area = summary.area_up_to
     return [
@@ -197,8 +197,10 @@ def fronts(summary: Summary) -> list[Block]:
             "Area: the part of all possible gains that a method's front has, for KL from 0 to "
             f"{area['reward']:.2f} nats (reward) and {area['win_rate']:.2f} nats (win rate). A method's front is the "
             "least concave curve above its points and the reference, which a random choice between two policies "
-            "attains; it stays level beyond its last point. Share of the front: how many of the points on the Pareto "
-            "front of all methods are this method's, on average over the resamples."
+            "attains; it stays level beyond its last point. So the area of a method with few points is too small, "
+            "most of all without one near the reference, where what is possible rises steeply. Share of the front: "
+            "how many of the points on the Pareto front of all methods are this method's, on average over the "
+            "resamples."
         ),
         Table(
             "How often a policy is on the Pareto front",
@@ -207,9 +209,9 @@ def fronts(summary: Summary) -> list[Block]:
         ),
         Table("At equal KL", ["comparison", "KL, nats", "reward", "win rate"], comparisons, text_columns=2),
         Paragraph(
-            "How far one front lies above the other, on average over the KLs that both cover (or at one KL, if their "
-            "points have no range in common), resampled with the same prompts for both. An interval that contains 0 "
-            "tells no difference."
+            "How far one front lies above the other, on average over the KLs between the points of both (at one KL, "
+            "if one of them has a single point), resampled with the same prompts for both. An interval that contains "
+            f"0 tells no difference. {_NONE}: the points of the two have no KL in common; more strengths are needed."
         ),
     ]
 

@@ -100,8 +100,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the front of ``first`` lies above that of ``second`` (labels), on average over KLs from ``low`` to
-    ``high`` nats; at a single KL where the points of the two have no common range."""
+    """How far the front of ``first`` lies above that of ``second`` (labels), on average over the KLs that both have
+    points around, from ``low`` to ``high`` nats. All NaN where there are none."""
 
     first: str
     second: str
@@ -335,7 +335,12 @@ class _Summariser:
         return found + [self.compare(method, None, measure) for method in methods]
 
     def compare(self, first: Method, second: Method | None, measure: str) -> Comparison:
-        """``second=None`` stands for Best-of-N. In each resample on the range of KLs that it has there."""
+        """``second=None`` stands for Best-of-N.
+
+        In each resample on the KLs from the larger of both methods' smallest to the smaller of their largest there:
+        below a method's own points its front is a chord from the reference, far below what other strengths would
+        reach. Resamples without such a KL say nothing; where most are, nothing is said at all.
+        """
 
         def ends(method: Method | None) -> tuple[Tensor, Tensor]:
             if method is None:
@@ -344,15 +349,15 @@ class _Summariser:
             return kls.amin(dim=0), kls.amax(dim=0)
 
         (start, end), (other_start, other_end) = ends(first), ends(second)
-        high = torch.minimum(end, other_end)
-        low = torch.minimum(torch.maximum(start, other_start), high)
+        low, high = torch.maximum(start, other_start), torch.minimum(end, other_end)
+        shared = low <= high
         grid = torch.lerp(low.unsqueeze(-1), high.unsqueeze(-1), torch.linspace(0, 1, _GRID, dtype=torch.float64))
         above = self.method_front(list(first.points), measure, grid)
         if second is None:
             below = self.best_of_n_at(measure, grid)
         else:
             below = self.method_front(list(second.points), measure, grid)
-        gap = Estimate.of((above - below).mean(dim=-1))
-        return Comparison(
-            first.label, BEST_OF_N if second is None else second.label, gap, low[0].item(), high[0].item()
-        )
+        said = shared & (shared.double().mean() >= 0.5)
+        gap, low, high = (torch.where(said, values, math.nan) for values in ((above - below).mean(dim=-1), low, high))
+        label = BEST_OF_N if second is None else second.label
+        return Comparison(first.label, label, Estimate.of(gap), low[0].item(), high[0].item())
