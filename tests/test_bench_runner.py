@@ -161,7 +161,7 @@ def test_two_runners_do_not_write_one_folder(tmp_path: Path) -> None:
 
 
 def test_processes_report_status_log_and_memory(tmp_path: Path) -> None:
-    processes = runner.Processes(sys.executable)
+    processes = runner.Processes()
     code = (
         "import os, time; x = bytearray(200 * 2**20); print(os.environ['MINE']); time.sleep(3); raise SystemExit(5)"
     )
@@ -174,7 +174,7 @@ def test_processes_report_status_log_and_memory(tmp_path: Path) -> None:
 def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
     import threading
 
-    processes = runner.Processes(sys.executable)
+    processes = runner.Processes()
     threading.Timer(1.0, processes.stop).start()
     started = time.monotonic()
     status, _ = processes.run(["-c", "import time; time.sleep(60)"], tmp_path / "log", {})

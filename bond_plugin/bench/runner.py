@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -18,9 +19,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from bond_plugin.host import metrics, python
 from bond_plugin.offline import fingerprints
 from bond_plugin.offline.prompts import DataError, read_rows
 
+_SAMPLES = "reference-samples.json"
 _ERROR_LINES = 12
 _LOOK_EVERY = 0.5  # seconds, whether a process has ended
 _MEMORY_EVERY = 10.0  # seconds: reading it costs a tenth of a second a process
@@ -61,19 +64,14 @@ class BenchError(RuntimeError):
 
 @dataclass
 class Processes:
-    """Starts processes, knows those that run, and ends them all when asked.
+    """Starts processes, knows those that run, and ends them all when asked."""
 
-    Attributes:
-        python: the executable for Python command lines.
-    """
-
-    python: str = field(default_factory=python)
+    stopped: bool = False
     _running: set[subprocess.Popen] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _stopped: bool = False
 
     def run(
-        self, arguments: Sequence[str], log: Path, variables: dict[str, str], memory: bool = False
+        self, arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}, memory: bool = False
     ) -> tuple[int, float | None]:
         """Run ``python arguments``, its output appended to ``log``.
 
@@ -86,10 +84,10 @@ class Processes:
         """
         with log.open("ab") as file:
             with self._lock:
-                if self._stopped:
+                if self.stopped:
                     raise BenchError("stopped")
                 process = subprocess.Popen(
-                    [self.python, *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                    [python(), *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                     env={**os.environ, **variables}, start_new_session=True,
                 )  # fmt: skip
                 self._running.add(process)
@@ -101,7 +99,7 @@ class Processes:
                         peak = used if peak is None else max(peak, used)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         return process.wait(timeout=_LOOK_EVERY), peak
-                    if self._stopped:
+                    if self.stopped:
                         process.terminate()
             finally:
                 self._running.discard(process)
@@ -109,7 +107,7 @@ class Processes:
     def stop(self) -> None:
         """End everything that runs."""
         with self._lock:
-            self._stopped = True
+            self.stopped = True
             for process in self._running:
                 process.terminate()
 
@@ -167,24 +165,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@dataclass
 class Runner:
     """See :func:`run`."""
 
-    def __init__(
-        self,
-        matrix: Matrix,
-        options: Options,
-        rows: list[dict[str, Any]],
-        processes: Processes,
-        say: Say,
-    ) -> None:
-        self.matrix, self.options, self.processes, self.say = matrix, options, processes, say
-        self.output = options.output
-        self.rows = rows
-        self.configurations: dict[str, dict[str, Any]] = {}  # by cell
-        self._contents: dict[str, str | None] = {}  # hashes of files and models by path
-        self._devices: list[str] | None = None
-        self._device_lock = threading.Lock()
+    matrix: Matrix
+    options: Options
+    rows: list[dict[str, Any]]
+    processes: Processes
+    say: Say
+    configurations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by cell
+    _contents: dict[str, str | None] = field(default_factory=dict)  # hashes of files and models by path
+    _devices: list[str] | None = None
+    _device_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def output(self) -> Path:
+        return self.options.output
 
     # Before anything expensive starts.
 
@@ -195,41 +192,48 @@ class Runner:
             BenchError: the cells that cannot run, each with its reason.
         """
         self.say(f"checking the flags of {len(self.matrix.cells)} cells")
-        folder = self.output / "checks"
-        folder.mkdir(exist_ok=True)
-        kept = {cell.name: folder / f"{cell.folder}.json" for cell in self.matrix.cells}
-
-        def one(cell: Cell) -> str | None:
-            path, key = kept[cell.name], fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
-            found = read_json(path)
-            if found is not None and found["key"] == key:
-                self.configurations[cell.name] = found["configuration"]
-                return None
-            log = folder / f"{cell.folder}.log"
-            log.unlink(missing_ok=True)
-            said = path.with_suffix(".run.json")
-            status, _ = self.processes.run([*self._train(cell), "--dry-run", "--json", str(said)], log, {})
-            if status != 0:
-                return f"{cell.name}: {_error(log.read_text(errors='replace'))}"
-            found = read_json(said)
-            configuration = {**found["configuration"], "gpu_slots": found["gpu_slots"]}
-            write_json(path, {"key": key, "configuration": configuration})
-            self.configurations[cell.name] = configuration
-            return None
-
+        (self.output / "checks").mkdir(exist_ok=True)
         with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
-            problems = [problem for problem in pool.map(one, self.matrix.cells) if problem]
+            problems = [problem for problem in pool.map(self._check, self.matrix.cells) if problem]
         if problems:
             raise BenchError("these cells cannot run:\n  " + "\n  ".join(problems))
-        first = self.configurations[self.matrix.cells[0].name]
-        for cell in self.matrix.cells:
-            for name in (*_SHARED, *_TEMPLATES):
-                mine, theirs = _get(self.configurations[cell.name], name), _get(first, name)
-                if mine != theirs:
-                    raise BenchError(
-                        f"cells that are compared must have the same --{name}: {mine!r} in '{cell.name}', {theirs!r} "
-                        f"in '{self.matrix.cells[0].name}'"
-                    )
+        first = self.matrix.cells[0]
+        for cell, name in itertools.product(self.matrix.cells, (*_SHARED, *_TEMPLATES)):
+            mine, theirs = (_get(self.configurations[one.name], name) for one in (cell, first))
+            if mine != theirs:
+                raise BenchError(
+                    f"cells that are compared must have the same --{name}: {mine!r} in '{cell.name}', {theirs!r} in "
+                    f"'{first.name}'"
+                )
+
+    def _check(self, cell: Cell) -> str | None:
+        """Find out the configuration of a cell, or why it cannot run."""
+        path = self.output / "checks" / f"{cell.folder}.json"
+        key = fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
+        known = read_json(path) or {}
+        if known.get("key") != key:
+            said = path.with_suffix(".run.json")
+            try:
+                self._run([*self._train(cell), "--dry-run", "--json", str(said)], path.with_suffix(".log"), cell.name)
+            except BenchError as error:
+                return str(error)
+            found = read_json(said)
+            known = {"key": key, "configuration": {**found["configuration"], "gpu_slots": found["gpu_slots"]}}
+            write_json(path, known)
+        self.configurations[cell.name] = known["configuration"]
+        return None
+
+    def _run(self, arguments: list[str], log: Path, what: str, **more: Any) -> float | None:
+        """:meth:`Processes.run` with a new log. Returns the memory.
+
+        Raises:
+            BenchError: it failed; what its log says.
+        """
+        log.unlink(missing_ok=True)
+        status, peak = self.processes.run(arguments, log, **more)
+        if status != 0:
+            raise BenchError(f"{what} ended with status {status}: {_error(log.read_text(errors='replace'))}")
+        return peak
 
     # The reference.
 
@@ -245,10 +249,8 @@ class Runner:
             write_json(path, known | {"title": self.matrix.title, "command": self.options.command})
             return key
         self.say(f"reference: {len(self.rows)} prompts x {self.matrix.evaluation.reference_samples} samples")
-        measured = self.output / "reference-measured.json"
-        self._measure(model, measured, True, self.output / "reference.log", configuration)
-        found = read_json(measured)
-        samples = read_json(self.output / "reference-samples.json")
+        found = self._measure(model, self.output, configuration, is_reference=True)
+        samples = read_json(self.output / _SAMPLES)
         evaluation = self.matrix.evaluation
         write_json(
             path,
@@ -267,7 +269,6 @@ class Runner:
                 **{name: value for name, value in found.items() if name != "cached_tokens"},
             },
         )
-        measured.unlink()
         return key
 
     def _reference_key(self, configuration: dict[str, Any]) -> str:
@@ -313,12 +314,7 @@ class Runner:
             if known.get("key") != self._training_key(cell) or not (folder / "policy").is_dir():
                 known = self._train_cell(cell, folder)
                 write_json(trained, known)
-            measured = folder / "measured.json"
-            self._measure(
-                str(folder / "policy"), measured, False, folder / "measure.log", self.configurations[cell.name]
-            )
-            found = read_json(measured)
-            measured.unlink()
+            found = self._measure(str(folder / "policy"), folder, self.configurations[cell.name])
             result |= {
                 "status": "done",
                 "training": known["training"] | {"cached_tokens": found["cached_tokens"]},
@@ -328,7 +324,7 @@ class Runner:
             if not self.options.keep_policies:
                 shutil.rmtree(folder / "policy")
         except BenchError as error:
-            if self.processes._stopped:
+            if self.processes.stopped:
                 raise
             result |= {"status": "failed", "error": str(error)}
         write_json(folder / "result.json", {"key": key, **result})
@@ -337,48 +333,37 @@ class Runner:
     def _train_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
         for old in ("policy", "run", "checkpoints"):
             shutil.rmtree(folder / old, ignore_errors=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        log = folder / "train.log"
-        log.unlink(missing_ok=True)
         started = time.monotonic()
         with self._device(cell) as variables:
-            status, peak = self.processes.run(self._train(cell), log, variables, memory=True)
+            peak = self._run(self._train(cell), folder / "train.log", "training", variables=variables, memory=True)
         seconds = time.monotonic() - started
-        if status != 0:
-            raise BenchError(f"training ended with status {status}: {_error(log.read_text(errors='replace'))}")
-        policy = folder / "policy"
-        policy.mkdir()
-        for path in (folder / "run").iterdir():
-            if path.name == "metrics.jsonl":
-                path.rename(folder / path.name)
-            else:
-                path.rename(policy / path.name)
-        shutil.rmtree(folder / "run")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        training = _training(folder / "metrics.jsonl")
+        policy = (folder / "run").rename(folder / "policy")
+        training = _training(policy / "metrics.jsonl")
+        (policy / "metrics.jsonl").replace(folder / "metrics.jsonl")
         training |= {"seconds": round(seconds, 1), "peak_memory_gib": None if peak is None else round(peak, 2)}
         return {"key": self._training_key(cell), "training": training}
 
-    def _measure(
-        self, model: str, output: Path, is_reference: bool, log: Path, configuration: dict[str, Any]
-    ) -> None:
-        job = {
+    def _measure(self, model: str, folder: Path, configuration: dict[str, Any], is_reference: bool = False) -> Any:
+        """What :mod:`bond_plugin.bench.measure` finds of a model; its log goes into ``folder``."""
+        job, output = folder / "measure.job.json", folder / "measured.json"
+        description = {
             "model": model,
             "reference": configuration["actor"]["model_name_or_path"],
             "output": str(output),
-            "reference_samples": str(self.output / "reference-samples.json"),
+            "reference_samples": str(self.output / _SAMPLES),
             "rows": self.rows,
             "configuration": configuration,
             "evaluation": self.matrix.evaluation.model_dump(),
             "is_reference": is_reference,
         }
-        path = output.with_suffix(".job.json")
-        write_json(path, job)
-        log.unlink(missing_ok=True)
-        status, _ = self.processes.run(["-m", "bond_plugin.bench.measure", str(path)], log, {})
-        path.unlink()
-        if status != 0:
-            raise BenchError(f"measuring ended with status {status}: {_error(log.read_text(errors='replace'))}")
+        write_json(job, description)
+        try:
+            self._run(["-m", "bond_plugin.bench.measure", str(job)], folder / "measure.log", "measuring")
+            return read_json(output)
+        finally:
+            job.unlink()
+            output.unlink(missing_ok=True)
 
     def _train(self, cell: Cell) -> list[str]:
         import yaml
@@ -447,13 +432,12 @@ def check(matrix: Matrix, options: Options, say: Say) -> None:
         runner.check()
 
 
-def run(matrix: Matrix, options: Options, say: Say, finished: Callable[[int, int, dict, float | None], None]) -> int:
+def run(matrix: Matrix, options: Options, say: Say) -> int:
     """Run what is not finished of a matrix.
 
     Args:
         matrix, options: what and how.
-        say: takes messages.
-        finished: called after each cell with (cells done, cells in all, its result, seconds left or ``None``).
+        say: takes messages, one for each cell among them.
 
     Returns:
         How many cells have failed.
@@ -471,28 +455,32 @@ def run(matrix: Matrix, options: Options, say: Say, finished: Callable[[int, int
             say(f"{done} of {len(matrix.cells)} cells are finished already")
         width = runner.parallel()
         started = time.monotonic()
-        futures: dict[Future, Cell] = {}
         _results(options.output, matrix, results)
         with ThreadPoolExecutor(max_workers=width) as pool:
             try:
-                futures = {pool.submit(runner.cell, cell, reference): cell for cell in waiting}
-                unfinished, count = set(futures), 0
-                while unfinished:
-                    ready, unfinished = wait(unfinished, return_when=FIRST_COMPLETED)
-                    for future in ready:
-                        result = future.result()
-                        results[result["cell"]] = result
-                        count += 1
-                        _results(options.output, matrix, results)
-                        pace = _pace(time.monotonic() - started, count, width, results.values())
-                        left = pace * (len(waiting) - count)
-                        finished(done + count, len(matrix.cells), result, left)
+                futures = [pool.submit(runner.cell, cell, reference) for cell in waiting]
+                for count, future in enumerate(as_completed(futures), start=1):
+                    result = future.result()
+                    results[result["cell"]] = result
+                    _results(options.output, matrix, results)
+                    left = (len(waiting) - count) * _pace(time.monotonic() - started, count, width, results.values())
+                    rest = f"; about {timedelta(seconds=int(left))} left" if count < len(waiting) else ""
+                    say(f"{done + count}/{len(matrix.cells)} {result['cell']}: {_said(result, options.output)}{rest}")
             except BaseException:
                 runner.processes.stop()
-                for future in futures:
-                    future.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return sum(result is not None and result["status"] == "failed" for result in results.values())
+
+
+def _said(result: dict[str, Any], output: Path) -> str:
+    if result["status"] == "failed":
+        return f"FAILED: {result['error'].splitlines()[0]} (log in {output / 'cells'})"
+    mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
+    return (
+        f"reward {mean['reward']:.3f}, KL {mean['kl']:.2f}, win rate {mean['win_rate']:.3f}; "
+        f"{result['training']['seconds']:.0f} s"
+    )
 
 
 def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]) -> float:

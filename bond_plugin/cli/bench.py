@@ -6,8 +6,8 @@ import argparse
 import shlex
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 _DESCRIPTION = """\
 Compare algorithms by what they reach: reward and win rate against KL to the reference, on the same model, prompts,
@@ -46,42 +46,26 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     from bond_plugin.bench import matrix, runner
 
-    try:
-        wanted = matrix.read(args.matrix).only(args.only)
-    except matrix.MatrixError as error:
-        return _failed(error, 2)
-    if args.report:
-        return _report(args.output_dir)
-    command = shlex.join(["bond", "bench", *argv])
-    output = args.output_dir.resolve()
-    options = runner.Options(output, args.parallel, args.keep_policies, command)
     started = time.monotonic()
 
     def say(message: str) -> None:
-        print(f"[{_clock(time.monotonic() - started)}] {message}", flush=True)
-
-    def finished(done: int, total: int, result: dict[str, Any], left: float | None) -> None:
-        if result["status"] == "failed":
-            said = f"FAILED: {result['error'].splitlines()[0]} (log in {output / 'cells'})"
-        else:
-            mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
-            said = (
-                f"reward {mean['reward']:.3f}, KL {mean['kl']:.2f}, win rate {mean['win_rate']:.3f}; "
-                f"{result['training']['seconds']:.0f} s"
-            )
-        rest = "" if left is None or done == total else f"; about {_clock(left)} left"
-        say(f"{done}/{total} {result['cell']}: {said}{rest}")
+        print(f"[{timedelta(seconds=int(time.monotonic() - started))}] {message}", flush=True)
 
     try:
+        wanted = matrix.read(args.matrix).only(args.only)
+        if args.report:
+            return _report(args.output_dir)
+        output, command = args.output_dir.resolve(), shlex.join(["bond", "bench", *argv])
         output.mkdir(parents=True, exist_ok=True)
+        options = runner.Options(output, args.parallel, args.keep_policies, command)
         if args.check:
             runner.check(wanted, options, say)
             print("\n".join(cell.name for cell in wanted.cells))
             return 0
         (output / "matrix.yaml").write_text(args.matrix.read_text(encoding="utf-8"), encoding="utf-8")
-        failed = runner.run(wanted, options, say, finished)
-    except runner.BenchError as error:
-        return _failed(error, 2)
+        failed = runner.run(wanted, options, say)
+    except (matrix.MatrixError, runner.BenchError) as error:
+        return _unusable(error)
     except KeyboardInterrupt:
         print("\nbond bench: stopped. Finished cells are kept; the same command goes on", file=sys.stderr)
         return 130
@@ -135,17 +119,11 @@ def _report(output: Path) -> int:
     try:
         written = report.write_report(output)
     except (results.ResultsError, OSError) as error:
-        return _failed(error, 2)
+        return _unusable(error)
     print(f"written: {', '.join(map(str, written))}", flush=True)
     return 0
 
 
-def _failed(error: Exception, status: int) -> int:
+def _unusable(error: Exception) -> int:
     print(f"bond bench: error: {error}", file=sys.stderr, flush=True)
-    return status
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return 2
