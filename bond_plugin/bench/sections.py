@@ -269,12 +269,14 @@ def samples(summary: Summary) -> list[Block]:
     for example in summary.reference.examples[:_EXAMPLES]:
         items = []
         for name, point in shown:
-            for other in point.examples:
-                if other.prompt == example.prompt:
-                    items.append((f"{name}: reward {other.reward:.3f}", other.response or "(empty)"))
-                    break
+            same = [other for other in point.examples if other.prompt == example.prompt]
+            items += [(f"{name}: reward {other.reward:.3f}", other.response or "(empty)") for other in same[:1]]
         blocks.append(Texts(example.prompt, items))
     return blocks
+
+
+#: In reading order, of those that need a trained policy.
+OF_POLICIES = (policies, fronts, worth, training, cost, samples)
 
 
 def settings(summary: Summary) -> list[Block]:
