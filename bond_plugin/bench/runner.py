@@ -179,10 +179,6 @@ class Runner:
     _devices: list[str] | None = None
     _device_lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def output(self) -> Path:
-        return self.options.output
-
     # Before anything expensive starts.
 
     def check(self) -> None:
@@ -192,7 +188,7 @@ class Runner:
             BenchError: the cells that cannot run, each with its reason.
         """
         self.say(f"checking the flags of {len(self.matrix.cells)} cells")
-        (self.output / "checks").mkdir(exist_ok=True)
+        (self.options.output / "checks").mkdir(exist_ok=True)
         with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
             problems = [problem for problem in pool.map(self._check, self.matrix.cells) if problem]
         if problems:
@@ -208,7 +204,7 @@ class Runner:
 
     def _check(self, cell: Cell) -> str | None:
         """Find out the configuration of a cell, or why it cannot run."""
-        path = self.output / "checks" / f"{cell.folder}.json"
+        path = self.options.output / "checks" / f"{cell.folder}.json"
         key = fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
         known = read_json(path) or {}
         if known.get("key") != key:
@@ -242,33 +238,30 @@ class Runner:
         configuration = self.configurations[self.matrix.cells[0].name]
         model = configuration["actor"]["model_name_or_path"]
         key = self._reference_key(configuration)
-        path = self.output / "reference.json"
-        known = read_json(path)
-        if known is not None and known.get("key") == key:
+        path = self.options.output / "reference.json"
+        known = read_json(path) or {}
+        if known.get("key") == key:
             # Another title needs no other samples.
             write_json(path, known | {"title": self.matrix.title, "command": self.options.command})
             return key
         self.say(f"reference: {len(self.rows)} prompts x {self.matrix.evaluation.reference_samples} samples")
-        found = self._measure(model, self.output, configuration, is_reference=True)
-        samples = read_json(self.output / _SAMPLES)
-        evaluation = self.matrix.evaluation
-        write_json(
-            path,
-            {
-                "key": key,
-                "title": self.matrix.title,
-                "command": self.options.command,
-                "model": model,
-                "reward": ", ".join(configuration["reward"]["remote_url"] or [])
-                or configuration["reward"]["model_name_or_path"],
-                "max_new_tokens": configuration["rollout"]["max_new_tokens"],
-                "temperature": configuration["rollout"]["temperature"],
-                "quantile_samples": evaluation.quantile_samples,
-                "bon_levels": evaluation.bon_levels,
-                "rewards": [[float(f"{r:.6g}") for r in row] for row in samples["rewards"]],
-                **{name: value for name, value in found.items() if name != "cached_tokens"},
-            },
-        )
+        found = self._measure(model, self.options.output, configuration, is_reference=True)
+        found.pop("cached_tokens")
+        rewards = read_json(self.options.output / _SAMPLES)["rewards"]
+        reward = configuration["reward"]
+        settings = {
+            "key": key,
+            "title": self.matrix.title,
+            "command": self.options.command,
+            "model": model,
+            "reward": ", ".join(reward["remote_url"] or [reward["model_name_or_path"]]),
+            "max_new_tokens": configuration["rollout"]["max_new_tokens"],
+            "temperature": configuration["rollout"]["temperature"],
+            "quantile_samples": self.matrix.evaluation.quantile_samples,
+            "bon_levels": self.matrix.evaluation.bon_levels,
+            "rewards": [[float(f"{value:.6g}") for value in row] for row in rewards],
+        }
+        write_json(path, settings | found)
         return key
 
     def _reference_key(self, configuration: dict[str, Any]) -> str:
@@ -292,13 +285,13 @@ class Runner:
     def finished(self, cell: Cell, reference: str) -> dict[str, Any] | None:
         """The result of a cell, if it has one that was made with what it would be made with now."""
         found = read_json(self._folder(cell) / "result.json") or {}
-        if found.get("key") == self._key(cell, reference) and found["status"] == "done":
+        if found.pop("key", None) == self._key(cell, reference) and found["status"] == "done":
             return found | {"label": cell.label}  # another label needs no other run
         return None
 
     def cell(self, cell: Cell, reference: str) -> dict[str, Any]:
         """Train and measure one cell; its result, which may be a failure."""
-        folder, key = self._folder(cell), self._key(cell, reference)
+        folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         result: dict[str, Any] = {
             "cell": cell.name,
@@ -327,8 +320,8 @@ class Runner:
             if self.processes.stopped:
                 raise
             result |= {"status": "failed", "error": str(error)}
-        write_json(folder / "result.json", {"key": key, **result})
-        return {"key": key, **result}
+        write_json(folder / "result.json", {"key": self._key(cell, reference), **result})
+        return result
 
     def _train_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
         for old in ("policy", "run", "checkpoints"):
@@ -351,7 +344,7 @@ class Runner:
             "model": model,
             "reference": configuration["actor"]["model_name_or_path"],
             "output": str(output),
-            "reference_samples": str(self.output / _SAMPLES),
+            "reference_samples": str(self.options.output / _SAMPLES),
             "rows": self.rows,
             "configuration": configuration,
             "evaluation": self.matrix.evaluation.model_dump(),
@@ -379,7 +372,7 @@ class Runner:
         ]  # fmt: skip
 
     def _folder(self, cell: Cell) -> Path:
-        return self.output / "cells" / cell.folder
+        return self.options.output / "cells" / cell.folder
 
     def _key(self, cell: Cell, reference: str) -> str:
         return fingerprints.of_value([self._training_key(cell), reference])
@@ -423,7 +416,7 @@ class Runner:
             yield {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
         finally:
             with self._device_lock:
-                self._devices = [*self._devices, *mine]
+                self._devices += mine
 
 
 def check(matrix: Matrix, options: Options, say: Say) -> None:
@@ -492,17 +485,18 @@ def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]
 
 @contextlib.contextmanager
 def _runner(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
-    rows = _rows(matrix)
+    given, keys = matrix.evaluation, ("evaluation.input_key", "evaluation.label_key")
+    try:
+        rows = read_rows(Path(given.prompts), given.input_key, given.label_key, keys)
+    except DataError as error:
+        raise BenchError(f"evaluation.prompts {error}") from error
     with locked(options.output):
         yield Runner(matrix, options, rows, Processes(), say)
 
 
 def _results(output: Path, matrix: Matrix, results: dict[str, dict[str, Any] | None]) -> None:
-    lines = []
-    for cell in (*matrix.cells, *matrix.others):
-        result = results[cell.name]
-        if result is not None:
-            lines.append(json.dumps({k: v for k, v in result.items() if k != "key"}, ensure_ascii=False) + "\n")
+    found = [results[cell.name] for cell in (*matrix.cells, *matrix.others)]
+    lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in found if result is not None]
     write_whole(output / "results.jsonl", "".join(lines))
 
 
@@ -525,10 +519,7 @@ def _training(path: Path) -> dict[str, Any]:
     if kl[-1] is None:
         lengths = column("response_length")
         kl = [None if None in pair else pair[0] * pair[1] for pair in zip(column("kl"), lengths, strict=True)]
-    tokens, total = [], 0.0
-    for line in lines:
-        total += line.get("rollout/generated_tokens", 0)
-        tokens.append(int(total))
+    tokens = [int(total) for total in itertools.accumulate(line.get("rollout/generated_tokens", 0) for line in lines)]
     return {
         "steps": len(lines),
         "generated_tokens": tokens[-1],
@@ -539,16 +530,6 @@ def _training(path: Path) -> dict[str, Any]:
             "log_quantile": column("bond/log_quantile"),
         },
     }
-
-
-def _rows(matrix: Matrix) -> list[dict[str, Any]]:
-    given = matrix.evaluation
-    try:
-        return read_rows(
-            Path(given.prompts), given.input_key, given.label_key, ("evaluation.input_key", "evaluation.label_key")
-        )
-    except DataError as error:
-        raise BenchError(f"evaluation.prompts {error}") from error
 
 
 def _gpus() -> int:
