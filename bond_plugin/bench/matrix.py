@@ -4,14 +4,17 @@
     common:                      # flags of every cell, nested as in a recipe
       actor: {model_name_or_path: mini/model}
       ...
-    evaluation:
+    evaluation:                  # how every policy is measured
       prompts: mini/heldout.jsonl
+                                 # also: input_key, label_key, samples, reference_samples, quantile_samples,
+                                 # bon_levels, forward_samples, seed, examples
     seeds: [1, 2, 3]             # --train.seed
     methods:
       jbond:
         label: J-BOND
         flags: {algo: {advantage: {estimator: jbond}}}
         strength: {bond.gamma: [0, 0.5, 1]}
+        seeds: [1]               # instead of those above
       rloo:
         label: RLOO
         flags: {algo: {advantage: {estimator: rloo}}}
@@ -19,7 +22,8 @@
 
 A strength is one flag or several with lists of values, of which every combination is run; or a list of mappings, of
 which each is one point (for flags that go together). A method's flags win over the common ones, a strength's over
-both. Whether the flags themselves are valid is for ``bond train --dry-run`` to say, cell by cell.
+both. A template that is in common is put around the held-out prompts. Whether the flags themselves are valid is for
+`bond train --dry-run` to say, cell by cell.
 """
 
 from __future__ import annotations
@@ -158,7 +162,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique in a matrix: ``jbond gamma=0.5 seed=1``."""
-        point = [f"{key}={_short(value)}" for key, value in self.strength.items()]
+        point = [f"{key}={short(value)}" for key, value in self.strength.items()]
         return " ".join([self.method, *point, f"seed={self.seed}"])
 
     @property
@@ -254,5 +258,6 @@ def _short_names(point: dict[str, Any]) -> dict[str, Any]:
 _NAMES = {"algo.kl.init_coef": "kl_coef", "actor.adam.lr": "lr", "critic.adam.lr": "critic_lr"}
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as the names of cells and points have it."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -62,13 +62,11 @@ class BenchError(RuntimeError):
     """The comparison cannot go on. The message says why and what to do."""
 
 
-@dataclass
 class Processes:
-    """Starts processes, knows those that run, and ends them all when asked."""
+    """Runs processes, and ends them all when asked."""
 
-    stopped: bool = False
-    _running: set[subprocess.Popen] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self) -> None:
+        self.stopped = False
 
     def run(
         self, arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}, memory: bool = False
@@ -80,36 +78,31 @@ class Processes:
             set size, so that what they share counts once).
 
         Raises:
-            BenchError: it was ended by :meth:`stop`.
+            BenchError: it was not started, after :meth:`stop`.
         """
+        if self.stopped:
+            raise BenchError("stopped")
         with log.open("ab") as file:
-            with self._lock:
+            process = subprocess.Popen(
+                [python(), *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                env={**os.environ, **variables}, start_new_session=True,
+            )  # fmt: skip
+        peak, looked = None, time.monotonic() - _MEMORY_EVERY + 2 * _LOOK_EVERY
+        try:
+            while True:
+                if memory and time.monotonic() - looked >= _MEMORY_EVERY:
+                    used, looked = _memory(process.pid), time.monotonic()
+                    peak = used if peak is None else max(peak, used)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=_LOOK_EVERY), peak
                 if self.stopped:
-                    raise BenchError("stopped")
-                process = subprocess.Popen(
-                    [python(), *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                    env={**os.environ, **variables}, start_new_session=True,
-                )  # fmt: skip
-                self._running.add(process)
-            peak, looked = None, time.monotonic() - _MEMORY_EVERY + 2 * _LOOK_EVERY
-            try:
-                while True:
-                    if memory and time.monotonic() - looked >= _MEMORY_EVERY:
-                        used, looked = _memory(process.pid), time.monotonic()
-                        peak = used if peak is None else max(peak, used)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        return process.wait(timeout=_LOOK_EVERY), peak
-                    if self.stopped:
-                        process.terminate()
-            finally:
-                self._running.discard(process)
+                    process.terminate()
+        finally:
+            process.terminate()  # if this was interrupted
 
     def stop(self) -> None:
-        """End everything that runs."""
-        with self._lock:
-            self.stopped = True
-            for process in self._running:
-                process.terminate()
+        """End everything that runs, within the time between two looks at it."""
+        self.stopped = True
 
 
 def _memory(pid: int) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bond_plugin.bench.matrix import short
 from bond_plugin.bench.resampling import RESAMPLES, Estimate, Resampling, envelope, limit_by_prompt
 from bond_plugin.bench.results import PER_PROMPT, Example, Measured, Result, Results
 from bond_plugin.bestofn import limits
@@ -138,9 +139,7 @@ BEST_OF_N = "Best-of-N"
 
 
 def strength_text(strength: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in strength.items()
-    )
+    return ", ".join(f"{key}={short(value)}" for key, value in strength.items())
 
 
 def summarise(results: Results, resamples: int = RESAMPLES) -> Summary:

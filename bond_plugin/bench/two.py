@@ -188,12 +188,8 @@ class _Work:
 
     def scored(self, name: str, model: str | Path, seed: int) -> Scored:
         settings = {**asdict(self.sampling), "kl_samples": None, "seed": seed}
-        key = [
-            fingerprints.of_model(model),
-            fingerprints.of_tokenizer(model),
-            settings,
-            [prompt for prompt, _ in self.pairs],
-        ]
+        key: list[Any] = [fingerprints.of_model(model), fingerprints.of_tokenizer(model), settings]
+        key.append([prompt for prompt, _ in self.pairs])
         samples = self.samples(name, model, self.cache / f"samples-{name}-{fingerprints.of_value(key)}.json", seed)
         key += [self.reward, self.pairs]
         return Scored(

@@ -9,28 +9,15 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from bond_plugin.bench import matrix
+
 _DESCRIPTION = """\
 Compare algorithms by what they reach: reward and win rate against KL to the reference, on the same model, prompts,
 reward and number of generated tokens. Each cell of the matrix is a `bond train` run, measured on held-out prompts
 beside Best-of-1...64 of the reference and beside the limit that no policy can exceed at a given KL.
 """
 
-_EPILOG = """\
-The file:
-  title: ...
-  common: {...}          flags of every cell, nested as in a recipe
-  evaluation:            how every policy is measured
-    prompts: FILE.jsonl  (also: input_key, label_key, samples, reference_samples, quantile_samples, bon_levels,
-                         forward_samples, seed, examples); a template that is in common is put around them
-  seeds: [1, 2, 3]       --train.seed
-  methods:
-    jbond:
-      label: J-BOND
-      flags: {algo: {advantage: {estimator: jbond}}}
-      strength: {bond.gamma: [0, 0.5, 1]}    each value is one point; several flags: every combination;
-                                             a list of mappings: one point each
-      seeds: [1]                             instead of those above
-
+_EPILOG = """
 Written to --output-dir: report.html, report.md, results.jsonl, reference.json, figures/, cells/ (logs and metrics).
 Started again, the same command goes on where it was stopped: finished cells are kept, failed ones are tried again.
 
@@ -44,7 +31,7 @@ examples:
 def main(argv: list[str]) -> int:
     """Compare. Returns the exit status: 2 for an unusable matrix, 1 if cells failed, 130 if stopped."""
     args = build_parser().parse_args(argv)
-    from bond_plugin.bench import matrix, runner
+    from bond_plugin.bench import runner
 
     started = time.monotonic()
 
@@ -80,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bond bench",
         description=_DESCRIPTION,
-        epilog=_EPILOG,
+        epilog=f"{matrix.__doc__}{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("matrix", type=Path, metavar="FILE.yaml", help="what is compared; see below")
