@@ -8,6 +8,7 @@ here, without a display.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ _LINES: tuple[Any, ...] = (
     (0, (3, 3)),
 )
 _STRENGTH_LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 1.5)))
+_Look = dict[str, Any]  # arguments of a line of matplotlib's
 _OPACITIES = (1.0, 0.8, 0.65, 0.55, 0.5)
 _BLACK, _GREY, _SHADE = "#1a1a1a", "#595959", "#ececec"
 
@@ -89,20 +91,11 @@ def _figure(height: float, width: float = _WIDTH) -> Figure:
     return figure
 
 
-class _Look:
-    """Colour, marker and line style of a method, by its place among all methods."""
-
-    def __init__(self, place: int) -> None:
-        self.colour = _COLOURS[place % len(_COLOURS)]
-        self.marker = _MARKERS[place % len(_MARKERS)]
-        self.line = _LINES[place % len(_LINES)]
-
-    def handle(self, label: str) -> Line2D:
-        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=self.line, label=label)
-
-
 def _looks(summary: Summary) -> list[tuple[Method, _Look]]:
-    return [(method, _Look(place)) for place, method in enumerate(summary.methods)]
+    """The methods, each with its colour, marker and line style."""
+    cycles = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_LINES), strict=False)
+    looks = ({"color": colour, "marker": marker, "linestyle": line} for colour, marker, line in cycles)
+    return list(zip(summary.methods, looks, strict=False))
 
 
 # Fronts.
@@ -122,8 +115,8 @@ def front(summary: Summary, measure: str) -> Figure:
         for method, look in _looks(summary):
             kls = [point.estimates["kl"] for point in method.points]
             whiskers = _whiskers([(kl.low, kl.value, kl.high) for kl in kls])
-            joined = {"xerr": whiskers, "linestyle": look.line, "linewidth": 1.5, "zorder": 3}
-            _points(axes, method, look, measure, [kl.value for kl in kls], **joined)
+            look |= {"xerr": whiskers, "linewidth": 1.5, "zorder": 3}
+            _points(axes, method, look, measure, [kl.value for kl in kls])
         ends = [_interval(point, measure) for point in summary.points]
         lowest = min([summary.limits[measure].base, *(low for low, _, _ in ends)])
         highest = max([top, *(high for _, _, high in ends)])
@@ -179,12 +172,11 @@ def _best_of_n(axes: Axes, summary: Summary, measure: str, right: float) -> None
         placed = kl
 
 
-def _points(axes: Axes, method: Method, look: _Look, measure: str, x: Sequence[float], **more: Any) -> None:
+def _points(axes: Axes, method: Method, look: _Look, measure: str, x: Sequence[float]) -> None:
     """A method's points at ``x``, with interval whiskers."""
     intervals = [_interval(point, measure) for point in method.points]
-    style = {"color": look.colour, "marker": look.marker, "elinewidth": 0.9, "markersize": 6.5}
     values = [value for _, value, _ in intervals]
-    axes.errorbar(x, values, yerr=_whiskers(intervals), **style, **more)
+    axes.errorbar(x, values, yerr=_whiskers(intervals), elinewidth=0.9, markersize=6.5, **look)
 
 
 def _interval(point: Policy, measure: str) -> tuple[float, float, float]:
@@ -203,7 +195,7 @@ def _whiskers(intervals: Sequence[tuple[float, float, float]]) -> list[list[floa
 
 
 def _legend_below(figure: Figure, axes: Axes, summary: Summary) -> None:
-    handles = [look.handle(method.label) for method, look in _looks(summary)]
+    handles = [Line2D([], [], label=method.label, **look) for method, look in _looks(summary)]
     handles += axes.get_legend_handles_labels()[0]
     for handle in handles:
         handle.set_label(textwrap.fill(handle.get_label(), 64))
@@ -263,11 +255,10 @@ def _runs(axes: Axes, point: Policy, key: str, look: _Look, place: int) -> None:
     line, opacity = _STRENGTH_LINES[place % len(_STRENGTH_LINES)], _OPACITIES[min(place, len(_OPACITIES) - 1)]
     runs = [run for run in (_curve(cell, key) for cell in point.cells) if len(run[0]) > 0]
     for tokens, values in runs:
-        axes.plot(tokens, values, color=look.colour, linewidth=0.6, alpha=0.35 * opacity)
+        axes.plot(tokens, values, color=look["color"], linewidth=0.6, alpha=0.35 * opacity)
     if runs:
         label = strength_text(point.strength) or "mean of the seeds"
-        style = {"color": look.colour, "linestyle": line, "alpha": opacity, "label": label}
-        _smooth(axes, *mean_curve(runs), look.marker, **style)
+        _smooth(axes, *mean_curve(runs), **look | {"linestyle": line, "alpha": opacity, "label": label})
 
 
 def _curve(cell: Result, key: str) -> tuple[Tensor, Tensor]:
@@ -380,7 +371,7 @@ def cost(summary: Summary) -> Figure:
         for axes, (key, scale, name) in zip(figure.subplots(2, 1, sharey=True), costs, strict=True):
             for method, look in _looks(summary):
                 paid = [point.training(key) / scale for point in method.points]
-                _points(axes, method, look, "reward", paid, linestyle="none")
+                _points(axes, method, look | {"linestyle": "none"}, "reward", paid)
             axes.axhline(summary.limits["reward"].base, color=_GREY, linewidth=1.2, linestyle=":", label="reference")
             axes.set(xlabel=name, ylabel=NAMES["reward"])
             axes.set_xlim(left=0)

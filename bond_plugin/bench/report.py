@@ -36,11 +36,9 @@ def write_report(out_dir: Path, resamples: int = RESAMPLES) -> list[Path]:
     files["report.md"] = to_markdown(title, blocks, PICTURES).encode()
     files["report.html"] = to_html(title, blocks).encode()
     (out_dir / PICTURES).mkdir(exist_ok=True)
-    written = []
     for name, content in files.items():
         write_whole(out_dir / name, content)
-        written.append(out_dir / name)
-    return list(reversed(written))
+    return [out_dir / name for name in reversed(files)]
 
 
 def contents(summary: Summary) -> list[Block]:

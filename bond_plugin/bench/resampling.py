@@ -33,10 +33,13 @@ class Estimate:
         """From ``[B + 1]`` draws. Resamples in which the statistic is not defined are left out of the interval."""
         value, defined = draws[0].item(), draws[1:][draws[1:].isfinite()]
         if not math.isfinite(value) or not len(defined):
-            return cls(math.nan, math.nan, math.nan)
+            return NOT_DEFINED
         tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
         low, high = torch.quantile(defined, tails).tolist()
         return cls(value, low, high)
+
+
+NOT_DEFINED = Estimate(math.nan, math.nan, math.nan)
 
 
 class Resampling:

@@ -13,11 +13,11 @@ import fcntl
 import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -69,36 +69,40 @@ class Processes:
         self.stopped = False
 
     def run(
-        self, arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}, memory: bool = False
-    ) -> tuple[int, float | None]:
-        """Run ``python arguments``, its output appended to ``log``.
+        self, what: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}, memory: bool = False
+    ) -> float | None:
+        """Run ``python arguments``, its output in ``log``; ``what`` it is is for the message.
 
         Returns:
-            The exit status, and with ``memory`` the largest memory of its processes together in GiB (proportional
-            set size, so that what they share counts once).
+            With ``memory`` the largest memory of its processes together in GiB (proportional set size, so that what
+            they share counts once).
 
         Raises:
-            BenchError: it was not started, after :meth:`stop`.
+            BenchError: it failed, with what its log says; or it was not started, after :meth:`stop`.
         """
         if self.stopped:
             raise BenchError("stopped")
-        with log.open("ab") as file:
+        with log.open("wb") as file:
             process = subprocess.Popen(
                 [python(), *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 env={**os.environ, **variables}, start_new_session=True,
             )  # fmt: skip
         peak, looked = None, time.monotonic() - _MEMORY_EVERY + 2 * _LOOK_EVERY
         try:
-            while True:
+            while process.poll() is None:
                 if memory and time.monotonic() - looked >= _MEMORY_EVERY:
                     used, looked = _memory(process.pid), time.monotonic()
                     peak = used if peak is None else max(peak, used)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(timeout=_LOOK_EVERY), peak
+                    process.wait(timeout=_LOOK_EVERY)
                 if self.stopped:
                     process.terminate()
         finally:
             process.terminate()  # if this was interrupted
+        if process.returncode != 0:
+            said = _error(log.read_text(errors="replace"))
+            raise BenchError(f"{what} ended with status {process.returncode}: {said}")
+        return peak
 
     def stop(self) -> None:
         """End everything that runs, within the time between two looks at it."""
@@ -160,7 +164,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Runner:
-    """See :func:`run`."""
+    """Checks, trains and measures the cells of a matrix: see :func:`opened`."""
 
     matrix: Matrix
     options: Options
@@ -169,8 +173,7 @@ class Runner:
     say: Say
     configurations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by cell
     _contents: dict[str, str | None] = field(default_factory=dict)  # hashes of files and models by path
-    _devices: list[str] | None = None
-    _device_lock: threading.Lock = field(default_factory=threading.Lock)
+    free: queue.SimpleQueue[dict[str, str]] = field(default_factory=queue.SimpleQueue)  # of the slots
 
     # Before anything expensive starts.
 
@@ -203,7 +206,8 @@ class Runner:
         if known.get("key") != key:
             said = path.with_suffix(".run.json")
             try:
-                self._run([*self._train(cell), "--dry-run", "--json", str(said)], path.with_suffix(".log"), cell.name)
+                arguments = [*self._train(cell), "--dry-run", "--json", str(said)]
+                self.processes.run(cell.name, arguments, path.with_suffix(".log"))
             except BenchError as error:
                 return str(error)
             found = read_json(said)
@@ -211,18 +215,6 @@ class Runner:
             write_json(path, known)
         self.configurations[cell.name] = known["configuration"]
         return None
-
-    def _run(self, arguments: list[str], log: Path, what: str, **more: Any) -> float | None:
-        """:meth:`Processes.run` with a new log. Returns the memory.
-
-        Raises:
-            BenchError: it failed; what its log says.
-        """
-        log.unlink(missing_ok=True)
-        status, peak = self.processes.run(arguments, log, **more)
-        if status != 0:
-            raise BenchError(f"{what} ended with status {status}: {_error(log.read_text(errors='replace'))}")
-        return peak
 
     # The reference.
 
@@ -319,9 +311,11 @@ class Runner:
     def _train_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
         for old in ("policy", "run", "checkpoints"):
             shutil.rmtree(folder / old, ignore_errors=True)
-        started = time.monotonic()
-        with self._device(cell) as variables:
-            peak = self._run(self._train(cell), folder / "train.log", "training", variables=variables, memory=True)
+        started, variables = time.monotonic(), self.free.get()
+        try:
+            peak = self.processes.run("training", self._train(cell), folder / "train.log", variables, memory=True)
+        finally:
+            self.free.put(variables)
         seconds = time.monotonic() - started
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         policy = (folder / "run").rename(folder / "policy")
@@ -345,7 +339,8 @@ class Runner:
         }
         write_json(job, description)
         try:
-            self._run(["-m", "bond_plugin.bench.measure", str(job)], folder / "measure.log", "measuring")
+            arguments = ["-m", "bond_plugin.bench.measure", str(job)]
+            self.processes.run("measuring", arguments, folder / "measure.log")
             return read_json(output)
         finally:
             job.unlink()
@@ -383,101 +378,81 @@ class Runner:
 
     # Several at once.
 
-    def parallel(self) -> int:
-        """How many cells run at a time: as asked, or as many as the GPUs allow."""
-        if self.options.parallel:
-            return self.options.parallel
-        configuration = self.configurations[self.matrix.cells[0].name]
-        if configuration["bond"]["device"] == "cpu" and "RAY_ADDRESS" not in os.environ:
-            return max(1, (os.cpu_count() or 1) // 4)
-        most = max(sum(found["gpu_slots"].values()) for found in self.configurations.values())
-        return max(1, _gpus() // max(1, most))
+    def slots(self) -> list[dict[str, str]]:
+        """The variables of the runs that go at a time: as many as asked, or as the GPUs allow.
 
-    @contextlib.contextmanager
-    def _device(self, cell: Cell) -> Iterator[dict[str, str]]:
-        """On a machine with GPUs and without a cluster, a run sees those that no other run has."""
-        configuration = self.configurations[cell.name]
-        if configuration["bond"]["device"] == "cpu" or "RAY_ADDRESS" in os.environ:
-            yield {}
-            return
-        with self._device_lock:
-            if self._devices is None:
-                self._devices = [str(i) for i in range(_gpus())]
-            wanted = sum(configuration["gpu_slots"].values())
-            mine, self._devices = self._devices[:wanted], self._devices[wanted:]
-        try:
-            yield {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
-        finally:
-            with self._device_lock:
-                self._devices += mine
+        On a machine with GPUs and without a cluster, each sees those that no other has.
+        """
+        cluster, configurations = "RAY_ADDRESS" in os.environ, self.configurations.values()
+        if not cluster and all(found["bond"]["device"] == "cpu" for found in configurations):
+            return [{}] * (self.options.parallel or max(1, (os.cpu_count() or 1) // 4))
+        gpus, needed = _gpus(), max(1, *(sum(found["gpu_slots"].values()) for found in configurations))
+        width = self.options.parallel or max(1, gpus // needed)
+        if cluster:
+            return [{}] * width
+        shares = [range(gpus)[i * needed : (i + 1) * needed] for i in range(width)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, share))} if share else {} for share in shares]
+
+    def run(self) -> int:
+        """Train and measure what is not finished, after :meth:`check`. Returns how many cells have failed.
+
+        Raises:
+            BenchError: it was stopped, or the reference cannot be measured.
+        """
+        reference, cells = self.reference(), self.matrix.cells
+        results = {cell.name: self.finished(cell, reference) for cell in (*cells, *self.matrix.others)}
+        waiting = [cell for cell in cells if results[cell.name] is None]
+        done = len(cells) - len(waiting)
+        if done:
+            self.say(f"{done} of {len(cells)} cells are finished already")
+        slots = self.slots()
+        for slot in slots:
+            self.free.put(slot)
+        started = time.monotonic()
+        self._write(results)
+        with ThreadPoolExecutor(max_workers=len(slots)) as pool:
+            try:
+                futures = [pool.submit(self.cell, cell, reference) for cell in waiting]
+                for count, future in enumerate(as_completed(futures), start=1):
+                    result = future.result()
+                    results[result["cell"]] = result
+                    self._write(results)
+                    pace = _pace(time.monotonic() - started, count, len(slots), results.values())
+                    left = pace * (len(waiting) - count)
+                    rest = f"; about {timedelta(seconds=int(left))} left" if count < len(waiting) else ""
+                    self.say(f"{done + count}/{len(cells)} {result['cell']}: {self._said(result)}{rest}")
+            except BaseException:
+                self.processes.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return sum(result is not None and result["status"] == "failed" for result in results.values())
+
+    def _write(self, results: dict[str, dict[str, Any] | None]) -> None:
+        found = [results[cell.name] for cell in (*self.matrix.cells, *self.matrix.others)]
+        lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in found if result is not None]
+        write_whole(self.options.output / "results.jsonl", "".join(lines))
+
+    def _said(self, result: dict[str, Any]) -> str:
+        if result["status"] == "failed":
+            return f"FAILED: {result['error'].splitlines()[0]} (log in {self.options.output / 'cells'})"
+        mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
+        return (
+            f"reward {mean['reward']:.3f}, KL {mean['kl']:.2f}, win rate {mean['win_rate']:.3f}; "
+            f"{result['training']['seconds']:.0f} s"
+        )
 
 
-def check(matrix: Matrix, options: Options, say: Say) -> None:
-    """Check every cell's flags. Raises as :func:`run` does."""
-    with _runner(matrix, options, say) as runner:
-        runner.check()
-
-
-def run(matrix: Matrix, options: Options, say: Say) -> int:
-    """Run what is not finished of a matrix.
+@contextlib.contextmanager
+def opened(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
+    """The runner of a matrix, while no other one writes its folder.
 
     Args:
         matrix, options: what and how.
         say: takes messages, one for each cell among them.
 
-    Returns:
-        How many cells have failed.
-
     Raises:
-        BenchError: the matrix cannot run, or was stopped.
+        BenchError: the held-out prompts are of no use, or another process writes the folder.
     """
-    with _runner(matrix, options, say) as runner:
-        runner.check()
-        reference = runner.reference()
-        results = {cell.name: runner.finished(cell, reference) for cell in (*matrix.cells, *matrix.others)}
-        waiting = [cell for cell in matrix.cells if results[cell.name] is None]
-        done = len(matrix.cells) - len(waiting)
-        if done:
-            say(f"{done} of {len(matrix.cells)} cells are finished already")
-        width = runner.parallel()
-        started = time.monotonic()
-        _results(options.output, matrix, results)
-        with ThreadPoolExecutor(max_workers=width) as pool:
-            try:
-                futures = [pool.submit(runner.cell, cell, reference) for cell in waiting]
-                for count, future in enumerate(as_completed(futures), start=1):
-                    result = future.result()
-                    results[result["cell"]] = result
-                    _results(options.output, matrix, results)
-                    left = (len(waiting) - count) * _pace(time.monotonic() - started, count, width, results.values())
-                    rest = f"; about {timedelta(seconds=int(left))} left" if count < len(waiting) else ""
-                    say(f"{done + count}/{len(matrix.cells)} {result['cell']}: {_said(result, options.output)}{rest}")
-            except BaseException:
-                runner.processes.stop()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return sum(result is not None and result["status"] == "failed" for result in results.values())
-
-
-def _said(result: dict[str, Any], output: Path) -> str:
-    if result["status"] == "failed":
-        return f"FAILED: {result['error'].splitlines()[0]} (log in {output / 'cells'})"
-    mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
-    return (
-        f"reward {mean['reward']:.3f}, KL {mean['kl']:.2f}, win rate {mean['win_rate']:.3f}; "
-        f"{result['training']['seconds']:.0f} s"
-    )
-
-
-def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]) -> float:
-    """Seconds a cell: what ``count`` cells took, but no less than those that were neither resumed nor failed."""
-    trained = [one["training"]["seconds"] for one in results if one is not None and one["status"] == "done"]
-    whole = sum(trained) / len(trained) / width if trained else 0.0
-    return max(seconds / count, whole)
-
-
-@contextlib.contextmanager
-def _runner(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
     given, keys = matrix.evaluation, ("evaluation.input_key", "evaluation.label_key")
     try:
         rows = read_rows(Path(given.prompts), given.input_key, given.label_key, keys)
@@ -487,10 +462,11 @@ def _runner(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
         yield Runner(matrix, options, rows, Processes(), say)
 
 
-def _results(output: Path, matrix: Matrix, results: dict[str, dict[str, Any] | None]) -> None:
-    found = [results[cell.name] for cell in (*matrix.cells, *matrix.others)]
-    lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in found if result is not None]
-    write_whole(output / "results.jsonl", "".join(lines))
+def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]) -> float:
+    """Seconds a cell: what ``count`` cells took, but no less than those that were neither resumed nor failed."""
+    trained = [one["training"]["seconds"] for one in results if one is not None and one["status"] == "done"]
+    whole = sum(trained) / len(trained) / width if trained else 0.0
+    return max(seconds / count, whole)
 
 
 def _training(path: Path) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bond_plugin.bench.matrix import short
-from bond_plugin.bench.resampling import RESAMPLES, Estimate, Resampling, envelope, limit_by_prompt
+from bond_plugin.bench.resampling import NOT_DEFINED, RESAMPLES, Estimate, Resampling, envelope, limit_by_prompt
 from bond_plugin.bench.results import PER_PROMPT, Example, Measured, Result, Results
 from bond_plugin.bestofn import limits
 
@@ -51,9 +51,9 @@ class Policy:
     cells: tuple[Result, ...]
     examples: list[Example]
     estimates: dict[str, Estimate]
-    on_front: dict[str, float]
-    matches: Estimate
-    draws: dict[str, Tensor]
+    on_front: dict[str, float] = field(default_factory=dict)
+    matches: Estimate = NOT_DEFINED
+    draws: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -219,7 +219,6 @@ class _Summariser:
             cells=tuple(cells),
             examples=first.examples,
             estimates={key: Estimate.of(values) for key, values in draws.items()},
-            on_front={},
             matches=Estimate.of(matches.double()),
             draws={key: draws[key] for key in ("kl", *MEASURES)},
         )
@@ -228,8 +227,7 @@ class _Summariser:
         reference = self.results.reference
         draws = self.measured([reference.evaluation], self.resampling.weights(1))
         estimates = {key: Estimate.of(values) for key, values in draws.items()}
-        nothing = Estimate(math.nan, math.nan, math.nan)
-        return Policy("", "reference", {}, (), reference.examples, estimates, {}, nothing, {})
+        return Policy("", "reference", {}, (), reference.examples, estimates)
 
     def measured(self, evaluations: list[Measured], seeds: Tensor) -> dict[str, Tensor]:
         """Draws of what the evaluations hold, over seeds and prompts."""

@@ -45,12 +45,13 @@ def main(argv: list[str]) -> int:
         output, command = args.output_dir.resolve(), shlex.join(["bond", "bench", *argv])
         output.mkdir(parents=True, exist_ok=True)
         options = runner.Options(output, args.parallel, args.keep_policies, command)
-        if args.check:
-            runner.check(wanted, options, say)
-            print("\n".join(cell.name for cell in wanted.cells))
-            return 0
-        (output / "matrix.yaml").write_text(args.matrix.read_text(encoding="utf-8"), encoding="utf-8")
-        failed = runner.run(wanted, options, say)
+        with runner.opened(wanted, options, say) as bench:
+            bench.check()
+            if args.check:
+                print("\n".join(cell.name for cell in wanted.cells))
+                return 0
+            (output / "matrix.yaml").write_text(args.matrix.read_text(encoding="utf-8"), encoding="utf-8")
+            failed = bench.run()
     except (matrix.MatrixError, runner.BenchError) as error:
         return _unusable(error)
     except KeyboardInterrupt:
