@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -213,11 +214,9 @@ def read(path: Path) -> Matrix:
     if not path.is_file():
         raise MatrixError(f"{path}: no such file")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=recipes.strict_loader(yaml))
+        return parse(yaml.load(path.read_text(encoding="utf-8"), Loader=recipes.strict_loader(yaml)))
     except yaml.YAMLError as error:
         raise MatrixError(f"{path}: not valid YAML: {error}") from error
-    try:
-        return parse(content)
     except MatrixError as error:
         raise MatrixError(f"{path}: {error}") from error
 
@@ -236,11 +235,10 @@ def parse(content: Any) -> Matrix:
             rounds.append((place, Cell(key, method.label or key, _short_names(point), seed, flags, own)))
     # Every method with its first seed comes first: a comparison that is not finished yet compares all.
     cells = [cell for _, cell in sorted(rounds, key=lambda entry: entry[0])]
-    seen: set[str] = set()
+    counts = Counter(cell.folder for cell in cells)
     for cell in cells:
-        if cell.folder in seen:
+        if counts[cell.folder] > 1:
             raise MatrixError(f"methods.{cell.method}: the cell '{cell.name}' is there twice")
-        seen.add(cell.folder)
     return Matrix(given.title, given.common, given.evaluation, tuple(cells))
 
 

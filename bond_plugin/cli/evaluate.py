@@ -91,7 +91,8 @@ def main(argv: list[str]) -> int:
     )
     cache, say = args.output_dir / "cache", _say_from(time.monotonic())
     try:
-        result = two.evaluate(args.before, args.after, pairs, score, scoring.identity(run), sampling, cache, say)
+        evaluation = two.Evaluation(pairs, score, scoring.identity(run), sampling, cache, say)
+        result = evaluation.of(args.before, args.after)
     except (engine.SamplingError, RewardError, likelihood.VocabularyError, measure.TokenizerError) as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 1
