@@ -219,7 +219,7 @@ def load(path: Path, typed: bool) -> Any:
         raise RecipeError(f"not valid YAML: {said}") from error
 
 
-def strict_loader(yaml: Any, typed: bool = True) -> Any:
+def strict_loader(yaml: Any, typed: bool) -> Any:
     """A loader to which a key given twice is an error, as it never is meant, and nesting deeper than any flag is one.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,16 @@ def reward_func(queries, prompts, labels):
         rewards.append(sum(letter in "aeiou" for letter in text) / max(1, len(text)))
     return {"rewards": torch.tensor(rewards), "scores": torch.tensor(rewards)}
 '''
+
+
+def load(path: Path) -> ModuleType:
+    """A file outside the package as a module."""
+    name = "_".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass(frozen=True)
@@ -206,14 +217,14 @@ def execute(command: list[str], folder: Path, timeout: float = 400, **environmen
 @pytest.fixture(scope="session")
 def forks() -> Iterator[dict[str, str]]:
     """The environment in which Ray's workers are copies of one process that has the host's imports."""
-    from bond_plugin.host import cpu, prefork
+    from bond_plugin.host import PYTHON_VARIABLE, cpu
 
     if torch_has_gpu():
         yield {}
         return
     variables = clean_environment(**cpu.ENVIRONMENT, BOND_DEVICE="cpu", BOND_ACTIVE="1", OMP_NUM_THREADS="1")
-    with prefork.Server(variables) as server:
-        yield {prefork.VARIABLE: str(server.python)}
+    with load(REPOSITORY / "benchmarks" / "prefork.py").Server(variables) as server:
+        yield {PYTHON_VARIABLE: str(server.python)}
 
 
 @contextmanager
@@ -249,8 +260,8 @@ def torch_has_gpu() -> bool:
 def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
     """``bond(folder, **flags)``: run ``bond train`` on the tiny model; flags with dots are given as a dict.
 
-    To save time its processes are copies of one that has the imports, as in ``bond bench``. Where they could not be,
-    with other packages on the path or in a cluster that is there already, they are started as users start them.
+    To save time its processes are copies of one that has the imports (benchmarks/prefork.py). Where they could not
+    be, with other packages on the path or in a cluster that is there already, they are started as users start them.
     """
 
     def run(folder: Path, flags: dict[str, Any] | None = None, check: bool = True, **environment: str) -> Run:

@@ -391,6 +391,52 @@ def test_comparison_with_best_of_n_is_the_vertical_distance(small: Path) -> None
     assert comparison.low == comparison.high == pytest.approx(point.kl)
 
 
+def test_methods_are_compared_only_where_both_have_points_around_the_kl(tmp_path: Path) -> None:
+    """Below its only point a method's front is a chord from the reference, whatever its other strengths would reach.
+
+    At the same efficiency no method is above another; before the chord of the one at 1.25 nats was 0.3 below at 0.5.
+    """
+    methods = (
+        ("far", "Far", "s", {1: 1.5}, 0.95, 1.0),
+        ("near", "Near", "s", {1: 0.5, 2: 0.95}, 0.95, 1.0),
+        ("wide", "Wide", "s", {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}, 0.95, 1.0),
+    )
+    folder = write_toy(tmp_path / "toy", methods, failed="")
+    summary = summarise(read_results(folder), RESAMPLES)
+    found = {(c.first, c.second): c for c in summary.comparisons["reward"]}
+    apart = found["Far", "Near"]
+    assert all(math.isnan(value) for value in (apart.low, apart.high, apart.gap.value, apart.gap.low, apart.gap.high))
+    kls = {point.name: point.kl for point in summary.points}
+    inside = found["Far", "Wide"]
+    assert inside.low == inside.high == pytest.approx(kls["Far s=1"])
+    assert abs(inside.gap.value) < 0.15
+    both = found["Near", "Wide"]
+    assert both.low == pytest.approx(max(kls["Near s=1"], kls["Wide s=1"])) and both.high == kls["Near s=2"]
+    write_cells(folder, [cell for cell in cells_of(folder) if cell["method"] != "wide"])
+    assert re.search(
+        "has the highest reward front, with no KL in common with (Far|Near);",
+        outcome(summarise(read_results(folder), 20)),
+    )
+    write_report(folder, 20)
+    markdown = (folder / "report.md").read_text()
+    row = table(markdown, "At equal KL")["Far above Near"]
+    assert (row["KL, nats"], row["reward"], row["win rate"]) == ("–", "–", "–")
+    assert "no KL in common; more strengths are needed" in markdown
+
+
+def test_a_kl_in_common_must_be_there_in_most_resamples(small: Path) -> None:
+    """Two methods with one point each, whose KLs are the same on average over their seeds and not seed by seed."""
+    first = cells_of(small)[0]
+    cells = []
+    for method in ("one", "other"):
+        for seed, kl in ((1, 1.0), (2, 1.5)):
+            cell = {**first, "cell": f"{method} {seed}", "method": method, "label": method, "seed": seed}
+            cells.append({**cell, "evaluation": {**first["evaluation"], "kl": [kl] * PROMPTS}})
+    summary = summarise(read_results(write_cells(small, cells)), 200)
+    (apart,) = (c for c in summary.comparisons["reward"] if c.second == "other")
+    assert math.isnan(apart.gap.value) and math.isnan(apart.low)
+
+
 @pytest.mark.parametrize("label", ["RLOO", "vBoN on REINFORCE++ (cached rewards)", "a label of many words " * 6])
 def test_legends_fit_into_the_picture(tmp_path: Path, label: str) -> None:
     folder = write_toy(tmp_path / "toy", failed="")

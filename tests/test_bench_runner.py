@@ -134,12 +134,14 @@ def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.Monke
     made.configurations = {
         one.name: {"bond": {"device": "cuda"}, "gpu_slots": {"actor": 1, "vllm": 1}} for one in cells
     }
-    made._devices = ["0", "1", "2", "3"]
-    for _ in range(2):
-        with made._device(cells[0]) as first, made._device(cells[1]) as second:
-            given = [each["CUDA_VISIBLE_DEVICES"].split(",") for each in (first, second)]
-            assert sorted(given[0] + given[1]) == ["0", "1", "2", "3"]
-            assert made._devices == []
+    monkeypatch.setattr(runner, "_gpus", lambda: 5)
+    pairs = [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    assert made.slots() == pairs
+    made.options = replace(made.options, parallel=4)  # more than there are GPUs for: whatever is left
+    assert made.slots() == [*pairs, {"CUDA_VISIBLE_DEVICES": "4"}, {}]
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    made.options = replace(made.options, parallel=0)
+    assert made.slots() == [{}, {}]
 
 
 def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
@@ -147,6 +149,7 @@ def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
     processes = runner.Processes()
     made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Options(tmp_path), [], processes, print)
     made.configurations = {cell.name: {"bond": {"device": "cpu"}}}
+    made.free.put({})
     processes.stop()
     with pytest.raises(runner.BenchError):
         made.cell(cell, "reference")
@@ -161,27 +164,26 @@ def test_two_runners_do_not_write_one_folder(tmp_path: Path) -> None:
 
 
 def test_processes_report_status_log_and_memory(tmp_path: Path) -> None:
-    processes = runner.Processes(sys.executable)
-    code = (
-        "import os, time; x = bytearray(200 * 2**20); print(os.environ['MINE']); time.sleep(3); raise SystemExit(5)"
-    )
-    status, peak = processes.run(["-c", code], tmp_path / "log", {"MINE": "here"}, memory=True)
-    assert status == 5
-    assert (tmp_path / "log").read_text() == "here\n"
+    processes, log = runner.Processes(), tmp_path / "log"
+    code = "import os, time; x = bytearray(200 * 2**20); print(os.environ['MINE']); time.sleep(3)"
+    peak = processes.run("this", ["-c", code], log, {"MINE": "here"}, memory=True)
+    assert log.read_text() == "here\n"
     assert peak == pytest.approx(0.2, abs=0.03)
+    with pytest.raises(runner.BenchError, match="this ended with status 5: only this"):
+        processes.run("this", ["-c", "print('only this'); raise SystemExit(5)"], log)
 
 
 def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
     import threading
 
-    processes = runner.Processes(sys.executable)
+    processes = runner.Processes()
     threading.Timer(1.0, processes.stop).start()
     started = time.monotonic()
-    status, _ = processes.run(["-c", "import time; time.sleep(60)"], tmp_path / "log", {})
-    assert status != 0
+    with pytest.raises(runner.BenchError, match="ended with status -15"):
+        processes.run("this", ["-c", "import time; time.sleep(60)"], tmp_path / "log")
     assert time.monotonic() - started < 20
     with pytest.raises(runner.BenchError, match="stopped"):
-        processes.run(["-c", "pass"], tmp_path / "log", {})
+        processes.run("this", ["-c", "pass"], tmp_path / "log")
 
 
 def test_help_teaches_the_file_and_answers_at_once() -> None:
@@ -209,7 +211,7 @@ SMALL = "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}"
         ),
         (
             "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}",
-            ["--no-prefork"],
+            [],
             "none.jsonl: no such file",
         ),
     ],

@@ -307,7 +307,8 @@ def evaluated(
     args = SimpleNamespace(reward=SimpleNamespace(remote_url=[str(reward)]))
     pairs, score = [(prompt, "") for prompt in prompts], scoring.scorer(args, None)
     how = two.Sampling(**{"samples": 8, "kl_samples": 2, **sampling})
-    return two.evaluate(before, after, pairs, score, scoring.identity(args), how, cache, lambda message: None)
+    evaluation = two.Evaluation(pairs, score, scoring.identity(args), how, cache, lambda message: None)
+    return evaluation.of(before, after)
 
 
 def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: FakeEngine, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -12,8 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY, load
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "recipes"
 
 TEXTS = [
@@ -22,16 +21,6 @@ TEXTS = [
     "the plot is thin , the jokes are old and the music is worse .",
     "One of the best films I have seen this year; the cast is wonderful.",
 ] * 20
-
-
-def load(path: Path) -> ModuleType:
-    """A file of recipes/ as a module."""
-    name = "_".join(path.relative_to(RECIPES).with_suffix("").parts)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

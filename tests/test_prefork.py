@@ -6,12 +6,15 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY, clean_environment
 
-from bond_plugin.host import prefork
+from bond_plugin.bench.runner import Processes
+from bond_plugin.host import PYTHON_VARIABLE
 
 pytestmark = pytest.mark.e2e  # the server takes half a minute to start
 
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.e2e  # the server takes half a minute to start
 def python(forks: dict[str, str]) -> str:
     if not forks:
         pytest.skip("only for machines without GPU")
-    return forks[prefork.VARIABLE]
+    return forks[PYTHON_VARIABLE]
 
 
 def run(python: str, *arguments: str, **options) -> subprocess.CompletedProcess:
@@ -89,18 +92,12 @@ def test_random_numbers_differ_between_copies(python: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killing_the_executable_ends_the_copy(
-    python: str, forks: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    monkeypatch.setenv(prefork.VARIABLE, forks[prefork.VARIABLE])
-    waiting = subprocess.Popen(
-        [python, "-c", "print('here', flush=True); import time; time.sleep(60)"], stdout=subprocess.PIPE, text=True
-    )
+def test_killing_the_executable_ends_the_copy(python: str, number: int) -> None:
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    waiting = subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True)
     assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "here\n"
-    copy = prefork.copy_of(waiting.pid)
-    assert copy is not None
-    assert os.path.exists(f"/proc/{copy}")
+    copy = int(waiting.stdout.readline())
+    assert copy != waiting.pid
     waiting.send_signal(number)
     assert waiting.wait(timeout=20) == -number
     waiting.stdout.close()
@@ -119,3 +116,23 @@ def test_workers_of_another_job_of_ray_are_no_copies(python: str) -> None:
     for job, copied in (("01000000", "True"), ("02000000", "False")):
         done = run(python, "-c", code, env={**os.environ, "RAY_JOB_ID": job})
         assert done.stdout.strip() == copied, done.stderr
+
+
+def test_bench_counts_the_memory_of_copies(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy is no child of the process that bench started, nor are its own children, as Ray's workers are."""
+    monkeypatch.setenv(PYTHON_VARIABLE, python)
+    hold = "import time; x = bytearray(200 * 2**20); time.sleep(3)"
+    code = f"import subprocess; subprocess.run([{python!r}, '-c', {hold!r}]); {hold}"
+    peak = Processes().run("this", ["-c", code], tmp_path / "log", memory=True)
+    assert peak is not None and 0.2 < peak < 2
+
+
+@pytest.mark.parametrize(("code", "status"), [("sys.exit(5)", 5), ("os.kill(os.getpid(), 15)", 143)])
+def test_a_command_runs_beside_a_server_of_its_own(code: str, status: int) -> None:
+    inner = "import sys; print('vllm' in sys.modules)"
+    outer = f"import os, subprocess, sys; subprocess.run([os.environ[{PYTHON_VARIABLE!r}], '-c', {inner!r}]); {code}"
+    prefork = [sys.executable, str(REPOSITORY / "benchmarks" / "prefork.py")]
+    done = subprocess.run(
+        [*prefork, sys.executable, "-c", outer], env=clean_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert (done.stdout.strip(), done.returncode) == ("True", status), done.stderr

@@ -8,6 +8,7 @@ here, without a display.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from bond_plugin.bench.results import Result
-from bond_plugin.bench.summary import Policy, Summary, strength_text
+from bond_plugin.bench.summary import Method, Policy, Summary, strength_text
 from bond_plugin.bench.two import BeforeAfter
 from bond_plugin.bestofn.limits import interpolate, over_root
 
@@ -39,6 +40,8 @@ _LINES: tuple[Any, ...] = (
     (0, (3, 3)),
 )
 _STRENGTH_LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 1.5)))
+_Look = dict[str, Any]  # arguments of a line of matplotlib's
+_OPACITIES = (1.0, 0.8, 0.65, 0.55, 0.5)
 _BLACK, _GREY, _SHADE = "#1a1a1a", "#595959", "#ececec"
 
 #: What the measures and curves are called on an axis.
@@ -88,20 +91,11 @@ def _figure(height: float, width: float = _WIDTH) -> Figure:
     return figure
 
 
-class _Look:
-    """Colour, marker and line style of a method, by its place among all methods."""
-
-    def __init__(self, place: int) -> None:
-        self.colour = _COLOURS[place % len(_COLOURS)]
-        self.marker = _MARKERS[place % len(_MARKERS)]
-        self.line = _LINES[place % len(_LINES)]
-
-    def handle(self, label: str) -> Line2D:
-        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=self.line, label=label)
-
-
-def looks(summary: Summary) -> dict[str, _Look]:
-    return {method.key: _Look(place) for place, method in enumerate(summary.methods)}
+def _looks(summary: Summary) -> list[tuple[Method, _Look]]:
+    """The methods, each with its colour, marker and line style."""
+    cycles = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_LINES), strict=False)
+    looks = ({"color": colour, "marker": marker, "linestyle": line} for colour, marker, line in cycles)
+    return list(zip(summary.methods, looks, strict=False))
 
 
 # Fronts.
@@ -118,15 +112,18 @@ def front(summary: Summary, measure: str) -> Figure:
         if measure == "win_rate":  # in reward it is the limit
             kl, value = (part[summary.tilted[0] <= right] for part in summary.tilted)
             axes.plot(kl, value, color=_GREY, linewidth=1.3, linestyle=(0, (6, 2, 1.5, 2)), label=OPTIMUM, zorder=2)
-        for method, look in zip(summary.methods, looks(summary).values(), strict=True):
-            _points(axes, method.points, look, measure)
+        for method, look in _looks(summary):
+            kls = [point.estimates["kl"] for point in method.points]
+            whiskers = _whiskers([(kl.low, kl.value, kl.high) for kl in kls])
+            look |= {"xerr": whiskers, "linewidth": 1.5, "zorder": 3}
+            _points(axes, method, look, measure, [kl.value for kl in kls])
         ends = [_interval(point, measure) for point in summary.points]
-        lowest = min([summary.limits[measure].base, *(low for low, _ in ends)])
-        highest = max([top, *(high for _, high in ends)])
+        lowest = min([summary.limits[measure].base, *(low for low, _, _ in ends)])
+        highest = max([top, *(high for _, _, high in ends)])
         margin = 0.06 * max(highest - lowest, 1e-9)
         axes.set(xlim=(-0.02 * right, right), ylim=(lowest - margin, highest + margin))
         axes.set(xlabel=NAMES["kl"], ylabel=NAMES[measure])
-        _legend_below(figure, axes.get_legend_handles_labels()[0], summary)
+        _legend_below(figure, axes, summary)
         return figure
 
 
@@ -175,46 +172,31 @@ def _best_of_n(axes: Axes, summary: Summary, measure: str, right: float) -> None
         placed = kl
 
 
-def _points(axes: Axes, points: Sequence[Policy], look: _Look, measure: str) -> None:
-    """Points with interval whiskers, joined in their order."""
-    kls = [point.estimates["kl"] for point in points]
-    axes.errorbar(
-        [kl.value for kl in kls],
-        [point.estimates[measure].value for point in points],
-        xerr=[[max(0.0, kl.value - kl.low) for kl in kls], [max(0.0, kl.high - kl.value) for kl in kls]],
-        yerr=_whiskers(points, measure),
-        color=look.colour,
-        marker=look.marker,
-        linestyle=look.line,
-        linewidth=1.5,
-        elinewidth=0.9,
-        markersize=6.5,
-        zorder=3,
-    )
+def _points(axes: Axes, method: Method, look: _Look, measure: str, x: Sequence[float]) -> None:
+    """A method's points at ``x``, with interval whiskers."""
+    intervals = [_interval(point, measure) for point in method.points]
+    values = [value for _, value, _ in intervals]
+    axes.errorbar(x, values, yerr=_whiskers(intervals), elinewidth=0.9, markersize=6.5, **look)
 
 
-def _interval(point: Policy, measure: str) -> tuple[float, float]:
-    """The interval of the gain over the reference, about the point. How difficult the prompts happened to be
-    moves all policies and both curves together, and would hide how these differ."""
+def _interval(point: Policy, measure: str) -> tuple[float, float, float]:
+    """(low, value, high): the interval of the gain over the reference, about the point. How difficult the prompts
+    happened to be moves all policies and both curves together, and would hide how these differ."""
     gain = point.estimates[f"{measure}_gain"]
     value = point.estimates[measure].value
-    return value - max(0.0, gain.value - gain.low), value + max(0.0, gain.high - gain.value)
+    return value - max(0.0, gain.value - gain.low), value, value + max(0.0, gain.high - gain.value)
 
 
-def _whiskers(points: Sequence[Policy], measure: str) -> list[list[float]]:
-    values = [point.estimates[measure].value for point in points]
-    ends = [_interval(point, measure) for point in points]
-    return [
-        [value - low for value, (low, _) in zip(values, ends, strict=True)],
-        [high - value for value, (_, high) in zip(values, ends, strict=True)],
-    ]
+def _whiskers(intervals: Sequence[tuple[float, float, float]]) -> list[list[float]]:
+    """Lengths below and above; none is negative, though a resampled interval may lie beside its value."""
+    below = [max(0.0, value - low) for low, value, _ in intervals]
+    above = [max(0.0, high - value) for _, value, high in intervals]
+    return [below, above]
 
 
-def _legend_below(figure: Figure, others: Sequence[Any], summary: Summary) -> None:
-    handles = [
-        look.handle(method.label) for method, look in zip(summary.methods, looks(summary).values(), strict=True)
-    ]
-    handles += list(others)
+def _legend_below(figure: Figure, axes: Axes, summary: Summary) -> None:
+    handles = [Line2D([], [], label=method.label, **look) for method, look in _looks(summary)]
+    handles += axes.get_legend_handles_labels()[0]
     for handle in handles:
         handle.set_label(textwrap.fill(handle.get_label(), 64))
     for columns in (3, 2, 1):  # as many as there is room for
@@ -238,14 +220,11 @@ def training(summary: Summary, key: str) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = _figure(0.4 + 2.7 * rows)
         panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-        for axes, method, look in zip(panels, summary.methods, looks(summary).values(), strict=False):
+        for axes, (method, look) in zip(panels, _looks(summary), strict=False):
             for place, point in enumerate(method.points):
-                _runs(axes, point, key, look, _STRENGTH_LINES[place % len(_STRENGTH_LINES)], _shade(place))
+                _runs(axes, point, key, look, place)
             axes.set_title(method.label, loc="left", fontweight="bold")
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(handlelength=2.6, fontsize=8, loc="upper left", borderaxespad=0.2)
-            else:
-                axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=_GREY)
+            _legend(axes, "not logged", handlelength=2.6, fontsize=8, loc="upper left", borderaxespad=0.2)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(labelbottom=True, labelleft=True)
         for axes in panels[count:]:
@@ -258,30 +237,28 @@ def training(summary: Summary, key: str) -> Figure:
         return figure
 
 
-def _shade(place: int) -> float:
-    """Opacity of the strengths of one method, which share its colour."""
-    return (1.0, 0.8, 0.65, 0.55, 0.5)[min(place, 4)]
+def _legend(axes: Axes, instead: str, **more: Any) -> None:
+    """A legend, or words in the middle of a panel without curves."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**more)
+    else:
+        axes.text(0.5, 0.5, instead, transform=axes.transAxes, ha="center", color=_GREY)
 
 
-def _runs(axes: Axes, point: Policy, key: str, look: _Look, line: Any, opacity: float) -> None:
+def _smooth(axes: Axes, x: Tensor, values: Tensor, marker: str, **more: Any) -> None:
+    """The thick line of a curve; a marker where it has a single value."""
+    axes.plot(x, smoothed(values), linewidth=2, marker=marker if len(x) == 1 else None, **more)
+
+
+def _runs(axes: Axes, point: Policy, key: str, look: _Look, place: int) -> None:
+    """The strengths of one method share its colour, and differ in line and opacity."""
+    line, opacity = _STRENGTH_LINES[place % len(_STRENGTH_LINES)], _OPACITIES[min(place, len(_OPACITIES) - 1)]
     runs = [run for run in (_curve(cell, key) for cell in point.cells) if len(run[0]) > 0]
     for tokens, values in runs:
-        axes.plot(tokens, values, color=look.colour, linewidth=0.6, alpha=0.35 * opacity)
-    if not runs:
-        return
-    grid, mean = mean_curve(runs)
-    label = strength_text(point.strength) or "mean of the seeds"
-    marker = look.marker if len(grid) == 1 else None
-    axes.plot(
-        grid,
-        smoothed(mean),
-        color=look.colour,
-        linewidth=2,
-        linestyle=line,
-        alpha=opacity,
-        marker=marker,
-        label=label,
-    )
+        axes.plot(tokens, values, color=look["color"], linewidth=0.6, alpha=0.35 * opacity)
+    if runs:
+        label = strength_text(point.strength) or "mean of the seeds"
+        _smooth(axes, *mean_curve(runs), **look | {"linestyle": line, "alpha": opacity, "label": label})
 
 
 def _curve(cell: Result, key: str) -> tuple[Tensor, Tensor]:
@@ -346,10 +323,7 @@ def run_curves(metrics: Sequence[dict[str, Any]], result: BeforeAfter) -> Figure
             if key == "reward/policy":
                 _levels(axes, result)
             axes.set(title=title, xlabel="step", ylabel=unit)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="best")
-            else:
-                axes.text(0.5, 0.5, "not logged in this run", transform=axes.transAxes, ha="center", color=_GREY)
+            _legend(axes, "not logged in this run", loc="best")
         figure.suptitle(f"{len(metrics)} steps: thin lines are single steps, thick lines their moving average")
         return figure
 
@@ -361,8 +335,7 @@ def _run_curve(axes: Axes, metrics: Sequence[dict[str, Any]], key: str, label: s
     if len(points):
         steps, values = points.unbind(-1)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        marker = "o" if len(values) == 1 else None
-        axes.plot(steps, smoothed(values), color=colour, linewidth=2, label=label, marker=marker)
+        _smooth(axes, steps, values, "o", color=colour, label=label)
 
 
 def _levels(axes: Axes, result: BeforeAfter) -> None:
@@ -391,27 +364,16 @@ def cost(summary: Summary) -> Figure:
     """Mean reward against the tokens generated for the training and its reward cache, and against its wall time."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(6.6)
-        for axes, key, scale, name in zip(
-            figure.subplots(2, 1, sharey=True),
-            ("tokens", "seconds"),
-            (1e3, 60),
-            ("tokens generated for a run, thousands", "wall time of a run, minutes"),
-            strict=True,
-        ):
-            for method, look in zip(summary.methods, looks(summary).values(), strict=True):
-                axes.errorbar(
-                    [point.training(key) / scale for point in method.points],
-                    [point.estimates["reward"].value for point in method.points],
-                    yerr=_whiskers(method.points, "reward"),
-                    color=look.colour,
-                    marker=look.marker,
-                    linestyle="none",
-                    elinewidth=0.9,
-                    markersize=6.5,
-                )
+        costs = (
+            ("tokens", 1e3, "tokens generated for a run, thousands"),
+            ("seconds", 60, "wall time of a run, minutes"),
+        )
+        for axes, (key, scale, name) in zip(figure.subplots(2, 1, sharey=True), costs, strict=True):
+            for method, look in _looks(summary):
+                paid = [point.training(key) / scale for point in method.points]
+                _points(axes, method, look | {"linestyle": "none"}, "reward", paid)
             axes.axhline(summary.limits["reward"].base, color=_GREY, linewidth=1.2, linestyle=":", label="reference")
             axes.set(xlabel=name, ylabel=NAMES["reward"])
             axes.set_xlim(left=0)
-        handles = axes.get_legend_handles_labels()[0]
-        _legend_below(figure, handles, summary)
+        _legend_below(figure, axes, summary)
         return figure

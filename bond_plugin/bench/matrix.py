@@ -4,14 +4,17 @@
     common:                      # flags of every cell, nested as in a recipe
       actor: {model_name_or_path: mini/model}
       ...
-    evaluation:
+    evaluation:                  # how every policy is measured
       prompts: mini/heldout.jsonl
+                                 # also: input_key, label_key, samples, reference_samples, quantile_samples,
+                                 # bon_levels, forward_samples, seed, examples
     seeds: [1, 2, 3]             # --train.seed
     methods:
       jbond:
         label: J-BOND
         flags: {algo: {advantage: {estimator: jbond}}}
         strength: {bond.gamma: [0, 0.5, 1]}
+        seeds: [1]               # instead of those above
       rloo:
         label: RLOO
         flags: {algo: {advantage: {estimator: rloo}}}
@@ -19,13 +22,15 @@
 
 A strength is one flag or several with lists of values, of which every combination is run; or a list of mappings, of
 which each is one point (for flags that go together). A method's flags win over the common ones, a strength's over
-both. Whether the flags themselves are valid is for ``bond train --dry-run`` to say, cell by cell.
+both. A template that is in common is put around the held-out prompts. Whether the flags themselves are valid is for
+`bond train --dry-run` to say, cell by cell.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,7 +163,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique in a matrix: ``jbond gamma=0.5 seed=1``."""
-        point = [f"{key}={_short(value)}" for key, value in self.strength.items()]
+        point = [f"{key}={short(value)}" for key, value in self.strength.items()]
         return " ".join([self.method, *point, f"seed={self.seed}"])
 
     @property
@@ -204,17 +209,9 @@ def read(path: Path) -> Matrix:
     Raises:
         MatrixError: the first problem found.
     """
-    import yaml
-
-    if not path.is_file():
-        raise MatrixError(f"{path}: no such file")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=recipes.strict_loader(yaml))
-    except yaml.YAMLError as error:
-        raise MatrixError(f"{path}: not valid YAML: {error}") from error
-    try:
-        return parse(content)
-    except MatrixError as error:
+        return parse(recipes.load(path, typed=True))
+    except (recipes.RecipeError, MatrixError) as error:
         raise MatrixError(f"{path}: {error}") from error
 
 
@@ -232,11 +229,10 @@ def parse(content: Any) -> Matrix:
             rounds.append((place, Cell(key, method.label or key, _short_names(point), seed, flags, own)))
     # Every method with its first seed comes first: a comparison that is not finished yet compares all.
     cells = [cell for _, cell in sorted(rounds, key=lambda entry: entry[0])]
-    seen: set[str] = set()
+    counts = Counter(cell.folder for cell in cells)
     for cell in cells:
-        if cell.folder in seen:
+        if counts[cell.folder] > 1:
             raise MatrixError(f"methods.{cell.method}: the cell '{cell.name}' is there twice")
-        seen.add(cell.folder)
     return Matrix(given.title, given.common, given.evaluation, tuple(cells))
 
 
@@ -254,5 +250,6 @@ def _short_names(point: dict[str, Any]) -> dict[str, Any]:
 _NAMES = {"algo.kl.init_coef": "kl_coef", "actor.adam.lr": "lr", "critic.adam.lr": "critic_lr"}
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as the names of cells and points have it."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -127,11 +127,5 @@ def _plain(value: Any) -> Any:
     return round(value, DIGITS)
 
 
-def main(argv: list[str]) -> int:
-    """Measure what the file ``argv[0]`` describes. Returns the exit status."""
-    run(Job(**read_json(Path(argv[0]))))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(Job(**read_json(Path(sys.argv[1]))))

@@ -10,15 +10,7 @@ from bond_plugin.bench import sections
 from bond_plugin.bench.document import Block, Heading, Log, Paragraph, Picture, to_html, to_markdown
 from bond_plugin.bench.resampling import RESAMPLES, Estimate
 from bond_plugin.bench.results import read_results
-from bond_plugin.bench.summary import (
-    BEST_OF_N,
-    Comparison,
-    Method,
-    Policy,
-    Summary,
-    strength_text,
-    summarise,
-)
+from bond_plugin.bench.summary import BEST_OF_N, Policy, Summary, strength_text, summarise
 from bond_plugin.files import write_whole
 
 PICTURES = "figures"
@@ -44,11 +36,9 @@ def write_report(out_dir: Path, resamples: int = RESAMPLES) -> list[Path]:
     files["report.md"] = to_markdown(title, blocks, PICTURES).encode()
     files["report.html"] = to_html(title, blocks).encode()
     (out_dir / PICTURES).mkdir(exist_ok=True)
-    written = []
     for name, content in files.items():
         write_whole(out_dir / name, content)
-        written.append(out_dir / name)
-    return list(reversed(written))
+    return [out_dir / name for name in reversed(files)]
 
 
 def contents(summary: Summary) -> list[Block]:
@@ -56,14 +46,7 @@ def contents(summary: Summary) -> list[Block]:
     blocks: list[Block] = [Paragraph(outcome(summary), important=True), Paragraph(conditions(summary))]
     blocks += failures(summary)
     if summary.points:
-        for section in (
-            sections.policies,
-            sections.fronts,
-            sections.worth,
-            sections.training,
-            sections.cost,
-            sections.samples,
-        ):
+        for section in sections.OF_POLICIES:
             blocks += section(summary)
     return blocks + sections.settings(summary)
 
@@ -83,32 +66,25 @@ def outcome(summary: Summary) -> str:
     worth = f"one sample of {policy} {_worth(summary, best)}, at a KL of {best.kl:.2f} nats"
     if gain.low <= 0:
         worth = f"its reward cannot be told from the reference's (gain {sections.with_interval(gain)})"
-    others = [method.label for method in summary.methods if method is not leader]
-    if not others:
+    if len(summary.methods) == 1:
         return f"{leader.label}: {worth}."
-    gaps = {c.first if c.second == leader.label else c.second: _seen_from(c, leader) for c in _pairs(summary, leader)}
-    below = [label for label in others if gaps[label].low > 0]
-    unclear = [label for label in others if label not in below]
-    parts = []
-    if below:
-        parts.append(f"above {_listed(below)} at equal KL beyond the 95 % interval")
-    if unclear:
-        parts.append(f"not told apart from {_listed(unclear)}")
-    return f"{leader.label} has the highest reward front, {' and '.join(parts)}; {worth}."
+    gaps = {}  # how far the leader lies above each other method
+    for found in summary.comparisons["reward"]:
+        if found.first == leader.label and found.second != BEST_OF_N:
+            gaps[found.second] = found.gap
+        elif found.second == leader.label:
+            gaps[found.first] = Estimate(-found.gap.value, -found.gap.high, -found.gap.low)
+    said = {
+        "above {} at equal KL beyond the 95 % interval": [label for label, gap in gaps.items() if gap.low > 0],
+        "not told apart from {}": [label for label, gap in gaps.items() if gap.low <= 0],
+        "with no KL in common with {}": [label for label, gap in gaps.items() if math.isnan(gap.low)],
+    }
+    parts = [text.format(_listed(labels)) for text, labels in said.items() if labels]
+    return f"{leader.label} has the highest reward front, {_listed(parts)}; {worth}."
 
 
 def _defined(value: float) -> float:
     return value if math.isfinite(value) else -math.inf
-
-
-def _pairs(summary: Summary, method: Method) -> list[Comparison]:
-    pairs = [c for c in summary.comparisons["reward"] if c.second != BEST_OF_N]
-    return [c for c in pairs if method.label in (c.first, c.second)]
-
-
-def _seen_from(comparison: Comparison, method: Method) -> Estimate:
-    gap = comparison.gap
-    return gap if comparison.first == method.label else Estimate(-gap.value, -gap.high, -gap.low)
 
 
 def _listed(names: Sequence[str]) -> str:

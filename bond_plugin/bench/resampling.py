@@ -33,10 +33,13 @@ class Estimate:
         """From ``[B + 1]`` draws. Resamples in which the statistic is not defined are left out of the interval."""
         value, defined = draws[0].item(), draws[1:][draws[1:].isfinite()]
         if not math.isfinite(value) or not len(defined):
-            return cls(math.nan, math.nan, math.nan)
+            return NOT_DEFINED
         tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
         low, high = torch.quantile(defined, tails).tolist()
         return cls(value, low, high)
+
+
+NOT_DEFINED = Estimate(math.nan, math.nan, math.nan)
 
 
 class Resampling:
@@ -129,12 +132,6 @@ def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[T
     grid = 10 ** torch.linspace(-3, 6, points, dtype=torch.float64) / max(-below.min().item(), 1e-300)
     kl, gap, win_rate = (found.T for found in tilted_means(below, grid, below, beats))
     end = math.log(rewards.shape[-1]) - (below == 0).sum(dim=-1).double().log()
-
-    def between(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
-        return torch.cat([first.unsqueeze(-1), middle, last.unsqueeze(-1)], dim=-1)
-
-    return (
-        between(torch.zeros_like(best), kl, end).clamp(min=0),
-        between(rewards.mean(dim=-1), best.unsqueeze(-1) + gap, best),
-        between(beats.mean(dim=-1), win_rate, beats.amax(dim=-1)),
-    )
+    kl = torch.column_stack([torch.zeros_like(best), kl, end]).clamp(min=0)
+    value = torch.column_stack([rewards.mean(dim=-1), best.unsqueeze(-1) + gap, best])
+    return kl, value, torch.column_stack([beats.mean(dim=-1), win_rate, beats.amax(dim=-1)])

@@ -49,13 +49,9 @@ def _by_prompt(value: Any, info: ValidationInfo) -> Tensor:
     return found
 
 
-def _logged(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
 ByPrompt = Annotated[Tensor, BeforeValidator(_by_prompt)]
 ByN = dict[Annotated[int, StrictMode(False)], ByPrompt]
-Logged = Annotated[float, BeforeValidator(_logged)]
+Logged = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class Example(Strict):

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,11 @@ from bond_plugin import __version__
 from bond_plugin import recipe as recipes
 from bond_plugin.bench.matrix import Cell, Matrix
 from bond_plugin.files import read_json, write_json, write_whole
-from bond_plugin.host import metrics
+from bond_plugin.host import metrics, python
 from bond_plugin.offline import fingerprints
 from bond_plugin.offline.prompts import DataError, read_rows
 
+_SAMPLES = "reference-samples.json"
 _ERROR_LINES = 12
 _LOOK_EVERY = 0.5  # seconds, whether a process has ended
 _MEMORY_EVERY = 10.0  # seconds: reading it costs a tenth of a second a process
@@ -59,80 +62,70 @@ class BenchError(RuntimeError):
     """The comparison cannot go on. The message says why and what to do."""
 
 
-@dataclass
 class Processes:
-    """Starts processes, knows those that run, and ends them all when asked.
+    """Runs processes, and ends them all when asked."""
 
-    Attributes:
-        python: the executable for Python command lines: this interpreter, or a prefork server's.
-    """
-
-    python: str = sys.executable
-    _running: set[subprocess.Popen] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _stopped: bool = False
+    def __init__(self) -> None:
+        self.stopped = False
 
     def run(
-        self, arguments: Sequence[str], log: Path, variables: dict[str, str], memory: bool = False
-    ) -> tuple[int, float | None]:
-        """Run ``python arguments``, its output appended to ``log``.
+        self, what: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}, memory: bool = False
+    ) -> float | None:
+        """Run ``python arguments``, its output in ``log``; ``what`` it is is for the message.
 
         Returns:
-            The exit status, and with ``memory`` the largest memory of its processes together in GiB (proportional
-            set size, so that what they share counts once).
+            With ``memory`` the largest memory of its processes together in GiB (proportional set size, so that what
+            they share counts once).
 
         Raises:
-            BenchError: it was ended by :meth:`stop`.
+            BenchError: it failed, with what its log says; or it was not started, after :meth:`stop`.
         """
-        with log.open("ab") as file:
-            with self._lock:
-                if self._stopped:
-                    raise BenchError("stopped")
-                process = subprocess.Popen(
-                    [self.python, *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                    env={**os.environ, **variables}, start_new_session=True,
-                )  # fmt: skip
-                self._running.add(process)
-            peak, looked = None, time.monotonic() - _MEMORY_EVERY + 2 * _LOOK_EVERY
-            try:
-                while True:
-                    if memory and time.monotonic() - looked >= _MEMORY_EVERY:
-                        used, looked = _memory(process.pid), time.monotonic()
-                        peak = used if peak is None else max(peak, used)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        return process.wait(timeout=_LOOK_EVERY), peak
-                    if self._stopped:
-                        process.terminate()
-            finally:
-                self._running.discard(process)
+        if self.stopped:
+            raise BenchError("stopped")
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [python(), *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                env={**os.environ, **variables}, start_new_session=True,
+            )  # fmt: skip
+        peak, looked = None, time.monotonic() - _MEMORY_EVERY + 2 * _LOOK_EVERY
+        try:
+            while process.poll() is None:
+                if memory and time.monotonic() - looked >= _MEMORY_EVERY:
+                    used, looked = _memory(process.pid), time.monotonic()
+                    peak = used if peak is None else max(peak, used)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=_LOOK_EVERY)
+                if self.stopped:
+                    process.terminate()
+        finally:
+            process.terminate()  # if this was interrupted
+        if process.returncode != 0:
+            said = _error(log.read_text(errors="replace"))
+            raise BenchError(f"{what} ended with status {process.returncode}: {said}")
+        return peak
 
     def stop(self) -> None:
-        """End everything that runs."""
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                process.terminate()
+        """End everything that runs, within the time between two looks at it."""
+        self.stopped = True
 
 
 def _memory(pid: int) -> float:
+    """GiB of a process and of all that it has started."""
     import psutil
 
-    from bond_plugin.host import prefork
-
-    total, seen = 0, set()
-    waiting = [pid]
+    total, waiting, seen = 0, [pid], set()
+    copies = Path(python()).parent / "copies"  # benchmarks/prefork.py: process ids of those that others stand for
     while waiting:
         one = waiting.pop()
         if one in seen:
             continue
         seen.add(one)
-        with contextlib.suppress(psutil.Error, OSError):
+        with contextlib.suppress(psutil.Error):
             process = psutil.Process(one)
             total += process.memory_full_info().pss
             waiting += [child.pid for child in process.children()]
-        copy = prefork.copy_of(one)
-        if copy is not None:
-            waiting.append(copy)
+        with contextlib.suppress(OSError, ValueError):
+            waiting.append(int((copies / str(one)).read_text()))
     return total / 2**30
 
 
@@ -144,14 +137,12 @@ class Options:
         output: the folder of results.
         parallel: cells at a time; 0 finds out.
         keep_policies: keep trained weights (they are deleted after they were measured otherwise).
-        prefork: let all processes be copies of one that has the imports (only without GPU, and on this machine).
         command: what made the results, for the report.
     """
 
     output: Path
     parallel: int = 0
     keep_policies: bool = False
-    prefork: bool = True
     command: str = "bond bench"
 
 
@@ -171,24 +162,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@dataclass
 class Runner:
-    """See :func:`run`."""
+    """Checks, trains and measures the cells of a matrix: see :func:`opened`."""
 
-    def __init__(
-        self,
-        matrix: Matrix,
-        options: Options,
-        rows: list[dict[str, Any]],
-        processes: Processes,
-        say: Say,
-    ) -> None:
-        self.matrix, self.options, self.processes, self.say = matrix, options, processes, say
-        self.output = options.output
-        self.rows = rows
-        self.configurations: dict[str, dict[str, Any]] = {}  # by cell
-        self._contents: dict[str, str | None] = {}  # hashes of files and models by path
-        self._devices: list[str] | None = None
-        self._device_lock = threading.Lock()
+    matrix: Matrix
+    options: Options
+    rows: list[dict[str, Any]]
+    processes: Processes
+    say: Say
+    configurations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by cell
+    _contents: dict[str, str | None] = field(default_factory=dict)  # hashes of files and models by path
+    free: queue.SimpleQueue[dict[str, str]] = field(default_factory=queue.SimpleQueue)  # of the slots
 
     # Before anything expensive starts.
 
@@ -199,41 +184,37 @@ class Runner:
             BenchError: the cells that cannot run, each with its reason.
         """
         self.say(f"checking the flags of {len(self.matrix.cells)} cells")
-        folder = self.output / "checks"
-        folder.mkdir(exist_ok=True)
-        kept = {cell.name: folder / f"{cell.folder}.json" for cell in self.matrix.cells}
-
-        def one(cell: Cell) -> str | None:
-            path, key = kept[cell.name], fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
-            found = read_json(path)
-            if found is not None and found["key"] == key:
-                self.configurations[cell.name] = found["configuration"]
-                return None
-            log = folder / f"{cell.folder}.log"
-            log.unlink(missing_ok=True)
-            said = path.with_suffix(".run.json")
-            status, _ = self.processes.run([*self._train(cell), "--dry-run", "--json", str(said)], log, {})
-            if status != 0:
-                return f"{cell.name}: {_error(log.read_text(errors='replace'))}"
-            found = read_json(said)
-            configuration = {**found["configuration"], "gpu_slots": found["gpu_slots"]}
-            write_json(path, {"key": key, "configuration": configuration})
-            self.configurations[cell.name] = configuration
-            return None
-
+        (self.options.output / "checks").mkdir(exist_ok=True)
         with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
-            problems = [problem for problem in pool.map(one, self.matrix.cells) if problem]
+            problems = [problem for problem in pool.map(self._check, self.matrix.cells) if problem]
         if problems:
             raise BenchError("these cells cannot run:\n  " + "\n  ".join(problems))
-        first = self.configurations[self.matrix.cells[0].name]
-        for cell in self.matrix.cells:
-            for name in (*_SHARED, *_TEMPLATES):
-                mine, theirs = _get(self.configurations[cell.name], name), _get(first, name)
-                if mine != theirs:
-                    raise BenchError(
-                        f"cells that are compared must have the same --{name}: {mine!r} in '{cell.name}', {theirs!r} "
-                        f"in '{self.matrix.cells[0].name}'"
-                    )
+        first = self.matrix.cells[0]
+        for cell, name in itertools.product(self.matrix.cells, (*_SHARED, *_TEMPLATES)):
+            mine, theirs = (_get(self.configurations[one.name], name) for one in (cell, first))
+            if mine != theirs:
+                raise BenchError(
+                    f"cells that are compared must have the same --{name}: {mine!r} in '{cell.name}', {theirs!r} in "
+                    f"'{first.name}'"
+                )
+
+    def _check(self, cell: Cell) -> str | None:
+        """Find out the configuration of a cell, or why it cannot run."""
+        path = self.options.output / "checks" / f"{cell.folder}.json"
+        key = fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
+        known = read_json(path) or {}
+        if known.get("key") != key:
+            said = path.with_suffix(".run.json")
+            try:
+                arguments = [*self._train(cell), "--dry-run", "--json", str(said)]
+                self.processes.run(cell.name, arguments, path.with_suffix(".log"))
+            except BenchError as error:
+                return str(error)
+            found = read_json(said)
+            known = {"key": key, "configuration": {**found["configuration"], "gpu_slots": found["gpu_slots"]}}
+            write_json(path, known)
+        self.configurations[cell.name] = known["configuration"]
+        return None
 
     # The reference.
 
@@ -242,36 +223,30 @@ class Runner:
         configuration = self.configurations[self.matrix.cells[0].name]
         model = configuration["actor"]["model_name_or_path"]
         key = self._reference_key(configuration)
-        path = self.output / "reference.json"
-        known = read_json(path)
-        if known is not None and known.get("key") == key:
+        path = self.options.output / "reference.json"
+        known = read_json(path) or {}
+        if known.get("key") == key:
             # Another title needs no other samples.
             write_json(path, known | {"title": self.matrix.title, "command": self.options.command})
             return key
         self.say(f"reference: {len(self.rows)} prompts x {self.matrix.evaluation.reference_samples} samples")
-        measured = self.output / "reference-measured.json"
-        self._measure(model, measured, True, self.output / "reference.log", configuration)
-        found = read_json(measured)
-        samples = read_json(self.output / "reference-samples.json")
-        evaluation = self.matrix.evaluation
-        write_json(
-            path,
-            {
-                "key": key,
-                "title": self.matrix.title,
-                "command": self.options.command,
-                "model": model,
-                "reward": ", ".join(configuration["reward"]["remote_url"] or [])
-                or configuration["reward"]["model_name_or_path"],
-                "max_new_tokens": configuration["rollout"]["max_new_tokens"],
-                "temperature": configuration["rollout"]["temperature"],
-                "quantile_samples": evaluation.quantile_samples,
-                "bon_levels": evaluation.bon_levels,
-                "rewards": [[float(f"{r:.6g}") for r in row] for row in samples["rewards"]],
-                **{name: value for name, value in found.items() if name != "cached_tokens"},
-            },
-        )
-        measured.unlink()
+        found = self._measure(model, self.options.output, configuration, is_reference=True)
+        found.pop("cached_tokens")
+        rewards = read_json(self.options.output / _SAMPLES)["rewards"]
+        reward = configuration["reward"]
+        settings = {
+            "key": key,
+            "title": self.matrix.title,
+            "command": self.options.command,
+            "model": model,
+            "reward": ", ".join(reward["remote_url"] or [reward["model_name_or_path"]]),
+            "max_new_tokens": configuration["rollout"]["max_new_tokens"],
+            "temperature": configuration["rollout"]["temperature"],
+            "quantile_samples": self.matrix.evaluation.quantile_samples,
+            "bon_levels": self.matrix.evaluation.bon_levels,
+            "rewards": [[float(f"{value:.6g}") for value in row] for row in rewards],
+        }
+        write_json(path, settings | found)
         return key
 
     def _reference_key(self, configuration: dict[str, Any]) -> str:
@@ -295,13 +270,13 @@ class Runner:
     def finished(self, cell: Cell, reference: str) -> dict[str, Any] | None:
         """The result of a cell, if it has one that was made with what it would be made with now."""
         found = read_json(self._folder(cell) / "result.json") or {}
-        if found.get("key") == self._key(cell, reference) and found["status"] == "done":
+        if found.pop("key", None) == self._key(cell, reference) and found["status"] == "done":
             return found | {"label": cell.label}  # another label needs no other run
         return None
 
     def cell(self, cell: Cell, reference: str) -> dict[str, Any]:
         """Train and measure one cell; its result, which may be a failure."""
-        folder, key = self._folder(cell), self._key(cell, reference)
+        folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         result: dict[str, Any] = {
             "cell": cell.name,
@@ -317,12 +292,7 @@ class Runner:
             if known.get("key") != self._training_key(cell) or not (folder / "policy").is_dir():
                 known = self._train_cell(cell, folder)
                 write_json(trained, known)
-            measured = folder / "measured.json"
-            self._measure(
-                str(folder / "policy"), measured, False, folder / "measure.log", self.configurations[cell.name]
-            )
-            found = read_json(measured)
-            measured.unlink()
+            found = self._measure(str(folder / "policy"), folder, self.configurations[cell.name])
             result |= {
                 "status": "done",
                 "training": known["training"] | {"cached_tokens": found["cached_tokens"]},
@@ -332,57 +302,49 @@ class Runner:
             if not self.options.keep_policies:
                 shutil.rmtree(folder / "policy")
         except BenchError as error:
-            if self.processes._stopped:
+            if self.processes.stopped:
                 raise
             result |= {"status": "failed", "error": str(error)}
-        write_json(folder / "result.json", {"key": key, **result})
-        return {"key": key, **result}
+        write_json(folder / "result.json", {"key": self._key(cell, reference), **result})
+        return result
 
     def _train_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
         for old in ("policy", "run", "checkpoints"):
             shutil.rmtree(folder / old, ignore_errors=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        log = folder / "train.log"
-        log.unlink(missing_ok=True)
-        started = time.monotonic()
-        with self._device(cell) as variables:
-            status, peak = self.processes.run(self._train(cell), log, variables, memory=True)
+        started, variables = time.monotonic(), self.free.get()
+        try:
+            peak = self.processes.run("training", self._train(cell), folder / "train.log", variables, memory=True)
+        finally:
+            self.free.put(variables)
         seconds = time.monotonic() - started
-        if status != 0:
-            raise BenchError(f"training ended with status {status}: {_error(log.read_text(errors='replace'))}")
-        policy = folder / "policy"
-        policy.mkdir()
-        for path in (folder / "run").iterdir():
-            if path.name == "metrics.jsonl":
-                path.rename(folder / path.name)
-            else:
-                path.rename(policy / path.name)
-        shutil.rmtree(folder / "run")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        training = _training(folder / "metrics.jsonl")
+        policy = (folder / "run").rename(folder / "policy")
+        training = _training(policy / "metrics.jsonl")
+        (policy / "metrics.jsonl").replace(folder / "metrics.jsonl")
         training |= {"seconds": round(seconds, 1), "peak_memory_gib": None if peak is None else round(peak, 2)}
         return {"key": self._training_key(cell), "training": training}
 
-    def _measure(
-        self, model: str, output: Path, is_reference: bool, log: Path, configuration: dict[str, Any]
-    ) -> None:
-        job = {
+    def _measure(self, model: str, folder: Path, configuration: dict[str, Any], is_reference: bool = False) -> Any:
+        """What :mod:`bond_plugin.bench.measure` finds of a model; its log goes into ``folder``."""
+        job, output = folder / "measure.job.json", folder / "measured.json"
+        description = {
             "model": model,
             "reference": configuration["actor"]["model_name_or_path"],
             "output": str(output),
-            "reference_samples": str(self.output / "reference-samples.json"),
+            "reference_samples": str(self.options.output / _SAMPLES),
             "rows": self.rows,
             "configuration": configuration,
             "evaluation": self.matrix.evaluation.model_dump(),
             "is_reference": is_reference,
         }
-        path = output.with_suffix(".job.json")
-        write_json(path, job)
-        log.unlink(missing_ok=True)
-        status, _ = self.processes.run(["-m", "bond_plugin.bench.measure", str(path)], log, {})
-        path.unlink()
-        if status != 0:
-            raise BenchError(f"measuring ended with status {status}: {_error(log.read_text(errors='replace'))}")
+        write_json(job, description)
+        try:
+            arguments = ["-m", "bond_plugin.bench.measure", str(job)]
+            self.processes.run("measuring", arguments, folder / "measure.log")
+            return read_json(output)
+        finally:
+            job.unlink()
+            output.unlink(missing_ok=True)
 
     def _train(self, cell: Cell) -> list[str]:
         import yaml
@@ -398,7 +360,7 @@ class Runner:
         ]  # fmt: skip
 
     def _folder(self, cell: Cell) -> Path:
-        return self.output / "cells" / cell.folder
+        return self.options.output / "cells" / cell.folder
 
     def _key(self, cell: Cell, reference: str) -> str:
         return fingerprints.of_value([self._training_key(cell), reference])
@@ -416,87 +378,88 @@ class Runner:
 
     # Several at once.
 
-    def parallel(self) -> int:
-        """How many cells run at a time: as asked, or as many as the GPUs allow."""
-        if self.options.parallel:
-            return self.options.parallel
-        configuration = self.configurations[self.matrix.cells[0].name]
-        if configuration["bond"]["device"] == "cpu" and "RAY_ADDRESS" not in os.environ:
-            return max(1, (os.cpu_count() or 1) // 4)
-        most = max(sum(found["gpu_slots"].values()) for found in self.configurations.values())
-        return max(1, _gpus() // max(1, most))
+    def slots(self) -> list[dict[str, str]]:
+        """The variables of the runs that go at a time: as many as asked, or as the GPUs allow.
 
-    @contextlib.contextmanager
-    def _device(self, cell: Cell) -> Iterator[dict[str, str]]:
-        """On a machine with GPUs and without a cluster, a run sees those that no other run has."""
-        configuration = self.configurations[cell.name]
-        if configuration["bond"]["device"] == "cpu" or "RAY_ADDRESS" in os.environ:
-            yield {}
-            return
-        with self._device_lock:
-            if self._devices is None:
-                self._devices = [str(i) for i in range(_gpus())]
-            wanted = sum(configuration["gpu_slots"].values())
-            mine, self._devices = self._devices[:wanted], self._devices[wanted:]
-        try:
-            yield {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
-        finally:
-            with self._device_lock:
-                self._devices = [*self._devices, *mine]
+        On a machine with GPUs and without a cluster, each sees those that no other has.
+        """
+        cluster, configurations = "RAY_ADDRESS" in os.environ, self.configurations.values()
+        if not cluster and all(found["bond"]["device"] == "cpu" for found in configurations):
+            return [{}] * (self.options.parallel or max(1, (os.cpu_count() or 1) // 4))
+        gpus, needed = _gpus(), max(1, *(sum(found["gpu_slots"].values()) for found in configurations))
+        width = self.options.parallel or max(1, gpus // needed)
+        if cluster:
+            return [{}] * width
+        shares = [range(gpus)[i * needed : (i + 1) * needed] for i in range(width)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, share))} if share else {} for share in shares]
+
+    def run(self) -> int:
+        """Train and measure what is not finished, after :meth:`check`. Returns how many cells have failed.
+
+        Raises:
+            BenchError: it was stopped, or the reference cannot be measured.
+        """
+        reference, cells = self.reference(), self.matrix.cells
+        results = {cell.name: self.finished(cell, reference) for cell in (*cells, *self.matrix.others)}
+        waiting = [cell for cell in cells if results[cell.name] is None]
+        done = len(cells) - len(waiting)
+        if done:
+            self.say(f"{done} of {len(cells)} cells are finished already")
+        slots = self.slots()
+        for slot in slots:
+            self.free.put(slot)
+        started = time.monotonic()
+        self._write(results)
+        with ThreadPoolExecutor(max_workers=len(slots)) as pool:
+            try:
+                futures = [pool.submit(self.cell, cell, reference) for cell in waiting]
+                for count, future in enumerate(as_completed(futures), start=1):
+                    result = future.result()
+                    results[result["cell"]] = result
+                    self._write(results)
+                    pace = _pace(time.monotonic() - started, count, len(slots), results.values())
+                    left = pace * (len(waiting) - count)
+                    rest = f"; about {timedelta(seconds=int(left))} left" if count < len(waiting) else ""
+                    self.say(f"{done + count}/{len(cells)} {result['cell']}: {self._said(result)}{rest}")
+            except BaseException:
+                self.processes.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return sum(result is not None and result["status"] == "failed" for result in results.values())
+
+    def _write(self, results: dict[str, dict[str, Any] | None]) -> None:
+        found = [results[cell.name] for cell in (*self.matrix.cells, *self.matrix.others)]
+        lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in found if result is not None]
+        write_whole(self.options.output / "results.jsonl", "".join(lines))
+
+    def _said(self, result: dict[str, Any]) -> str:
+        if result["status"] == "failed":
+            return f"FAILED: {result['error'].splitlines()[0]} (log in {self.options.output / 'cells'})"
+        mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
+        return (
+            f"reward {mean['reward']:.3f}, KL {mean['kl']:.2f}, win rate {mean['win_rate']:.3f}; "
+            f"{result['training']['seconds']:.0f} s"
+        )
 
 
-def check(matrix: Matrix, options: Options, say: Say) -> None:
-    """Check every cell's flags. Raises as :func:`run` does."""
-    with _runner(matrix, options, say) as runner:
-        runner.check()
-
-
-def run(matrix: Matrix, options: Options, say: Say, finished: Callable[[int, int, dict, float | None], None]) -> int:
-    """Run what is not finished of a matrix.
+@contextlib.contextmanager
+def opened(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
+    """The runner of a matrix, while no other one writes its folder.
 
     Args:
         matrix, options: what and how.
-        say: takes messages.
-        finished: called after each cell with (cells done, cells in all, its result, seconds left or ``None``).
-
-    Returns:
-        How many cells have failed.
+        say: takes messages, one for each cell among them.
 
     Raises:
-        BenchError: the matrix cannot run, or was stopped.
+        BenchError: the held-out prompts are of no use, or another process writes the folder.
     """
-    with _runner(matrix, options, say) as runner:
-        runner.check()
-        reference = runner.reference()
-        results = {cell.name: runner.finished(cell, reference) for cell in (*matrix.cells, *matrix.others)}
-        waiting = [cell for cell in matrix.cells if results[cell.name] is None]
-        done = len(matrix.cells) - len(waiting)
-        if done:
-            say(f"{done} of {len(matrix.cells)} cells are finished already")
-        width = runner.parallel()
-        started = time.monotonic()
-        futures: dict[Future, Cell] = {}
-        _results(options.output, matrix, results)
-        with ThreadPoolExecutor(max_workers=width) as pool:
-            try:
-                futures = {pool.submit(runner.cell, cell, reference): cell for cell in waiting}
-                unfinished, count = set(futures), 0
-                while unfinished:
-                    ready, unfinished = wait(unfinished, return_when=FIRST_COMPLETED)
-                    for future in ready:
-                        result = future.result()
-                        results[result["cell"]] = result
-                        count += 1
-                        _results(options.output, matrix, results)
-                        pace = _pace(time.monotonic() - started, count, width, results.values())
-                        left = pace * (len(waiting) - count)
-                        finished(done + count, len(matrix.cells), result, left)
-            except BaseException:
-                runner.processes.stop()
-                for future in futures:
-                    future.cancel()
-                raise
-        return sum(result is not None and result["status"] == "failed" for result in results.values())
+    given, keys = matrix.evaluation, ("evaluation.input_key", "evaluation.label_key")
+    try:
+        rows = read_rows(Path(given.prompts), given.input_key, given.label_key, keys)
+    except DataError as error:
+        raise BenchError(f"evaluation.prompts {error}") from error
+    with locked(options.output):
+        yield Runner(matrix, options, rows, Processes(), say)
 
 
 def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]) -> float:
@@ -504,47 +467,6 @@ def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]
     trained = [one["training"]["seconds"] for one in results if one is not None and one["status"] == "done"]
     whole = sum(trained) / len(trained) / width if trained else 0.0
     return max(seconds / count, whole)
-
-
-@contextlib.contextmanager
-def _runner(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
-    """What is cheap to check comes before the processes."""
-    rows = _rows(matrix)
-    with locked(options.output), _processes(options) as processes:
-        yield Runner(matrix, options, rows, processes, say)
-
-
-@contextlib.contextmanager
-def _processes(options: Options) -> Iterator[Processes]:
-    """With a prefork server where it helps."""
-    from bond_plugin.host import DEVICE_VARIABLE, launch, prefork
-
-    variables = dict(os.environ)
-    try:
-        if not options.prefork or "RAY_ADDRESS" in os.environ or launch.has_gpu():
-            os.environ.pop(prefork.VARIABLE, None)
-            yield Processes()
-            return
-        if prefork.VARIABLE in os.environ:  # somebody else's server
-            yield Processes(os.environ[prefork.VARIABLE])
-            return
-        os.environ[DEVICE_VARIABLE] = "cpu"
-        launch.settle_device([])
-        with prefork.Server() as server:
-            os.environ[prefork.VARIABLE] = str(server.python)
-            yield Processes(str(server.python))
-    finally:
-        os.environ.clear()
-        os.environ.update(variables)
-
-
-def _results(output: Path, matrix: Matrix, results: dict[str, dict[str, Any] | None]) -> None:
-    lines = []
-    for cell in (*matrix.cells, *matrix.others):
-        result = results[cell.name]
-        if result is not None:
-            lines.append(json.dumps({k: v for k, v in result.items() if k != "key"}, ensure_ascii=False) + "\n")
-    write_whole(output / "results.jsonl", "".join(lines))
 
 
 def _training(path: Path) -> dict[str, Any]:
@@ -566,10 +488,7 @@ def _training(path: Path) -> dict[str, Any]:
     if kl[-1] is None:
         lengths = column("response_length")
         kl = [None if None in pair else pair[0] * pair[1] for pair in zip(column("kl"), lengths, strict=True)]
-    tokens, total = [], 0.0
-    for line in lines:
-        total += line.get("rollout/generated_tokens", 0)
-        tokens.append(int(total))
+    tokens = [int(total) for total in itertools.accumulate(line.get("rollout/generated_tokens", 0) for line in lines)]
     return {
         "steps": len(lines),
         "generated_tokens": tokens[-1],
@@ -580,16 +499,6 @@ def _training(path: Path) -> dict[str, Any]:
             "log_quantile": column("bond/log_quantile"),
         },
     }
-
-
-def _rows(matrix: Matrix) -> list[dict[str, Any]]:
-    given = matrix.evaluation
-    try:
-        return read_rows(
-            Path(given.prompts), given.input_key, given.label_key, ("evaluation.input_key", "evaluation.label_key")
-        )
-    except DataError as error:
-        raise BenchError(f"evaluation.prompts {error}") from error
 
 
 def _gpus() -> int:

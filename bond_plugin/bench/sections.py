@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
@@ -16,7 +15,8 @@ from bond_plugin.bench.summary import MEASURES, Policy, Summary
 _NONE = "–"
 _BEYOND = "†"
 _EXAMPLES = 4  # prompts whose samples are shown
-_Get = Callable[[dict[str, Estimate]], Entry]
+_NAMES = {"reward": "reward", "win_rate": "win rate"}
+_DIGITS = {"entropy": 2, "length": 1}  # of estimates with others than three
 
 # Numbers and their words.
 
@@ -35,28 +35,33 @@ def _entry(estimate: Estimate | None, digits: int = 3, scale: float = 1.0) -> En
     return value, f"[{low}, {high}]"
 
 
+def _percentages(shares: dict[str, float]) -> list[str]:
+    return [f"{100 * shares[measure]:.0f}" for measure in MEASURES]
+
+
 def _number(value: float, digits: int = 0) -> str:
     return f"{value:,.{digits}f}" if math.isfinite(value) else _NONE
 
 
-def _share(summary: Summary, estimates: dict[str, Estimate], measure: str, kind: str) -> Entry:
-    """A share of the limit in percent, marked where the limit is not supported."""
-    entry = _entry(estimates.get(f"{measure}_{kind}"), 1, 100)
+def _value(summary: Summary, estimates: dict[str, Estimate], key: str) -> Entry:
+    """An estimate by its name; a share of the limit in percent, marked where the limit is not supported."""
+    if not key.endswith("share"):
+        return _entry(estimates.get(key), _DIGITS.get(key, 3))
+    entry = _entry(estimates.get(key), 1, 100)
+    measure = "win_rate" if key.startswith("win_rate") else "reward"
     if isinstance(entry, str) or summary.limits[measure].supported_at(estimates["kl"].value):
         return entry
     return f"{entry[0]} {_BEYOND}", entry[1]
 
 
 def _table(
-    name: str,
-    rows: Sequence[tuple[str, dict[str, Estimate]]],
-    columns: dict[str, _Get],
+    summary: Summary, name: str, policies: Sequence[tuple[str, dict[str, Estimate]]], columns: dict[str, str]
 ) -> Table:
-    return Table(name, ["policy", *columns], [[row, *(get(e) for get in columns.values())] for row, e in rows])
-
-
-def _column(key: str, digits: int = 3) -> _Get:
-    return lambda estimates: _entry(estimates.get(key), digits)
+    """A row for each of ``policies``, names and estimates; ``columns`` are titles, and names of estimates."""
+    rows = [
+        [policy, *(_value(summary, estimates, key) for key in columns.values())] for policy, estimates in policies
+    ]
+    return Table(name, ["policy", *columns], rows)
 
 
 def n_range(summary: Summary, point: Policy) -> str:
@@ -71,42 +76,31 @@ def n_range(summary: Summary, point: Policy) -> str:
 def policies(summary: Summary) -> list[Block]:
     """A row for each method and strength, in tables narrow enough to read."""
     trained = [(point.name, point.estimates) for point in summary.points]
-    best_of = [(f"Best-of-{n} of the reference", estimates) for n, estimates in summary.best_of.items()]
-    reference = [("reference", summary.reference.estimates)]
-    kl = {"KL(π‖π_ref), nats": _column("kl")}
-    shares: dict[str, _Get] = {}
-    for measure, name in (("reward", "reward"), ("win_rate", "win rate")):
-        shares[f"{name}: % of the limit"] = lambda e, m=measure: _share(summary, e, m, "share")
-        shares["Best-of-N there, " + name] = lambda e, m=measure: _share(summary, e, m, "bon_share")
-        shares[f"{name} above Best-of-N"] = _column(f"{measure}_above_bon")
+    beside = trained + [(f"Best-of-{n} of the reference", estimates) for n, estimates in summary.best_of.items()]
+    trained = [("reference", summary.reference.estimates), *trained]
+    kl = {"KL(π‖π_ref), nats": "kl"}
+    rewards = {"mean reward": "reward", "gain over the reference": "reward_gain", "win rate": "win_rate"}
+    shares = {}
+    for measure, name in _NAMES.items():
+        shares[f"{name}: % of the limit"] = f"{measure}_share"
+        shares[f"Best-of-N there, {name}"] = f"{measure}_bon_share"
+        shares[f"{name} above Best-of-N"] = f"{measure}_above_bon"
     levels = summary.results.reference.bon_levels
-    distances = {f"KL(π‖Best-of-{n}), nats": _column(f"backward_kl_{n}") for n in levels}
-    distances |= {f"KL(Best-of-{n}‖π), nats": _column(f"forward_kl_{n}") for n in levels}
-    texts = {
-        "entropy, nats": _column("entropy", 2),
-        "distinct-1": _column("distinct_1"),
-        "distinct-2": _column("distinct_2"),
-        "length, tokens": _column("length", 1),
-    }
+    distances = {f"KL(π‖Best-of-{n}), nats": f"backward_kl_{n}" for n in levels}
+    distances |= {f"KL(Best-of-{n}‖π), nats": f"forward_kl_{n}" for n in levels}
+    quantiles = {"expected quantile": "quantile", "expected log quantile": "log_quantile"}
+    texts = {"entropy, nats": "entropy", "distinct-1": "distinct_1", "distinct-2": "distinct_2"}
+    texts["length, tokens"] = "length"
     passes = sorted({n for cell in summary.results.done if cell.evaluation for n in cell.evaluation.pass_at})
-    right = {f"pass@{n}": _column(f"pass_at_{n}") for n in passes}
+    right = {f"pass@{n}": f"pass_at_{n}" for n in passes}
     return [
         Heading("The trained policies, and Best-of-N"),
-        _table(
-            "Reward and win rate against the reference",
-            trained + best_of,
-            {
-                "mean reward": _column("reward"),
-                "gain over the reference": _column("reward_gain"),
-                "win rate": _column("win_rate"),
-            }
-            | kl,
-        ),
+        _table(summary, "Reward and win rate against the reference", beside, rewards | kl),
         Paragraph(
             "Best-of-N is computed from the samples of the reference, its KL from their ties (log N − (N−1)/N "
             "without ties). The gain is prompt by prompt: how difficult the prompts are is not in its interval."
         ),
-        _table("Against the limit at the policy's own KL", trained + best_of, kl | shares),
+        _table(summary, "Against the limit at the policy's own KL", beside, kl | shares),
         Paragraph(
             "The limit is the highest value that any policy can have at this KL, that of the reference tilted by the "
             "reward, estimated from the reference's samples and corrected for its bias. Shares are of the possible "
@@ -114,66 +108,52 @@ def policies(summary: Summary) -> list[Block]:
             f"above it. {_BEYOND}: more KL than these samples can support the limit for (a bias above 2 % before "
             f"correction). {_NONE}: not defined, or beyond Best-of-{summary.curve.ns[-1]}."
         ),
-        _table("Distance to Best-of-N", reference + trained, distances),
-        _table(
-            "Quantiles among the reference's samples",
-            reference + trained,
-            {"expected quantile": _column("quantile"), "expected log quantile": _column("log_quantile")},
-        ),
-        _table("Responses", reference + trained, texts),
-        *([_table("Problems solved within k samples", reference + trained, right)] if right else []),
+        _table(summary, "Distance to Best-of-N", trained, distances),
+        _table(summary, "Quantiles among the reference's samples", trained, quantiles),
+        _table(summary, "Responses", trained, texts),
+        *([_table(summary, "Problems solved within k samples", trained, right)] if right else []),
     ]
 
 
 def fronts(summary: Summary) -> list[Block]:
     """Both fronts, who is on them, and how the methods compare at equal KL."""
-    names = {"reward": "Mean reward", "win_rate": "Win rate"}
     whiskers = (
         "Points are the seeds of a strength pooled, joined in order of KL. Whiskers: 95 % intervals, upwards of the "
         "gain over the reference. Numbers along the limit: N of Best-of-N."
     )
     pictures = []
-    for measure, name in names.items():
+    for measure, name in (("reward", "Mean reward"), ("win_rate", "Win rate")):
         alt = f"{name} against KL. " + "; ".join(
             f"{point.name}: {point.estimates[measure].value:.3f} at {point.kl:.2f} nats" for point in summary.points
         )
-        pictures.append(
-            _picture(
-                f"front_{measure}",
-                alt,
-                f"{name} against the KL to the reference. {whiskers}",
-                figures.front,
-                summary,
-                measure,
-            )
-        )
-    rows = [
-        [
-            method.label,
-            *(_entry(method.area[m], 1, 100) for m in MEASURES),
-            *(f"{100 * method.front_share[m]:.0f}" for m in MEASURES),
-        ]
-        for method in summary.methods
+        caption = f"{name} against the KL to the reference. {whiskers}"
+        pictures.append(_picture(f"front_{measure}", alt, caption, figures.front(summary, measure)))
+    header = [
+        "method",
+        *(f"{what}, {name}, %" for what in ("area", "share of the front") for name in _NAMES.values()),
     ]
-    on_front = [[p.name, *(f"{100 * p.on_front[measure]:.0f}" for measure in MEASURES)] for p in summary.points]
+    rows = []
+    for method in summary.methods:
+        areas = [_entry(method.area[measure], 1, 100) for measure in MEASURES]
+        rows.append([method.label, *areas, *_percentages(method.front_share)])
+    on_front = [[point.name, *_percentages(point.on_front)] for point in summary.points]
     comparisons = []
     for first, second in zip(*(summary.comparisons[measure] for measure in MEASURES), strict=True):
-        span = f"{first.low:.2f} to {first.high:.2f}" if first.low < first.high else f"{first.high:.2f}"
+        span = f"{first.low:.2f} to {first.high:.2f}" if first.low < first.high else _number(first.high, 2)
         comparisons.append([f"{first.first} above {first.second}", span, _entry(first.gap), _entry(second.gap)])
     area = summary.area_up_to
     return [
         Heading("Fronts: what is gained at which KL"),
         *pictures,
         _table(
+            summary,
             "Where the objectives lead",
             [(f"Best-of-{n}", estimates) for n, estimates in summary.best_of.items() if n > 1],
             {
-                "KL, nats": _column("kl"),
-                "reward: % of the limit": lambda e: _share(summary, e, "reward", "share"),
-                "win rate: % of the limit": lambda e: _share(summary, e, "win_rate", "share"),
-                "RL with a KL penalty, at this KL: win rate, % of the limit": lambda e: _share(
-                    summary, e, "win_rate", "tilted_share"
-                ),
+                "KL, nats": "kl",
+                "reward: % of the limit": "reward_share",
+                "win rate: % of the limit": "win_rate_share",
+                "RL with a KL penalty, at this KL: win rate, % of the limit": "win_rate_tilted_share",
             },
         ),
         Paragraph(
@@ -182,23 +162,15 @@ def fronts(summary: Summary) -> list[Block]:
             "nothing lies above it there, and which of the two has the higher win rate depends on how rewards are "
             "distributed. What a run has less than its own optimum is a matter of samples and of optimisation."
         ),
-        Table(
-            "Methods",
-            [
-                "method",
-                "area, reward, %",
-                "area, win rate, %",
-                "share of the front, reward, %",
-                "share of the front, win rate, %",
-            ],
-            rows,
-        ),
+        Table("Methods", header, rows),
         Paragraph(
             "Area: the part of all possible gains that a method's front has, for KL from 0 to "
             f"{area['reward']:.2f} nats (reward) and {area['win_rate']:.2f} nats (win rate). A method's front is the "
             "least concave curve above its points and the reference, which a random choice between two policies "
-            "attains; it stays level beyond its last point. Share of the front: how many of the points on the Pareto "
-            "front of all methods are this method's, on average over the resamples."
+            "attains; it stays level beyond its last point. So the area of a method with few points is too small, "
+            "most of all without one near the reference, where what is possible rises steeply. Share of the front: "
+            "how many of the points on the Pareto front of all methods are this method's, on average over the "
+            "resamples."
         ),
         Table(
             "How often a policy is on the Pareto front",
@@ -207,9 +179,9 @@ def fronts(summary: Summary) -> list[Block]:
         ),
         Table("At equal KL", ["comparison", "KL, nats", "reward", "win rate"], comparisons, text_columns=2),
         Paragraph(
-            "How far one front lies above the other, on average over the KLs that both cover (or at one KL, if their "
-            "points have no range in common), resampled with the same prompts for both. An interval that contains 0 "
-            "tells no difference."
+            "How far one front lies above the other, on average over the KLs between the points of both (at one KL, "
+            "if one of them has a single point), resampled with the same prompts for both. An interval that contains "
+            f"0 tells no difference. {_NONE}: the points of the two have no KL in common; more strengths are needed."
         ),
     ]
 
@@ -248,38 +220,25 @@ def training(summary: Summary) -> list[Block]:
             f"training_{key}",
             f"{name} over the training, one panel for each method",
             f"{name} in training{moving if key == 'log_quantile' else ''}. {note}",
-            figures.training,
-            summary,
-            key,
+            figures.training(summary, key),
         )
         for key, name in names.items()
     ]
     return [Heading("Training"), *pictures]
 
 
-#: Columns of the table of costs.
-_COUNTS = {
-    "steps": "steps",
-    "generated_tokens": "generated tokens",
-    "cached_tokens": "tokens of its reward cache",
-    "seconds": "wall time, s",
-}
-
-
 def cost(summary: Summary) -> list[Block]:
     """What the runs cost, and what they reached for it."""
     cached = any(point.training("cached_tokens") for point in summary.points)
-    counts = ["steps", "generated_tokens", *(["cached_tokens"] if cached else []), "seconds"]
-    header = ["policy", "seeds", *(_COUNTS[key] for key in counts), "peak memory, GiB"]
-    rows = [
-        [
-            point.name,
-            str(len(point.cells)),
-            *(_number(point.training(key)) for key in counts),
-            _number(point.training("peak_memory_gib"), 2),
-        ]
-        for point in summary.points
-    ]
+    counts = {"steps": "steps", "generated_tokens": "generated tokens"}
+    if cached:
+        counts["cached_tokens"] = "tokens of its reward cache"
+    counts["seconds"] = "wall time, s"
+    rows = []
+    for point in summary.points:
+        memory = _number(point.training("peak_memory_gib"), 2)
+        rows.append([point.name, str(len(point.cells)), *(_number(point.training(key)) for key in counts), memory])
+    header = ["policy", "seeds", *counts.values(), "peak memory, GiB"]
     caption = "Mean reward of each trained policy against what its training cost; seeds pooled."
     if cached:
         caption += (
@@ -288,12 +247,11 @@ def cost(summary: Summary) -> list[Block]:
     return [
         Heading("Cost"),
         Table("Cost of a run, mean over its seeds", header, rows),
-        _picture("cost", caption, caption, figures.cost, summary),
+        _picture("cost", caption, caption, figures.cost(summary)),
     ]
 
 
-def _picture(name: str, alt: str, caption: str, draw: Callable[..., Figure], *arguments: Any) -> Picture:
-    figure = draw(*arguments)
+def _picture(name: str, alt: str, caption: str, figure: Figure) -> Picture:
     return Picture(name, alt, caption, figures.svg(figure), figures.png(figure))
 
 
@@ -311,12 +269,14 @@ def samples(summary: Summary) -> list[Block]:
     for example in summary.reference.examples[:_EXAMPLES]:
         items = []
         for name, point in shown:
-            for other in point.examples:
-                if other.prompt == example.prompt:
-                    items.append((f"{name}: reward {other.reward:.3f}", other.response or "(empty)"))
-                    break
+            same = [other for other in point.examples if other.prompt == example.prompt]
+            items += [(f"{name}: reward {other.reward:.3f}", other.response or "(empty)") for other in same[:1]]
         blocks.append(Texts(example.prompt, items))
     return blocks
+
+
+#: In reading order, of those that need a trained policy.
+OF_POLICIES = (policies, fronts, worth, training, cost, samples)
 
 
 def settings(summary: Summary) -> list[Block]:

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bond_plugin.bench.resampling import RESAMPLES, Estimate, Resampling, envelope, limit_by_prompt
+from bond_plugin.bench.matrix import short
+from bond_plugin.bench.resampling import NOT_DEFINED, RESAMPLES, Estimate, Resampling, envelope, limit_by_prompt
 from bond_plugin.bench.results import PER_PROMPT, Example, Measured, Result, Results
-from bond_plugin.bestofn.limits import (
-    BestOfNCurve,
-    Front,
-    best_of_n_curve,
-    over_root,
-    reward_front,
-    win_rate_front,
-)
-from bond_plugin.bestofn.limits import pareto_front as not_dominated
+from bond_plugin.bestofn import limits
 
 #: What is traded against the KL.
 MEASURES = ("reward", "win_rate")
@@ -57,9 +51,9 @@ class Policy:
     cells: tuple[Result, ...]
     examples: list[Example]
     estimates: dict[str, Estimate]
-    on_front: dict[str, float]
-    matches: Estimate
-    draws: dict[str, Tensor]
+    on_front: dict[str, float] = field(default_factory=dict)
+    matches: Estimate = NOT_DEFINED
+    draws: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -100,8 +94,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the front of ``first`` lies above that of ``second`` (labels), on average over KLs from ``low`` to
-    ``high`` nats; at a single KL where the points of the two have no common range."""
+    """How far the front of ``first`` lies above that of ``second`` (labels), on average over the KLs that both have
+    points around, from ``low`` to ``high`` nats. All NaN where there are none."""
 
     first: str
     second: str
@@ -133,8 +127,8 @@ class Summary:
     points: tuple[Policy, ...]
     methods: tuple[Method, ...]
     best_of: dict[int, dict[str, Estimate]]
-    curve: BestOfNCurve
-    limits: dict[str, Front]
+    curve: limits.BestOfNCurve
+    limits: dict[str, limits.Front]
     tilted: tuple[Tensor, Tensor]
     area_up_to: dict[str, float]
     comparisons: dict[str, tuple[Comparison, ...]]
@@ -145,9 +139,7 @@ BEST_OF_N = "Best-of-N"
 
 
 def strength_text(strength: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in strength.items()
-    )
+    return ", ".join(f"{key}={short(value)}" for key, value in strength.items())
 
 
 def summarise(results: Results, resamples: int = RESAMPLES) -> Summary:
@@ -167,10 +159,13 @@ class _Summariser:
         rewards = results.reference.rewards
         self.results = results
         self.resampling = Resampling(len(results.reference.prompts), resamples)
-        self.uncorrected = {"reward": reward_front(rewards), "win_rate": win_rate_front(rewards)}
+        self.uncorrected = {
+            "reward": limits.reward_front(rewards),
+            "win_rate": limits.win_rate_front(rewards),
+        }
         self.limits = {measure: limit.corrected() for measure, limit in self.uncorrected.items()}
         last = min(BEST_OF[-1], rewards.shape[1] - 1)
-        self.curve = best_of_n_curve(rewards, range(1, last + 1))
+        self.curve = limits.best_of_n_curve(rewards, range(1, last + 1))
         average = self.resampling.mean
         self.bon = {key: average(getattr(self.curve, key)) for key in ("kl", *MEASURES)}  # [B + 1, N]
         self.front = {  # [B + 1, points of the front] each
@@ -224,7 +219,6 @@ class _Summariser:
             cells=tuple(cells),
             examples=first.examples,
             estimates={key: Estimate.of(values) for key, values in draws.items()},
-            on_front={},
             matches=Estimate.of(matches.double()),
             draws={key: draws[key] for key in ("kl", *MEASURES)},
         )
@@ -233,8 +227,7 @@ class _Summariser:
         reference = self.results.reference
         draws = self.measured([reference.evaluation], self.resampling.weights(1))
         estimates = {key: Estimate.of(values) for key, values in draws.items()}
-        nothing = Estimate(math.nan, math.nan, math.nan)
-        return Policy("", "reference", {}, (), reference.examples, estimates, {}, nothing, {})
+        return Policy("", "reference", {}, (), reference.examples, estimates)
 
     def measured(self, evaluations: list[Measured], seeds: Tensor) -> dict[str, Tensor]:
         """Draws of what the evaluations hold, over seeds and prompts."""
@@ -256,15 +249,14 @@ class _Summariser:
     def best_of_n_at(self, measure: str, kl: Tensor) -> Tensor:
         """Best-of-N's value at ``[B + 1, G]`` KLs, linear in the root of the KL between two N (as Best-of-n
         would be for n in between); NaN beyond the last N."""
-        found = over_root(kl, self.bon["kl"], self.bon[measure])
-        return torch.where(kl <= self.bon["kl"][:, -1:], found, math.nan)
+        return _on_curve(kl, self.bon["kl"], self.bon[measure])
 
     def limit_at(self, measure: str, kl: Tensor) -> Tensor:
         """The limit at ``[B + 1, G]`` KLs, its bias taken off; NaN where :meth:`Front.at` does not know it either."""
         found_kl, value, _ = self.front[measure]
         limit = self.uncorrected[measure]
-        bias = over_root(kl, *(part.expand(len(kl), -1) for part in (limit.kl, limit.bias)))
-        found = over_root(kl, found_kl, value) - bias
+        bias = limits.over_root(kl, *(part.expand(len(kl), -1) for part in (limit.kl, limit.bias)))
+        found = limits.over_root(kl, found_kl, value) - bias
         known = (kl <= found_kl[:, -1:]) | limit.supported[-1]
         return torch.where(known, found, math.nan)
 
@@ -284,9 +276,8 @@ class _Summariser:
     def tilted_share(self, kl: Tensor) -> Tensor:
         """Draws ``[B + 1]`` of what the reference tilted by its reward has of the limit of the win rate."""
         found_kl, _, win_rate = self.front["reward"]
-        found = over_root(kl.unsqueeze(-1), found_kl, win_rate).squeeze(-1)
-        known = torch.where(kl <= found_kl[:, -1], found, math.nan)
-        return self.against_the_limit("win_rate", kl, known)["win_rate_share"]
+        found = _on_curve(kl.unsqueeze(-1), found_kl, win_rate).squeeze(-1)
+        return self.against_the_limit("win_rate", kl, found)["win_rate_share"]
 
     def best_of(self, n: int) -> dict[str, Estimate]:
         """Best-of-N itself, as estimates."""
@@ -305,16 +296,17 @@ class _Summariser:
             return {}
         kl = torch.stack([point.draws["kl"] for point in points], dim=-1)
         value = torch.stack([point.draws[measure] for point in points], dim=-1)
-        on = torch.stack([not_dominated(*row) for row in zip(kl[1:], value[1:], strict=True)]).double()  # [B, points]
+        on = torch.stack(
+            [limits.pareto_front(*row) for row in zip(kl[1:], value[1:], strict=True)]
+        ).double()  # [B, points]
+        of_all = (on / on.sum(dim=-1, keepdim=True)).mean(dim=0)
         shares: dict[str, float] = {}
-        for point, often, share in zip(
-            points, on.mean(dim=0), (on / on.sum(dim=-1, keepdim=True)).mean(dim=0), strict=True
-        ):
-            point.on_front[measure] = often.item()
-            shares[point.method] = shares.get(point.method, 0.0) + share.item()
+        for point, often, share in zip(points, on.mean(dim=0).tolist(), of_all.tolist(), strict=True):
+            point.on_front[measure] = often
+            shares[point.method] = shares.get(point.method, 0.0) + share
         return shares
 
-    def method_front(self, points: list[Policy], measure: str, kl: Tensor) -> Tensor:
+    def method_front(self, points: Sequence[Policy], measure: str, kl: Tensor) -> Tensor:
         """The front of a method at ``[B + 1, G]`` KLs: the envelope of its points and the reference."""
         base = self.bon[measure][:, :1]
         kls = torch.stack([point.draws["kl"].clamp(min=0) for point in points], dim=-1)
@@ -322,7 +314,7 @@ class _Summariser:
         zero = torch.zeros_like(base)
         return envelope(kl, torch.cat([zero, kls], dim=-1), torch.cat([base, values], dim=-1))
 
-    def area(self, points: list[Policy], measure: str, up_to: float) -> Tensor:
+    def area(self, points: Sequence[Policy], measure: str, up_to: float) -> Tensor:
         """Draws of the area between base and front, as a share of that between base and limit."""
         base = self.bon[measure][:, :1]
         grid = (up_to * torch.linspace(0, 1, _GRID, dtype=torch.float64) ** 2).expand(len(base), -1)
@@ -335,7 +327,12 @@ class _Summariser:
         return found + [self.compare(method, None, measure) for method in methods]
 
     def compare(self, first: Method, second: Method | None, measure: str) -> Comparison:
-        """``second=None`` stands for Best-of-N. In each resample on the range of KLs that it has there."""
+        """``second=None`` stands for Best-of-N.
+
+        In each resample on the KLs from the larger of both methods' smallest to the smaller of their largest there:
+        below a method's own points its front is a chord from the reference, far below what other strengths would
+        reach. Resamples without such a KL say nothing; where most are, nothing is said at all.
+        """
 
         def ends(method: Method | None) -> tuple[Tensor, Tensor]:
             if method is None:
@@ -344,15 +341,17 @@ class _Summariser:
             return kls.amin(dim=0), kls.amax(dim=0)
 
         (start, end), (other_start, other_end) = ends(first), ends(second)
-        high = torch.minimum(end, other_end)
-        low = torch.minimum(torch.maximum(start, other_start), high)
+        low, high = torch.maximum(start, other_start), torch.minimum(end, other_end)
+        shared = low <= high
         grid = torch.lerp(low.unsqueeze(-1), high.unsqueeze(-1), torch.linspace(0, 1, _GRID, dtype=torch.float64))
-        above = self.method_front(list(first.points), measure, grid)
-        if second is None:
-            below = self.best_of_n_at(measure, grid)
-        else:
-            below = self.method_front(list(second.points), measure, grid)
-        gap = Estimate.of((above - below).mean(dim=-1))
-        return Comparison(
-            first.label, BEST_OF_N if second is None else second.label, gap, low[0].item(), high[0].item()
-        )
+        above = self.method_front(first.points, measure, grid)
+        below = self.method_front(second.points, measure, grid) if second else self.best_of_n_at(measure, grid)
+        said = shared & (shared.double().mean() >= 0.5)
+        gap, low, high = (torch.where(said, values, math.nan) for values in ((above - below).mean(dim=-1), low, high))
+        label = BEST_OF_N if second is None else second.label
+        return Comparison(first.label, label, Estimate.of(gap), low[0].item(), high[0].item())
+
+
+def _on_curve(kl: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """Values of a curve at ``[B + 1, G]`` KLs, linear in the root of the KL; NaN beyond its end."""
+    return torch.where(kl <= known[:, -1:], limits.over_root(kl, known, values), math.nan)

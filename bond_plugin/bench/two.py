@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """The result of :func:`evaluate`.
+    """The result of :meth:`Evaluation.of`.
 
     Attributes:
         before, after: the two models' folders.
@@ -91,30 +91,18 @@ class BeforeAfter:
     def to_json(self) -> str:
         """The result as a JSON object, indented; the keys of ``best_of`` become strings."""
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, Estimate):
-                return {"mean": value.value, "low": value.low, "high": value.high}
-            return {n: plain(one) for n, one in value.items()} if isinstance(value, dict) else value
+        def plain(estimate: Estimate) -> dict[str, float]:
+            return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
 
-        found = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
-        return json.dumps(found | asdict(found.pop("sampling")), indent=2, ensure_ascii=False)
+        found = dict(vars(self))
+        return json.dumps(found | asdict(found.pop("sampling")), indent=2, ensure_ascii=False, default=plain)
 
 
-def evaluate(
-    before: str | Path,
-    after: str | Path,
-    pairs: Pairs,
-    score: scoring.Score,
-    reward: Any,
-    sampling: Sampling,
-    cache: Path,
-    say: Say,
-) -> BeforeAfter:
-    """Sample both models on the same prompts, score the samples, and compute the KL between the models.
+@dataclass(frozen=True)
+class Evaluation:
+    """How two models are compared.
 
-    Args:
-        before: folder of the initial policy.
-        after: folder of the trained policy; the same tokenizer and vocabulary.
+    Attributes:
         pairs: held-out prompts, templates applied, and a label each.
         score: the reward.
         reward: its :func:`~bond_plugin.offline.scoring.identity`.
@@ -122,62 +110,7 @@ def evaluate(
         cache: folder where samples and rewards are kept, so that a second call with the same models and settings
             reuses them.
         say: takes progress messages.
-
-    Raises:
-        VocabularyError, TokenizerError: the models cannot be compared.
-        RewardError: the reward failed.
-        SamplingError: vLLM failed.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    work = _Work(pairs, score, reward, sampling, cache, say)
-    first = work.scored("before", before, sampling.seed)
-    second = work.scored("after", after, sampling.seed + 1)
-    say(f"KL: {len(pairs) * sampling.kl_samples} responses of the trained policy under both models")
-    found = measure(
-        likelihood.load(after, before),
-        second,
-        first,
-        samples=sampling.samples,
-        quantile_samples=sampling.samples,
-        kl_samples=sampling.kl_samples,
-        temperature=sampling.temperature,
-        progress=_ticker(say, "KL"),
-    )
-    resampling = Resampling(len(pairs))
-
-    def estimate(values: Tensor) -> Estimate:
-        return Estimate.of(resampling.mean(values.unsqueeze(-1)).squeeze(-1))
-
-    reward_before, n = first.rewards.mean(dim=-1), sampling.samples
-    return BeforeAfter(
-        before=os.fspath(before),
-        after=os.fspath(after),
-        prompts=len(pairs),
-        sampling=sampling,
-        reward_before=estimate(reward_before),
-        reward_after=estimate(found["reward"]),
-        gain=estimate(found["reward"] - reward_before),
-        win_rate=estimate(found["win_rate"]),
-        kl=estimate(found["kl"]),
-        best_of={level: estimate(expected_max(first.rewards, level)) for level in BEST_OF if level <= n},
-        length_before=sum(len(ids) for one in first.samples for ids in one.response_ids) / (n * len(pairs)),
-        length_after=found["length"].mean().item(),
-        examples=[
-            {
-                "prompt": pairs[i][0],
-                "before": first.samples[i].queries[0],
-                "reward_before": first.rewards[i, 0].item(),
-                "after": second.samples[i].queries[0],
-                "reward_after": second.rewards[i, 0].item(),
-            }
-            for i in range(min(_EXAMPLES, len(pairs)))
-        ],
-    )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Sampling and scoring, kept between calls."""
 
     pairs: Pairs
     score: scoring.Score
@@ -186,14 +119,68 @@ class _Work:
     cache: Path
     say: Say
 
+    def of(self, before: str | Path, after: str | Path) -> BeforeAfter:
+        """Sample both models on the same prompts, score the samples, and compute the KL between the models.
+
+        Args:
+            before: folder of the initial policy.
+            after: folder of the trained policy; the same tokenizer and vocabulary.
+
+        Raises:
+            VocabularyError, TokenizerError: the models cannot be compared.
+            RewardError: the reward failed.
+            SamplingError: vLLM failed.
+        """
+        pairs, sampling = self.pairs, self.sampling
+        self.cache.mkdir(parents=True, exist_ok=True)
+        first = self.scored("before", before, sampling.seed)
+        second = self.scored("after", after, sampling.seed + 1)
+        self.say(f"KL: {len(pairs) * sampling.kl_samples} responses of the trained policy under both models")
+        found = measure(
+            likelihood.load(after, before),
+            second,
+            first,
+            samples=sampling.samples,
+            quantile_samples=sampling.samples,
+            kl_samples=sampling.kl_samples,
+            temperature=sampling.temperature,
+            progress=_ticker(self.say, "KL"),
+        )
+        resampling, levels = Resampling(len(pairs)), [n for n in BEST_OF if n <= sampling.samples]
+
+        def estimate(values: Tensor) -> Estimate:
+            return Estimate.of(resampling.mean(values.unsqueeze(-1)).squeeze(-1))
+
+        reward_before = first.rewards.mean(dim=-1)
+        return BeforeAfter(
+            before=os.fspath(before),
+            after=os.fspath(after),
+            prompts=len(pairs),
+            sampling=sampling,
+            reward_before=estimate(reward_before),
+            reward_after=estimate(found["reward"]),
+            gain=estimate(found["reward"] - reward_before),
+            win_rate=estimate(found["win_rate"]),
+            kl=estimate(found["kl"]),
+            best_of={n: estimate(expected_max(first.rewards, n)) for n in levels},
+            length_before=sum(len(ids) for one in first.samples for ids in one.response_ids) / first.rewards.numel(),
+            length_after=found["length"].mean().item(),
+            examples=[
+                {
+                    "prompt": pairs[i][0],
+                    "before": first.samples[i].queries[0],
+                    "reward_before": first.rewards[i, 0].item(),
+                    "after": second.samples[i].queries[0],
+                    "reward_after": second.rewards[i, 0].item(),
+                }
+                for i in range(min(_EXAMPLES, len(pairs)))
+            ],
+        )
+
     def scored(self, name: str, model: str | Path, seed: int) -> Scored:
         settings = {**asdict(self.sampling), "kl_samples": None, "seed": seed}
-        key = [
-            fingerprints.of_model(model),
-            fingerprints.of_tokenizer(model),
-            settings,
-            [prompt for prompt, _ in self.pairs],
-        ]
+        key: list[Any] = [fingerprints.of_model(model), fingerprints.of_tokenizer(model), settings]
+        key.append([prompt for prompt, _ in self.pairs])
         samples = self.samples(name, model, self.cache / f"samples-{name}-{fingerprints.of_value(key)}.json", seed)
         key += [self.reward, self.pairs]
         return Scored(
@@ -208,17 +195,9 @@ class _Work:
         prompts, count = [prompt for prompt, _ in self.pairs], self.sampling.samples
         self.say(f"{name}: sampling {len(prompts)} prompts x {count} from {model} (vLLM starts first)")
         started = time.monotonic()
-        drawn = engine.sample(
-            model,
-            prompts,
-            count,
-            max_new_tokens=self.sampling.max_new_tokens,
-            max_len=self.sampling.max_len,
-            temperature=self.sampling.temperature,
-            seed=seed,
-            engine=scoring.room_beside(self.score),
-            progress=_ticker(self.say, name),
-        )
+        how = {key: getattr(self.sampling, key) for key in ("max_new_tokens", "max_len", "temperature")}
+        room, progress = scoring.room_beside(self.score), _ticker(self.say, name)
+        drawn = engine.sample(model, prompts, count, seed=seed, engine=room, progress=progress, **how)
         tokens = sum(len(ids) for one in drawn for ids in one.response_ids)
         seconds = time.monotonic() - started
         self.say(f"{name}: {len(prompts) * count} responses, {tokens:,} tokens in {seconds:.0f} s")

@@ -6,8 +6,10 @@ import argparse
 import shlex
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+
+from bond_plugin.bench import matrix
 
 _DESCRIPTION = """\
 Compare algorithms by what they reach: reward and win rate against KL to the reference, on the same model, prompts,
@@ -15,22 +17,7 @@ reward and number of generated tokens. Each cell of the matrix is a `bond train`
 beside Best-of-1...64 of the reference and beside the limit that no policy can exceed at a given KL.
 """
 
-_EPILOG = """\
-The file:
-  title: ...
-  common: {...}          flags of every cell, nested as in a recipe
-  evaluation:            how every policy is measured
-    prompts: FILE.jsonl  (also: input_key, label_key, samples, reference_samples, quantile_samples, bon_levels,
-                         forward_samples, seed, examples); a template that is in common is put around them
-  seeds: [1, 2, 3]       --train.seed
-  methods:
-    jbond:
-      label: J-BOND
-      flags: {algo: {advantage: {estimator: jbond}}}
-      strength: {bond.gamma: [0, 0.5, 1]}    each value is one point; several flags: every combination;
-                                             a list of mappings: one point each
-      seeds: [1]                             instead of those above
-
+_EPILOG = """
 Written to --output-dir: report.html, report.md, results.jsonl, reference.json, figures/, cells/ (logs and metrics).
 Started again, the same command goes on where it was stopped: finished cells are kept, failed ones are tried again.
 
@@ -44,44 +31,29 @@ examples:
 def main(argv: list[str]) -> int:
     """Compare. Returns the exit status: 2 for an unusable matrix, 1 if cells failed, 130 if stopped."""
     args = build_parser().parse_args(argv)
-    from bond_plugin.bench import matrix, runner
+    from bond_plugin.bench import runner
 
-    try:
-        wanted = matrix.read(args.matrix).only(args.only)
-    except matrix.MatrixError as error:
-        return _failed(error, 2)
-    if args.report:
-        return _report(args.output_dir)
-    command = shlex.join(["bond", "bench", *argv])
-    output = args.output_dir.resolve()
-    options = runner.Options(output, args.parallel, args.keep_policies, args.prefork, command)
     started = time.monotonic()
 
     def say(message: str) -> None:
-        print(f"[{_clock(time.monotonic() - started)}] {message}", flush=True)
-
-    def finished(done: int, total: int, result: dict[str, Any], left: float | None) -> None:
-        if result["status"] == "failed":
-            said = f"FAILED: {result['error'].splitlines()[0]} (log in {output / 'cells'})"
-        else:
-            mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
-            said = (
-                f"reward {mean['reward']:.3f}, KL {mean['kl']:.2f}, win rate {mean['win_rate']:.3f}; "
-                f"{result['training']['seconds']:.0f} s"
-            )
-        rest = "" if left is None or done == total else f"; about {_clock(left)} left"
-        say(f"{done}/{total} {result['cell']}: {said}{rest}")
+        print(f"[{timedelta(seconds=int(time.monotonic() - started))}] {message}", flush=True)
 
     try:
+        wanted = matrix.read(args.matrix).only(args.only)
+        if args.report:
+            return _report(args.output_dir)
+        output, command = args.output_dir.resolve(), shlex.join(["bond", "bench", *argv])
         output.mkdir(parents=True, exist_ok=True)
-        if args.check:
-            runner.check(wanted, options, say)
-            print("\n".join(cell.name for cell in wanted.cells))
-            return 0
-        (output / "matrix.yaml").write_text(args.matrix.read_text(encoding="utf-8"), encoding="utf-8")
-        failed = runner.run(wanted, options, say, finished)
-    except runner.BenchError as error:
-        return _failed(error, 2)
+        options = runner.Options(output, args.parallel, args.keep_policies, command)
+        with runner.opened(wanted, options, say) as bench:
+            bench.check()
+            if args.check:
+                print("\n".join(cell.name for cell in wanted.cells))
+                return 0
+            (output / "matrix.yaml").write_text(args.matrix.read_text(encoding="utf-8"), encoding="utf-8")
+            failed = bench.run()
+    except (matrix.MatrixError, runner.BenchError) as error:
+        return _unusable(error)
     except KeyboardInterrupt:
         print("\nbond bench: stopped. Finished cells are kept; the same command goes on", file=sys.stderr)
         return 130
@@ -96,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bond bench",
         description=_DESCRIPTION,
-        epilog=_EPILOG,
+        epilog=f"{matrix.__doc__}{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("matrix", type=Path, metavar="FILE.yaml", help="what is compared; see below")
@@ -119,12 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="check every cell's flags, list the cells, and stop")
     parser.add_argument("--report", action="store_true", help="write the report of what is there, and stop")
     parser.add_argument("--keep-policies", action="store_true", help="keep the weights of every trained policy")
-    parser.add_argument(
-        "--no-prefork",
-        dest="prefork",
-        action="store_false",
-        help="without GPU, let every process import the host itself instead of copying one that has (slower)",
-    )
     return parser
 
 
@@ -141,17 +107,11 @@ def _report(output: Path) -> int:
     try:
         written = report.write_report(output)
     except (results.ResultsError, OSError) as error:
-        return _failed(error, 2)
+        return _unusable(error)
     print(f"written: {', '.join(map(str, written))}", flush=True)
     return 0
 
 
-def _failed(error: Exception, status: int) -> int:
+def _unusable(error: Exception) -> int:
     print(f"bond bench: error: {error}", file=sys.stderr, flush=True)
-    return status
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return 2

@@ -89,7 +89,8 @@ def main(argv: list[str]) -> int:
     how = {name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "kl_samples", "seed")}
     sampling, cache = two.Sampling(**how, max_len=run.data.max_len), args.output_dir / "cache"
     try:
-        result = two.evaluate(args.before, args.after, pairs, score, scoring.identity(run), sampling, cache, say)
+        evaluation = two.Evaluation(pairs, score, scoring.identity(run), sampling, cache, say)
+        result = evaluation.of(args.before, args.after)
     except (engine.SamplingError, RewardError, likelihood.VocabularyError, measure.TokenizerError) as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 1

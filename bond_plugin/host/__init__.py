@@ -15,6 +15,7 @@ a module of the host is imported. It may be called any number of times, in any p
 from __future__ import annotations
 
 import os
+import sys
 
 #: Set in every process of a run: ``cpu`` or ``cuda``.
 DEVICE_VARIABLE = "BOND_DEVICE"
@@ -22,6 +23,14 @@ DEVICE_VARIABLE = "BOND_DEVICE"
 ACTIVE_VARIABLE = "BOND_ACTIVE"
 #: Set in every process of a run with ``--reward.timeout``: seconds that a reward may take.
 TIMEOUT_VARIABLE = "BOND_REWARD_TIMEOUT"
+#: If set, names an executable that takes Python's command line, by which a run starts its processes in place of the
+#: interpreter: that of ``benchmarks/prefork.py``, whose processes have the host imported when they start.
+PYTHON_VARIABLE = "BOND_PREFORK_PYTHON"
+
+
+def python() -> str:
+    """The executable for a Python process on this machine."""
+    return os.environ.get(PYTHON_VARIABLE, sys.executable)
 
 
 def on_cpu() -> bool:
@@ -31,8 +40,6 @@ def on_cpu() -> bool:
 
 def load() -> None:
     """The entry point of the group ``openrlhf.plugins``: arm the hooks in this process."""
-    import sys
-
     from bond_plugin.host import hooks, launch
 
     if DEVICE_VARIABLE not in os.environ:

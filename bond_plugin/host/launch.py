@@ -23,7 +23,7 @@ from bond_plugin.host import (
     hooks,
     load_plugins,
     on_cpu,
-    prefork,
+    python,
 )
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
@@ -203,7 +203,9 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
     if ":" in args.algo.advantage.estimator:  # its module may lie in this folder
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     variables |= given.get("env_vars") or {}
-    merged = {**prefork.runtime_env(), **given, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
+    merged = {**given, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
+    if python() != sys.executable:
+        merged.setdefault("py_executable", python())
     # Under `ray job submit`, Ray refuses variables that the job's own runtime_env sets too; those win anyway.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
     for name in submitted.get("env_vars") or {}:

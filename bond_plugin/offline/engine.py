@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu, prefork
+from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu, python
 
 _TAIL_LINES = 25
 _REPORT_EVERY = 0.2  # seconds between two reports of progress: they must never fill the pipe
@@ -122,7 +122,7 @@ def stream(
     error = ""
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            [os.environ.get(prefork.VARIABLE, sys.executable), "-m", __spec__.name],
+            [python(), "-m", __spec__.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -1,11 +1,16 @@
 """One process imports the host, and every process of many runs is a copy of it.
 
+    .venv/bin/python benchmarks/prefork.py bond bench recipes/miniature/bench-pooled.yaml --output-dir runs/bench
+
+runs the command with such a process beside it, and ends with the command's exit status.
+
 A run of the host is five to eight Python processes, each of which imports torch, DeepSpeed, vLLM and the host: about
 ten seconds of one core a process, which is nothing beside a training on a cluster, and most of a training of a
 small model. :class:`Server` starts a process that imports them once, without starting a thread, and then forks:
 ``server.python`` is an executable that takes Python's own command line (``[-u] [-m module | -c code | file] …``) and
-hands it, with its environment, folder and open files, to that process, whose fork runs it. Ray's workers are started
-by it through ``py_executable`` (:func:`runtime_env`), and vLLM's engine through multiprocessing (:func:`adopt`).
+hands it, with its environment, folder and open files, to that process, whose fork runs it. The package starts its
+processes by the executable that BOND_PREFORK_PYTHON names, Ray's workers too, and a copy's children of
+multiprocessing are started by it here.
 
 The executable waits for its copy and ends with its exit status; if it is killed, so is the copy. Only for machines
 without GPU: what CUDA's libraries do at import is not known to survive a fork.
@@ -31,8 +36,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: Set in every process that should start others by the executable it names.
-VARIABLE = "BOND_PREFORK_PYTHON"
+from bond_plugin.host import DEVICE_VARIABLE, PYTHON_VARIABLE, launch, load_plugins
 
 #: What a run imports. Their imports bring the rest.
 _MODULES = (
@@ -57,7 +61,8 @@ _JOB = "01000000"
 _HARMLESS = ("jemalloc",)
 _HIGH = 512  # where received files wait for their own number
 _START_SECONDS = 300
-_COPIES = "copies"  # folder of files named for executables that run, each with its copy's process id
+_COPIES = "copies"  # folder of files named for executables that run, each with its copy's process id; for bond bench
+_SERVE = "--serve"  # this file's argument in the process that imports
 
 # Runs before anything else is imported: every process of a run pays for it.
 _CLIENT = """\
@@ -125,12 +130,12 @@ class Server:
         variables = (
             dict(os.environ if variables is None else variables)
             | _NO_THREADS
-            | {"RAY_JOB_ID": _JOB, VARIABLE: str(self.python)}
+            | {"RAY_JOB_ID": _JOB, PYTHON_VARIABLE: str(self.python)}
         )
         with self._log.open("w") as log:
             # Its standard input is our end of a pipe: it ends when we do, however we end.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, str(address)], stdin=subprocess.PIPE, stdout=log, stderr=log,
+                [sys.executable, __file__, _SERVE, str(address)], stdin=subprocess.PIPE, stdout=log, stderr=log,
                 env=variables,
             )  # fmt: skip
         deadline = time.monotonic() + _START_SECONDS
@@ -158,37 +163,13 @@ class Server:
         self.close()
 
 
-def runtime_env() -> dict[str, str]:
-    """What of Ray's ``runtime_env`` lets its workers be copies: empty where no server is."""
-    python = os.environ.get(VARIABLE)
-    return {"py_executable": python} if python else {}
-
-
-def adopt() -> None:
-    """Let multiprocessing's spawned children of this process be copies too: vLLM's engine is one."""
-    if os.environ.get(VARIABLE):
-        import multiprocessing.spawn
-
-        multiprocessing.spawn.set_executable(os.environ[VARIABLE])
-
-
-def copy_of(pid: int) -> int | None:
-    """The process that the executable ``pid`` stands for, or ``None`` if it is none of a server's."""
-    python = os.environ.get(VARIABLE)
-    if python:
-        with contextlib.suppress(OSError, ValueError):
-            return int((Path(python).parent / _COPIES / str(pid)).read_text())
-    return None
-
-
 # The server's side.
 
 
 def _serve(address: str) -> None:
     import importlib
 
-    from bond_plugin.host import load_plugins
-
+    sys.path.pop(0)  # this file's folder, which is of no use to copies
     # Read at import as the job is: the process by whose end workers know that Ray's daemon has gone. Theirs ends
     # their connection to it too, which they notice as well.
     os.environ["RAY_RAYLET_PID"] = str(os.getpid())
@@ -339,6 +320,7 @@ def _leave(status: int) -> None:
 
 def _run(argv: list[str]) -> int:
     """Python's command line, as far as Ray, multiprocessing and we use it."""
+    import multiprocessing.spawn
     import random
     import runpy
 
@@ -350,7 +332,8 @@ def _run(argv: list[str]) -> int:
     numpy.random.seed()
     threads = os.environ.get("OMP_NUM_THREADS", "")
     torch.set_num_threads(int(threads) if threads.isdigit() else os.cpu_count() or 1)
-    adopt()
+    if PYTHON_VARIABLE in os.environ:  # spawned children are copies too: vLLM's engine is one
+        multiprocessing.spawn.set_executable(os.environ[PYTHON_VARIABLE])
     while argv and argv[0].startswith("-") and argv[0] not in ("-m", "-c"):
         if argv[0] in ("-X", "-W"):  # their value follows
             argv = argv[1:]
@@ -362,6 +345,7 @@ def _run(argv: list[str]) -> int:
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     elif kind == "-c":
         sys.argv = ["-c", *argv[2:]]
+        sys.path.insert(0, "")
         main = type(sys)("__main__")
         sys.modules["__main__"] = main
         exec(compile(argv[1], "<string>", "exec"), vars(main))
@@ -375,5 +359,24 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
+def main(command: list[str]) -> int:
+    """Run ``command`` with a server beside it. Returns its exit status, as a shell says it."""
+    if not command:
+        raise SystemExit("usage: python benchmarks/prefork.py COMMAND ...")
+    if launch.has_gpu() or "RAY_ADDRESS" in os.environ:
+        raise SystemExit("prefork.py: only for runs on this machine, and without a GPU")
+    os.environ[DEVICE_VARIABLE] = "cpu"
+    launch.settle_device([])
+    with Server() as server:
+        running = subprocess.Popen(command, env={**os.environ, PYTHON_VARIABLE: str(server.python)})
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too, which ends as it likes
+        signal.signal(signal.SIGTERM, lambda number, frame: running.send_signal(number))
+        status = running.wait()
+    return status if status >= 0 else 128 - status
+
+
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    if sys.argv[1:2] == [_SERVE]:
+        _serve(sys.argv[2])
+    else:
+        sys.exit(main(sys.argv[1:]))
