@@ -9,7 +9,6 @@ that is missing. So the same command goes on where it was stopped, and tries fai
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from typing import Any
 from bond_plugin import __version__
 from bond_plugin import recipe as recipes
 from bond_plugin.bench.matrix import Cell, Matrix
-from bond_plugin.files import read_json, write_json, write_whole
+from bond_plugin.files import Busy, lock, read_json, write_json, write_whole
 from bond_plugin.host import metrics, python
 from bond_plugin.offline import fingerprints
 from bond_plugin.offline.prompts import DataError, read_rows
@@ -153,12 +152,11 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         BenchError: another one does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BenchError(f"another bond bench writes to {folder}: wait for it, or name another folder") from error
+    try:
+        held = lock(folder)
+    except Busy as error:
+        raise BenchError(f"{error}: wait for it, or name another folder") from error
+    with held:
         yield
 
 

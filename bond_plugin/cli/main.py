@@ -50,4 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bond: error: unknown command '{argv[0]}'{hint} (see bond --help)", file=sys.stderr)
         return 2
     module, _ = COMMANDS[argv[0]]
-    return importlib.import_module(module).main(argv[1:])
+    try:
+        return importlib.import_module(module).main(argv[1:])
+    except KeyboardInterrupt:
+        print("bond: stopped by SIGINT", file=sys.stderr)
+        return 130

@@ -62,4 +62,7 @@ def load_plugins() -> None:
 def load_in_vllm() -> None:
     """The entry point of the group ``vllm.general_plugins``: load plugins in vLLM's own processes of a run."""
     if os.environ.get(ACTIVE_VARIABLE):
+        from bond_plugin.host import watch
+
+        watch.end_with_parent()
         load_plugins()

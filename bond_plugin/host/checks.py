@@ -202,8 +202,6 @@ def impediments(args: SimpleNamespace) -> list[str]:
 def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
     found = [*_files(args), *_groups(args), *_host_cannot(args)]
-    if args.reward.timeout is not None and not args.reward.timeout > 0:
-        found.append(f"--reward.timeout must be above 0 seconds, got {args.reward.timeout:g}")
     if args.bond.require_checkpoint and not args.ckpt.load_enable:
         found.append("--bond.require_checkpoint is about resuming: add --ckpt.load_enable")
     elif args.bond.require_checkpoint and not _has_checkpoint(args):

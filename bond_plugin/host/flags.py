@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
-from bond_plugin.host import cpu, on_cpu
+from bond_plugin.host import cpu, inputs, on_cpu
 from bond_plugin.options import add_flag, at_least
 from bond_plugin.words import did_you_mean
 
@@ -174,7 +174,20 @@ def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespa
     if _current is not None and hasattr(args, ESTIMATOR[2:]):
         _current.args = nested
         _current.critic = nested.critic.model_name_or_path
+        refuse(list(inputs.numbers(nested, _current.given)))
     return nested
+
+
+def refuse(problems: list[str]) -> None:
+    """End here if there are any.
+
+    Raises:
+        SystemExit: with status 2, after the list was printed.
+    """
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        print(f"bond: error: this run cannot start:\n{lines}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
 
 
 def _complete_older_hosts(args: SimpleNamespace) -> None:

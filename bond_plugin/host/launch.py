@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bond_plugin import recipe as recipes
-from bond_plugin.files import write_json
+from bond_plugin.files import Busy, lock, write_json
 from bond_plugin.host import (
     ACTIVE_VARIABLE,
     DEVICE_VARIABLE,
@@ -24,10 +25,14 @@ from bond_plugin.host import (
     load_plugins,
     on_cpu,
     python,
+    watch,
 )
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
 SETUP_HOOK = "bond_plugin.host.load_plugins"
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_locks: list[Any] = []  # files of folders that this process holds until it ends
 
 
 class Resolved(SystemExit):
@@ -146,12 +151,14 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("num_cpus", total + 4)
         kwargs.setdefault("include_dashboard", False)
     result = original(*args, **kwargs)
+    watch.end_on_signals()
+    watch.end_with_actors()
     _check_resources(needed, local, run)
     return result
 
 
 def _before_ray(run: flags.Invocation) -> None:
-    from bond_plugin.host import checks
+    from bond_plugin.host import checks, inputs
     from bond_plugin.offline import make_cache
 
     args = run.args
@@ -163,7 +170,8 @@ def _before_ray(run: flags.Invocation) -> None:
     try:
         hooks.check_all()
         notes, aside = checks.complete(args, run.given, run.critic)
-        problems = checks.problems(args, run.given)
+        wrong, seen = inputs.problems(args)
+        problems, notes = wrong + checks.problems(args, run.given), notes + seen
         if args.bond.strict:
             problems += [f"{line} (--bond.strict)" for line in aside]
         else:
@@ -180,10 +188,32 @@ def _before_ray(run: flags.Invocation) -> None:
             problems = make_cache.problems(args)
     except (hooks.HostMismatch, checks.registry.RegistryError) as error:
         raise SystemExit(f"bond: error: {error}") from error
-    if problems:
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        print(f"bond: error: this run cannot start:\n{lines}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+    if not problems and not run.dry_run and not run.caching:
+        problems = _lock(args)
+    flags.refuse(problems)
+
+
+def _lock(args: SimpleNamespace) -> list[str]:
+    """Keep other runs from this run's folders; what speaks against it."""
+    folders = {"ckpt.output_dir": args.ckpt.output_dir}
+    if args.ckpt.load_enable or args.ckpt.save_steps > 0 or args.eval.dataset:
+        folders["ckpt.path"] = args.ckpt.path
+    problems, seen = [], set()
+    for dest, name in folders.items():
+        folder = Path(name).resolve()
+        if folder in seen:
+            continue
+        seen.add(folder)
+        try:
+            _locks.append(lock(folder))
+        except Busy as error:
+            problems.append(f"--{dest}: {error}: end it, or give another folder")
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                problems.append(f"--{dest} {name}: {error.strerror}")
+                continue
+            print(f"bond: note: --{dest}: {name} has no locks; two runs into it would not be noticed", flush=True)
+    return problems
 
 
 def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]:

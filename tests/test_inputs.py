@@ -1,0 +1,153 @@
+"""Inputs that are wrong in ordinary ways are refused by name before Ray starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Tiny
+
+from bond_plugin.host import inputs
+
+BELOW_ONE = inputs._RANGES[1, inputs._INFINITY].split()
+BELOW_ZERO = inputs._RANGES[0, inputs._INFINITY].split()
+SHARES = inputs._RANGES[0, 1].split()
+FLOATS = [*(dest for dest in BELOW_ZERO if dest.split(".")[0] in ("actor", "algo")), *SHARES, "ckpt.max_mem"]
+
+
+@pytest.mark.parametrize(
+    ("dest", "value", "says"),
+    [
+        *((dest, 0, f"--{dest} must be at least 1, got 0") for dest in BELOW_ONE),
+        *((dest, -1, f"--{dest} must be at least 0, got -1") for dest in BELOW_ZERO),
+        *((dest, 1.5, f"--{dest} must be from 0 to 1, got 1.5") for dest in SHARES),
+        *((dest, "nan", f"--{dest} must be ") for dest in FLOATS),
+        ("actor.dual_clip", "nan", "--actor.dual_clip is not a number: nan"),
+        ("reward.clip_range", ["nan", "1"], "--reward.clip_range is not a number"),
+        ("actor.adam.betas", ["0.9", "1.0"], "--actor.adam.betas must lie in [0, 1), got 0.9 1.0"),
+        ("ds.zero_stage", 4, "--ds.zero_stage must be from 0 to 3, got 4"),
+        ("rollout.temperature", 0, "--rollout.temperature must be above 0, got 0.0"),
+        ("vllm.gpu_memory_utilization", 0, "--vllm.gpu_memory_utilization must be above 0, got 0.0"),
+        ("reward.timeout", -1, "--reward.timeout must be above 0, got -1.0"),
+        ("ckpt.save_steps", 0, "--ckpt.save_steps must be at least 1, or -1 for never, got 0"),
+        ("eval.steps", -2, "--eval.steps must be at least 1, or -1 for never, got -2"),
+        ("data.max_len", 10, "--data.max_len 10 leaves no room for a prompt before --rollout.max_new_tokens 10"),
+    ],
+)
+def test_a_number_that_makes_no_sense(dry: Callable[..., Any], dest: str, value: Any, says: str) -> None:
+    found = dry({dest: value})
+    assert found.status == 2 and f"  - {says}" in found.text, found.text[-2000:]
+    assert "Traceback" not in found.text
+
+
+LINES = {
+    "empty file": ("", "is empty: it needs a line for each prompt"),
+    "no JSON": ('{"input": "a"}\n{"input": \n', "line 2 is not JSON"),
+    "no object": ('{"input": "a"}\n["a"]\n', "line 2 is no JSON object: ['a']"),
+    "no key": (
+        '{"input": "a"}\n{"prompt": "b"}\n',
+        "line 2 has no key 'input' (it has 'prompt'): set --data.input_key",
+    ),
+    "empty prompt": ('{"input": ""}\n', "line 1 has an empty 'input'"),
+    "blank prompt": ('{"input": " \\n"}\n', "line 1 has an empty 'input'"),
+    "null": ('{"input": "a"}\n\n{"input": null}\n', "line 3 has no text under 'input', but None"),
+    "number": ('{"input": 3}\n', "line 1 has no text under 'input', but 3"),
+    "conversation": (
+        '{"input": [{"role": "user", "content": "a"}]}\n',
+        "line 1 has a conversation under 'input': set --data.apply_chat_template",
+    ),
+    "many": ('{"input": 1}\n' * 9, "and 4 more lines"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_prompts_that_are_no_use(dry: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    content, says = LINES[name]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    for dest in ("data.prompt_dataset", "eval.dataset"):
+        found = dry({dest: str(path)})
+        assert found.status == 2 and f"--{dest} {path}" in found.text and says in found.text, found.text[-2000:]
+
+
+def test_prompts_in_another_encoding_without_labels_and_twice(dry: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"input": "größer"}\n'.encode("latin-1"))
+    assert f"{path}, line 1 is not UTF-8" in dry({"data.prompt_dataset": str(path)}).text
+    path.write_text('{"input": "a", "label": 1}\n{"input": "b"}\n')
+    found = dry({"data.prompt_dataset": str(path), "data.label_key": "label"})
+    assert f"{path}, line 2 has no key 'label' (it has 'input'): set --data.label_key" in found.text
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"input": "a"}\n{"input": "b"}\n{"input": "a"}\n')
+    found = dry({"data.prompt_dataset": str(path)})
+    assert found.status == 0 and f"{path}: 1 of 2 prompts are there more than once" in found.text
+
+
+def _without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _write(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def _cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _positions(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (_without("config.json"), "it has no config.json; is it a model's folder?"),
+    "config cut": (_write("config.json", b'{"a": '), "config.json is not JSON"),
+    "no weights": (_without("model.safetensors"), "it has no weights"),
+    "weights cut": (_cut, "model.safetensors is cut short"),
+    "no header": (_write("model.safetensors", b"\x05" + b"\0" * 7 + b"abcdefgh"), "has no header of safetensors"),
+    "empty": (_write("model.safetensors", b""), "model.safetensors is cut short (0 bytes)"),
+    "Git LFS": (_write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
+    "a part is missing": (
+        _write("model.safetensors.index.json", b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+        "model-00001-of-00002.safetensors is missing",
+    ),
+    "positions": (_positions, "--data.max_len 32 is more than the 16 positions of"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_models_folder_that_is_not_whole(dry: Callable[..., Any], tiny: Tiny, tmp_path: Path, name: str) -> None:
+    spoil, says = MODELS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    spoil(folder)
+    found = dry({"actor.model_name_or_path": str(folder)})
+    assert found.status == 2 and says in found.text, found.text[-2000:]
+
+
+def test_no_tokenizer_and_no_chat_template(dry: Callable[..., Any], tiny: Tiny, tmp_path: Path) -> None:
+    found = dry({"data.apply_chat_template": True})
+    assert found.status == 2 and f"the tokenizer of {tiny.model} has no chat template" in found.text
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    found = dry({"actor.model_name_or_path": str(folder)})
+    assert found.status == 2 and "it has no tokenizer" in found.text
+
+
+def test_output_where_nothing_can_be_written(dry: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = dry({"ckpt.output_dir": str(tmp_path / "file" / "out")})
+    assert found.status == 2 and "a file is where the folder should be" in found.text
+    if os.geteuid() == 0:
+        pytest.skip("root can write everywhere")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    found = dry({"ckpt.path": str(tmp_path / "closed" / "ckpt")})
+    assert found.status == 2 and "this folder cannot be written" in found.text
