@@ -239,6 +239,11 @@ def reward_server(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterato
         running.shutdown()
 
 
+def python_of(forks: dict[str, str]) -> str:
+    """The executable that starts copies of the process of :func:`forks`; where there is none, this one's."""
+    return next(iter(forks.values()), sys.executable)
+
+
 def torch_has_gpu() -> bool:
     import torch
 
@@ -260,7 +265,7 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
         environment = {"OMP_NUM_THREADS": "1", **environment}
         python = sys.executable
         if not {"PYTHONPATH", "RAY_ADDRESS"} & set(environment):
-            python = next(iter(forks.values()), python)
+            python = python_of(forks)
             environment |= forks
         done = execute([python, "-m", "bond_plugin", "train", *to_argv(wanted)], folder, **environment)
         if check:

@@ -16,7 +16,7 @@ RUNS = {1: ["adam:1", "muon:2", "lora:2", "lora:3"], 2: ["muon:1", "lora:2", "sl
 
 
 @pytest.fixture(scope="module")
-def kept(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+def kept(tiny: Tiny, forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     folder = tmp_path_factory.mktemp("kept")
     shutil.copytree(tiny.model, folder / "model")
     config = LlamaConfig.from_pretrained(tiny.model, num_key_value_heads=2, tie_word_embeddings=False)  # two halves
@@ -28,7 +28,7 @@ def kept(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict
     found = {}
     for ranks, runs in RUNS.items():
         out = folder / f"{ranks}.json"
-        launch("kept.py", ranks, argv, out, *runs)
+        launch("kept.py", ranks, argv, out, *runs, forks=forks)
         found[ranks] = json.loads(out.read_text())
     return found
 

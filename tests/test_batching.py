@@ -65,7 +65,7 @@ SAME = [(ranks, run.rpartition(":")[0]) for ranks, runs in RUNS.items() for run 
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+def trained(tiny: Tiny, forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     folder = tmp_path_factory.mktemp("batches")
     path = folder / "flags.json"
     common = {**recipe_for(tiny), "algo.kl.init_coef": 0.0}
@@ -73,7 +73,7 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, d
     found = {}
     for ranks, runs in RUNS.items():
         out = folder / f"{ranks}.pt"
-        launch("batches.py", ranks, path, out, *runs)
+        launch("batches.py", ranks, path, out, *runs, forks=forks)
         found[ranks] = torch.load(out, weights_only=True)
     return found
 

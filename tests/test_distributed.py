@@ -10,19 +10,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import clean_environment
+from conftest import clean_environment, python_of
 
 WORKERS = Path(__file__).parent / "workers"
 
 
-def launch(script: str, ranks: int, *arguments: object, device: str = "cpu", **environment: str) -> None:
-    """Run a worker in ``ranks`` processes and wait for all; with ``cuda`` each has a GPU of its own."""
+def launch(
+    script: str,
+    ranks: int,
+    *arguments: object,
+    device: str = "cpu",
+    forks: dict[str, str] | None = None,
+    **environment: str,
+) -> None:
+    """Run a worker in ``ranks`` processes and wait for all; with ``cuda`` each has a GPU of its own.
+
+    ``forks`` is the fixture of that name: the processes are copies of one that has the host's imports.
+    """
+    forks = forks or {}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = [
         subprocess.Popen(
-            [sys.executable, str(WORKERS / script), *map(str, arguments)],
+            [python_of(forks), str(WORKERS / script), *map(str, arguments)],
             env=clean_environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank) if device == "cuda" else "0",
@@ -31,6 +42,7 @@ def launch(script: str, ranks: int, *arguments: object, device: str = "cpu", **e
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
                 OMP_NUM_THREADS="1",
+                **forks,
                 **environment,
             ),
             stdout=subprocess.PIPE,
@@ -49,21 +61,21 @@ SPLITS = {1: ["2:16", "2:4", "2:1"], 2: ["2:2", "3:4"]}
 
 
 @pytest.fixture(scope="module")
-def anchors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+def anchors(forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     found = {}
     for ranks, runs in ANCHORS.items():
         path = tmp_path_factory.mktemp("anchor") / "out.json"
-        launch("anchor.py", ranks, path, *runs)
+        launch("anchor.py", ranks, path, *runs, forks=forks)
         found[ranks] = json.loads(path.read_text())
     return found
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+def gradients(forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     found = {}
     for ranks, splits in SPLITS.items():
         path = tmp_path_factory.mktemp("sharding") / "out.pt"
-        launch("sharding.py", ranks, path, *splits)
+        launch("sharding.py", ranks, path, *splits, forks=forks)
         found[ranks] = torch.load(path, weights_only=True)
     return found
 
