@@ -279,21 +279,26 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
 def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """``dry(flags, extra)``: ``bond train --dry-run`` in this process; returns (status, printed).
 
-    ``command`` names another subcommand that takes the same flags.
+    ``command`` names another subcommand that takes the same flags. Without ``dry_run``, for flags that the parser
+    refuses: were they taken, Ray would start here.
     """
     monkeypatch.setenv("BOND_DEVICE", "cpu")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
 
     def run(
-        flags: dict[str, Any] | None = None, extra: tuple[str, ...] = (), base: bool = True, command: str = "train"
+        flags: dict[str, Any] | None = None,
+        extra: tuple[str, ...] = (),
+        base: bool = True,
+        command: str = "train",
+        dry_run: bool = True,
     ) -> Any:
         from bond_plugin.cli.main import main
 
         wanted = with_flags(recipe_for(tiny), flags or {}) if base else flags or {}
         capfd.readouterr()
         try:
-            status = main([command, *to_argv(wanted), "--dry-run", *extra])
+            status = main([command, *to_argv(wanted), *["--dry-run"] * dry_run, *extra])
         except SystemExit as stop:
             status = stop.code
             if isinstance(status, str):
