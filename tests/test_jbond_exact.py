@@ -32,6 +32,9 @@ def responses() -> list[tuple[int, ...]]:
 RESPONSES = responses()
 PREFIXES = sorted({r[:i] for r in RESPONSES for i in range(len(r))})
 MASK = torch.tensor([[float(i < len(r)) for i in range(LENGTH)] for r in RESPONSES], dtype=torch.float64)
+#: Each token and the row of its logits, ``[40, 3]``; 0 outside the mask.
+TOKENS = torch.tensor([[*r, *[0] * (LENGTH - len(r))] for r in RESPONSES])
+PLACES = torch.tensor([[PREFIXES.index(r[:i]) if i < len(r) else 0 for i in range(LENGTH)] for r in RESPONSES])
 
 
 class Enumerable:
@@ -45,12 +48,7 @@ class Enumerable:
 
     def token_log_probs(self) -> Tensor:
         """``[40, 3]``; what stands outside the mask is rubbish on purpose, as padding may be."""
-        table = self.logits.log_softmax(-1)
-        rows = [
-            [table[PREFIXES.index(r[:i]), r[i]] if i < len(r) else table.new_tensor(7.0) for i in range(LENGTH)]
-            for r in RESPONSES
-        ]
-        return torch.stack([torch.stack(row) for row in rows])
+        return self.logits.log_softmax(-1)[PLACES, TOKENS].masked_fill(MASK == 0, 7.0)
 
     def log_probs(self) -> Tensor:
         return (self.token_log_probs() * MASK).sum(-1)
