@@ -137,34 +137,16 @@ def gradient(beta: float, gamma: float, rewards: Tensor) -> Tensor:
     ids=["forward", "backward", "forward+gamma", "jeffreys", "all"],
 )
 def test_expected_gradient_is_the_gradient_of_the_objective(beta: float, gamma: float) -> None:
-    # Without ties a triple needs distinct rewards, but y'_1 = y'_2 = y is the same response, hence a tie
-    # with itself: those are averaged over the random order.
+    """Rewards that are distinct tie all the same, where a response is drawn twice: Eq. 17 takes the mean over orders."""
     index, weight = triples()
-    config = paper(beta=beta, gamma=gamma, baseline="none")
-    draws = 400 if beta else 40
-    distinct = (index[:, 0] != index[:, 1]) & (index[:, 0] != index[:, 2]) & (index[:, 1] != index[:, 2])
-    exact = estimate(config, STRICT, index[distinct], weight[distinct])
-    repeated = [estimate(config, STRICT, index[~distinct], weight[~distinct], seed=s) for s in range(draws)]
-    found = exact + torch.stack(repeated).mean(0)
-    error = torch.stack(repeated).std(0) / math.sqrt(draws)
-    wanted = gradient(beta, gamma, STRICT)
-    assert (found - wanted).abs().max() < 5 * error.max() + 1e-12
-    assert error.max() < 2e-3 * wanted.abs().max()
-
-
-def test_gamma_term_alone_is_exact_and_has_the_sign_of_eq_19() -> None:
-    index, weight = triples()
-    with_gamma = estimate(paper(beta=0.0, gamma=1.0, baseline="none"), STRICT, index, weight)
-    without = estimate(paper(beta=0.0, gamma=0.0, baseline="none"), STRICT, index, weight)
-    wanted = gradient(0.0, 1.0, STRICT) - gradient(0.0, 0.0, STRICT)
-    torch.testing.assert_close(with_gamma - without, wanted, rtol=1e-10, atol=1e-12)
-    assert wanted.abs().max() > 0.01
+    found = estimate(paper(beta=beta, gamma=gamma, baseline="none"), STRICT, index, weight)
+    torch.testing.assert_close(found, gradient(beta, gamma, STRICT), rtol=1e-10, atol=1e-12)
 
 
 def test_ties_are_broken_at_random_and_not_by_position() -> None:
     index, weight = triples()
     config = paper(beta=0.5, gamma=0.0, baseline="none")
-    draws = torch.stack([estimate(config, TIED, index, weight, seed=s) for s in range(60)])
+    draws = torch.stack([estimate(config, TIED, index, weight, seed=s) for s in range(20)])
     error = draws.std(0) / math.sqrt(len(draws))
     wanted = gradient(0.5, 0.0, TIED)
     assert ((draws.mean(0) - wanted).abs() / (error + 1e-9)).max() < 5
