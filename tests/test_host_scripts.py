@@ -90,10 +90,7 @@ def test_a_script_starts_with_two_lines_changed(
     if name == ONE_RESPONSE:
         refused = dry(flags, base=False)
         assert refused.status == 2
-        assert (
-            "  - --rollout.n_samples_per_prompt 1: jbond compares a prompt's samples with one another and needs"
-            in (refused.text)
-        )
+        assert "  - --rollout.n_samples_per_prompt 1: " in refused.text
         assert refused.text.count("\n  - ") == 1  # nothing else
         flags["rollout.n_samples_per_prompt"] = 8
     found = dry(flags, base=False)

@@ -137,7 +137,7 @@ def gradient(beta: float, gamma: float, rewards: Tensor) -> Tensor:
     ids=["forward", "backward", "forward+gamma", "jeffreys", "all"],
 )
 def test_expected_gradient_is_the_gradient_of_the_objective(beta: float, gamma: float) -> None:
-    """Rewards that are distinct tie all the same, where a response is drawn twice: Eq. 17 takes the mean over orders."""
+    """Distinct rewards tie all the same where a response is drawn twice: the reward is the mean over their orders."""
     index, weight = triples()
     found = estimate(paper(beta=beta, gamma=gamma, baseline="none"), STRICT, index, weight)
     torch.testing.assert_close(found, gradient(beta, gamma, STRICT), rtol=1e-10, atol=1e-12)
