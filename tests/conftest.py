@@ -279,8 +279,8 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
 def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """``dry(flags, extra)``: ``bond train --dry-run`` in this process; returns (status, printed).
 
-    ``command`` names another subcommand that takes the same flags. Without ``dry_run``, for flags that the parser
-    refuses: were they taken, Ray would start here.
+    ``command`` names another subcommand that takes the same flags. Without ``dry_run``, only for flags with
+    which no run could start: Ray would start here.
     """
     monkeypatch.setenv("BOND_DEVICE", "cpu")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
