@@ -250,6 +250,11 @@ def reward_server(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterato
         running.shutdown()
 
 
+def python_of(forks: dict[str, str]) -> str:
+    """The executable that starts copies of the process of :func:`forks`; where there is none, this one's."""
+    return next(iter(forks.values()), sys.executable)
+
+
 def torch_has_gpu() -> bool:
     import torch
 
@@ -271,7 +276,7 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
         environment = {"OMP_NUM_THREADS": "1", **environment}
         python = sys.executable
         if not {"PYTHONPATH", "RAY_ADDRESS"} & set(environment):
-            python = next(iter(forks.values()), python)
+            python = python_of(forks)
             environment |= forks
         done = execute([python, "-m", "bond_plugin", "train", *to_argv(wanted)], folder, **environment)
         if check:
@@ -285,21 +290,26 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
 def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """``dry(flags, extra)``: ``bond train --dry-run`` in this process; returns (status, printed).
 
-    ``command`` names another subcommand that takes the same flags.
+    ``command`` names another subcommand that takes the same flags. Without ``dry_run``, only for flags with
+    which no run could start: Ray would start here.
     """
     monkeypatch.setenv("BOND_DEVICE", "cpu")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
 
     def run(
-        flags: dict[str, Any] | None = None, extra: tuple[str, ...] = (), base: bool = True, command: str = "train"
+        flags: dict[str, Any] | None = None,
+        extra: tuple[str, ...] = (),
+        base: bool = True,
+        command: str = "train",
+        dry_run: bool = True,
     ) -> Any:
         from bond_plugin.cli.main import main
 
         wanted = with_flags(recipe_for(tiny), flags or {}) if base else flags or {}
         capfd.readouterr()
         try:
-            status = main([command, *to_argv(wanted), "--dry-run", *extra])
+            status = main([command, *to_argv(wanted), *["--dry-run"] * dry_run, *extra])
         except SystemExit as stop:
             status = stop.code
             if isinstance(status, str):

@@ -83,12 +83,12 @@ def test_bond_backward_gradient_is_that_of_the_kl_to_best_of_n(
 ) -> None:
     """With a large population the smoothed quantiles are the exact ones, and term (B) makes ties exact."""
     algorithm = BOND(BONDConfig(n=n, beta=1.0, baseline=baseline, reward_cache="-"))
-    found = expected_gradient(algorithm, rewards, population(rewards, 400), n_policy)
+    found = expected_gradient(algorithm, rewards, population(rewards, 100), n_policy)
     wanted = backward_gradient(bon_log_probs(ANCHOR, rewards, n))
     assert (found - wanted).norm() < 2e-3 * wanted.norm()
     # and without term (B) it is another gradient where rewards tie
     textbook = BOND(BONDConfig(n=n, beta=1.0, baseline=baseline, reward_cache="-", correction=False))
-    other = expected_gradient(textbook, rewards, population(rewards, 400), n_policy)
+    other = expected_gradient(textbook, rewards, population(rewards, 100), n_policy)
     distance = (other - wanted).norm() / wanted.norm()
     assert distance > 0.02, distance  # twelve responses: each has mass, so even "strict" rewards tie with themselves
 

@@ -16,9 +16,16 @@ from test_distributed import launch
 
 @pytest.fixture(scope="module")
 def packing(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    path = tmp_path_factory.mktemp("packing") / "out.json"
-    launch("packing.py", 1, tiny.model, path)
-    return json.loads(path.read_text())
+    """As on a machine with GPUs under --bond.device cpu: flash-attn is installed, and none of its kernels, which
+    would fail there, may be imported. (Where it is not installed, the dynamic batches below are packed.)
+    """
+    folder = tmp_path_factory.mktemp("packing")
+    package, out = folder / "flash_attn", folder / "out.json"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "bert_padding.py").write_text("raise RuntimeError('flash-attn was imported')")
+    launch("packing.py", 1, tiny.model, out, PYTHONPATH=f"{folder}:{REPOSITORY}")
+    return json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -29,15 +36,6 @@ def test_packed_rows_are_computed_as_padded_ones(packing: dict, model: str, dtyp
     print(found)
     assert set(found) == ({"log_probs", "entropy", "gradient"} if "policy" in model else {"values", "gradient"})
     assert max(found.values()) < (1e-5 if dtype == "fp32" else 2e-2)
-
-
-def test_a_flash_attn_that_is_installed_is_left_alone_on_cpu(tiny: Tiny, tmp_path: Path) -> None:
-    """As on a machine with GPUs under --bond.device cpu: its kernels would fail there, so none may be imported."""
-    package = tmp_path / "flash_attn"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "bert_padding.py").write_text("raise RuntimeError('flash-attn was imported')")
-    launch("packing.py", 1, tiny.model, tmp_path / "out.json", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
 
 
 KINDS = {
@@ -65,7 +63,7 @@ SAME = [(ranks, run.rpartition(":")[0]) for ranks, runs in RUNS.items() for run 
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+def trained(tiny: Tiny, forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     folder = tmp_path_factory.mktemp("batches")
     path = folder / "flags.json"
     common = {**recipe_for(tiny), "algo.kl.init_coef": 0.0}
@@ -73,7 +71,7 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, d
     found = {}
     for ranks, runs in RUNS.items():
         out = folder / f"{ranks}.pt"
-        launch("batches.py", ranks, path, out, *runs)
+        launch("batches.py", ranks, path, out, *runs, forks=forks)
         found[ranks] = torch.load(out, weights_only=True)
     return found
 

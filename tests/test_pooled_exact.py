@@ -102,8 +102,8 @@ def wanted(n: int, rewards: Tensor, samples: int, beta: float, gamma: float = 0.
 @pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
 @pytest.mark.parametrize(
     ("beta", "gamma", "gamma_ref"),
-    [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.5, 0.0, 0.0), (0.3, 2.0, 0.0), (0.5, 0.0, 0.7)],
-    ids=["forward", "backward", "jeffreys", "gamma", "gamma_ref"],
+    [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.3, 2.0, 0.0), (0.5, 0.0, 0.7)],
+    ids=["forward", "backward", "gamma", "gamma_ref"],
 )
 @pytest.mark.parametrize("baseline", ["batch", "none"])
 def test_expected_gradient_is_that_of_the_objective(

@@ -228,6 +228,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
 )
 
+_MODULES = frozenset(hook.module for hook in HOOKS)
 _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's class
 
 _installed: set[str] = set()
@@ -399,7 +400,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         from bond_plugin.host import cpu, on_cpu
 
-        if name in self._looking:
+        # Every import of the process comes by here, thousands in one that imports the host.
+        if name in self._looking or (name not in _MODULES and name != cpu.NEEDS_FLASH_ATTN):
             return None
         stand_in = name == cpu.NEEDS_FLASH_ATTN and (on_cpu() or _lacks_flash_attn())
         if not (stand_in or name in _by_module()):
