@@ -7,6 +7,7 @@ the actor that started it is killed.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -71,11 +72,24 @@ def end_on_signals() -> None:
     """Ctrl-C and SIGTERM end the run with a line, and status 130 and 143; Ray ends its processes as Python leaves."""
 
     def stop(number: int, frame: Any) -> None:
+        global _status
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        name = signal.Signals(number).name
-        print(f"bond: stopped by {name}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + number)
+        print(f"bond: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        _status = 128 + number
+        raise SystemExit(_status)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
+
+
+def _leave() -> None:
+    if _status is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
+
+
+#: With which status a signal ends this process. Ray, inside which the signal arrives, makes 1 of any other than 0.
+_status: int | None = None
+atexit.register(_leave)  # before Ray is imported, so that it comes after what Ray does at the end
