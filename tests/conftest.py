@@ -90,7 +90,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=128,
+        max_position_embeddings=131072,
         bos_token_id=1,
         eos_token_id=1,
         pad_token_id=0,

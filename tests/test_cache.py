@@ -459,7 +459,7 @@ CACHE_REFUSED = [
     ({"cache.output": "r.jsonl", "cache.samples": 0}, "--cache.samples must be at least 1, got 0"),
     ({"cache.output": "r.jsonl", "cache.seed": -1}, "--cache.seed must be at least 0, got -1"),
     ({"cache.output": "r.jsonl", "cache.sampels": 3}, "--cache.sampels; did you mean '--cache.samples'?"),
-    ({"cache.output": "r.jsonl", "rollout.temperature": 0.0}, "--rollout.temperature cannot be used with bond cache"),
+    ({"cache.output": "r.jsonl", "rollout.temperature": 0.0}, "--rollout.temperature must be above 0"),
     ({"cache.output": "r.jsonl", "data.max_len": 10}, "10 leaves no room for a prompt"),
     ({"cache.output": "r.jsonl", "reward.overlong_buffer_len": 2}, "--reward.overlong_buffer_len cannot be used"),
     ({"cache.output": "r.jsonl", "rollout.top_p": 0.9}, "--rollout.top_p cannot be used with bond cache"),

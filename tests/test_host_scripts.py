@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,26 +48,33 @@ class AgentExecutor(MultiTurnAgentExecutor):
 
 
 @pytest.fixture(scope="session")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def agent(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An agent's file, beside a model with a chat template."""
     path = tmp_path_factory.mktemp("agent") / "agent.py"
     path.write_text(AGENT)
+    shutil.copytree(tiny.model, path.with_name("model"))
+    (path.with_name("model") / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     return path
 
 
 def of_script(name: str, tiny: Tiny, agent: Path) -> dict[str, Any]:
-    """A script's flags with the estimator, on the tiny model, its prompts and its reward."""
+    """A script's flags with the estimator, on the tiny model, and prompts as the script wants them."""
+    flags = SCRIPTS[name]
+    keys = [flags.get("data.input_key", "input"), flags.get("data.label_key", "label")]
+    prompts = agent.with_name(f"{name}.jsonl")
+    texts = [json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()]
+    prompts.write_text("".join(json.dumps(dict.fromkeys(keys, text)) + "\n" for text in texts))
     stands = {
         "reward.remote_url": str(tiny.reward),
         "reward.model_name_or_path": str(tiny.model),
         "train.agent_func_path": str(agent),
-        "eval.dataset": str(tiny.prompts),
+        "eval.dataset": str(prompts),
     }
-    flags = SCRIPTS[name]
     return {
         **flags,
         **{flag: value for flag, value in stands.items() if flag in flags},
-        "actor.model_name_or_path": str(tiny.model),
-        "data.prompt_dataset": str(tiny.prompts),
+        "actor.model_name_or_path": str(agent.with_name("model")),
+        "data.prompt_dataset": str(prompts),
         "algo.advantage.estimator": "jbond",
     }
 
@@ -190,9 +198,6 @@ SMALL = {
     "actor.lr_warmup_ratio": 0.0,
     "actor.num_gpus_per_node": 2,
     "ckpt.load_enable": False,
-    "data.apply_chat_template": False,
-    "data.input_key": "input",
-    "data.label_key": None,
     "data.max_len": 24,
     "data.max_samples": 22,  # six to replace what dynamic filtering drops
     "rollout.batch_size": 8,

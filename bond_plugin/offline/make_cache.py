@@ -79,18 +79,12 @@ def _min_new_tokens(args: SimpleNamespace) -> int:
 
 def refused(args: SimpleNamespace) -> list[str]:
     """What keeps ``bond cache`` from making a cache with the flags of this run."""
-    new, longest = args.rollout.max_new_tokens, args.data.max_len
     table = {
         "train.agent_func_path": (bool(args.train.agent_func_path), "multi-turn agents: not supported yet"),
         "data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "images: not supported yet"),
         "rollout.top_p": (
             args.rollout.top_p != 1.0,
             "the samples must come from the initial policy itself, not from its truncated distribution; use 1.0",
-        ),
-        "rollout.temperature": (args.rollout.temperature <= 0, "all samples would be the same; it must be above 0"),
-        "data.max_len": (
-            new is not None and longest <= new,
-            f"{longest} leaves no room for a prompt before --rollout.max_new_tokens {new}",
         ),
     }
     for name in ("overlong_buffer_len", "stop_properly_penalty_coef"):

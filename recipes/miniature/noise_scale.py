@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.policy is not None:
         model = transformers.AutoModelForCausalLM.from_pretrained(given.policy, dtype=torch.float32).eval()
     cache = read_cache(given.cache)
-    prompts = cache.prompts
+    prompts = list(cache)
     if given.batches * given.prompts > len(prompts):
         raise SystemExit(
             f"{given.batches} batches of {given.prompts} prompts are more than the {len(prompts)} in {given.cache}: "
