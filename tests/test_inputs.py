@@ -7,12 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import Tiny
 
-from bond_plugin.host import inputs
+from bond_plugin.files import lock
+from bond_plugin.host import inputs, launch
 
 BELOW_ONE = inputs._RANGES[1, inputs._INFINITY].split()
 BELOW_ZERO = inputs._RANGES[0, inputs._INFINITY].split()
@@ -151,3 +153,34 @@ def test_output_where_nothing_can_be_written(dry: Callable[..., Any], tmp_path: 
     (tmp_path / "closed").mkdir(mode=0o500)
     found = dry({"ckpt.path": str(tmp_path / "closed" / "ckpt")})
     assert found.status == 2 and "this folder cannot be written" in found.text
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_locks", [])
+    folders = {"output_dir": str(tmp_path / "out"), "path": str(tmp_path / "ckpt"), "load_enable": False}
+    args = SimpleNamespace(ckpt=SimpleNamespace(**folders, save_steps=-1), eval=SimpleNamespace(dataset=None))
+    with lock(tmp_path / "ckpt"):
+        assert launch._lock(args) == []  # no checkpoint is read or written
+    launch._locks.clear()
+    args.ckpt.save_steps = 10
+    with lock(tmp_path / "ckpt"):
+        (problem,) = launch._lock(args)
+    assert f"--ckpt.path: process {os.getpid()} on " in problem and f"writes to {tmp_path / 'ckpt'}" in problem
+    launch._locks.clear()
+    args.ckpt.path = args.ckpt.output_dir  # one folder for both is no second run
+    assert launch._lock(args) == []
+    launch._locks.clear()
+    args.ckpt.output_dir = "/proc/nowhere"
+    assert launch._lock(args)[0].startswith("--ckpt.output_dir /proc/nowhere: ")
+
+
+def test_resuming_where_nothing_is(dry: Callable[..., Any], tmp_path: Path) -> None:
+    flags = {"ckpt.load_enable": True, "ckpt.path": str(tmp_path / "ckpt")}
+    found = dry(flags)
+    assert found.status == 0 and f"--ckpt.load_enable: {tmp_path / 'ckpt'} holds no whole checkpoint" in found.text
+    found = dry({**flags, "bond.require_checkpoint": True})
+    assert found.status == 2 and "--bond.require_checkpoint: --ckpt.path" in found.text
+    assert dry({"bond.require_checkpoint": True}).status == 2
+    (tmp_path / "ckpt" / "_actor").mkdir(parents=True)
+    (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step1")
+    assert dry({**flags, "bond.require_checkpoint": True}).status == 0
