@@ -17,4 +17,4 @@ def main(argv: list[str]) -> int:
     try:
         return train.main(argv, command="bond cache")
     except launch.Resolved as found:
-        return make_cache.make(found.args)
+        return make_cache.make(found.arguments)

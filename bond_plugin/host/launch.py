@@ -39,12 +39,12 @@ class Resolved(SystemExit):
     """Raised in the place of Ray's start, for a command that wants the run's arguments alone.
 
     Attributes:
-        args: the host's nested arguments, complete and checked.
+        arguments: the host's, nested, complete and checked.
     """
 
-    def __init__(self, args: SimpleNamespace) -> None:
+    def __init__(self, arguments: SimpleNamespace) -> None:
         super().__init__(0)
-        self.args = args
+        self.arguments = arguments
 
 
 def run_host(argv: list[str], command: str = "bond train") -> None:
