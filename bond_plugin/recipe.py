@@ -24,6 +24,14 @@ from bond_plugin.words import did_you_mean
 #: Names of arguments whose values are nobody's to read: ``--logger.wandb.key``.
 _SECRET = ("key",)
 
+#: Flags of several values in one word, which a recipe may give as a list.
+_WITH_COMMAS = (
+    "data.prompt_dataset",
+    "data.prompt_probs",
+    "eval.dataset",
+    "reward.remote_url",
+    "reward.model_name_or_path",
+)
 #: What YAML 1.1 takes for true and false.
 _SWITCH = {word: "true" for word in ("true", "yes", "on")} | {word: "false" for word in ("false", "no", "off")}
 
@@ -114,6 +122,8 @@ def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -
             argv.append(f"{option}={on}")
         elif isinstance(value, str):
             argv += [f"{option}={value}"] if value.startswith("-") else [option, value]
+        elif name in _WITH_COMMAS and all(isinstance(one, str) for one in value):
+            argv.append(f"{option}={','.join(value)}")
         elif action.nargs is None:
             raise RecipeError(f"--recipe {path}: '{name}' is one value, not a list")
         elif not all(isinstance(one, str) for one in value):

@@ -228,7 +228,9 @@ def forks() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def reward_server(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[str]:
+def reward_server(
+    answer: Callable[[dict[str, Any]], dict[str, Any]], kind: str = "application/json"
+) -> Iterator[str]:
     """The address of a server as OpenRLHF asks one for rewards: ``answer`` makes the reply of what was posted."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -236,7 +238,7 @@ def reward_server(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterato
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             body = json.dumps(answer(asked)).encode()
             self.send_response(200)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

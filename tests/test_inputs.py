@@ -14,7 +14,8 @@ import pytest
 from conftest import Tiny
 
 from bond_plugin.files import lock
-from bond_plugin.host import inputs, launch
+from bond_plugin.host import flags as flags_module
+from bond_plugin.host import identity, inputs, launch
 
 BELOW_ONE = inputs._RANGES[1, inputs._INFINITY].split()
 BELOW_ZERO = inputs._RANGES[0, inputs._INFINITY].split()
@@ -184,3 +185,111 @@ def test_resuming_where_nothing_is(dry: Callable[..., Any], tmp_path: Path) -> N
     (tmp_path / "ckpt" / "_actor").mkdir(parents=True)
     (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step1")
     assert dry({**flags, "bond.require_checkpoint": True}).status == 0
+
+
+REWARDS = {
+    "a BOM": (b"\xef\xbb\xbfdef reward_func(queries, prompts, labels): ...\n", None),
+    "a coding line": (
+        "# -*- coding: gbk -*-\n# \u5956\u52b1\ndef reward_func(q, p, l): ...\n".encode("gbk"),
+        None,
+    ),
+    "in try": (b"try:\n    from fast import reward_func\nexcept ImportError:\n    def reward_func(*a): ...\n", None),
+    "star": (b"from somewhere import *\n", None),
+    "assigned": (b"from functools import partial\nreward_func = partial(print, 1)\n", None),
+    "by name": (b"globals()['reward_func'] = print\n", None),
+    "a class": (b"class reward_func:\n    def __new__(cls, q, p, l): ...\n", None),
+    "defaults": (b"def reward_func(q, p, l, scale=1.0): ...\n", None),
+    "async": (b"async def reward_func(q, p, l): ...\n", "reward_func is async"),
+    "two arguments": (b"def reward_func(queries, prompts): ...\n", "must take three arguments"),
+    "four arguments": (b"def reward_func(q, p, l, more): ...\n", "must take three arguments"),
+    "only by keyword": (b"def reward_func(q, p, l, *, more): ...\n", "must take three arguments"),
+    "none": (b"def reward(q, p, l): ...\n", "it defines no reward_func"),
+    "no Python": (b"def reward_func(:\n", "invalid syntax"),
+    "a null byte": (b"def reward_func(q, p, l): ...\n\0", "null bytes"),
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_reward_file_is_judged_by_what_python_would_see(tmp_path: Path, name: str) -> None:
+    content, says = REWARDS[name]
+    path = tmp_path / "reward.py"
+    path.write_bytes(content)
+    found = list(inputs.reward(str(path)))
+    assert found == [] if says is None else says in found[0], found
+
+
+@pytest.mark.parametrize("url", ["localhost:5000/score", "127.0.0.1:80", "reward"])
+def test_a_server_without_its_scheme(dry: Callable[..., Any], url: str) -> None:
+    found = dry({"reward.remote_url": url})
+    assert found.status == 2 and f"--reward.remote_url {url}: is neither a Python file" in found.text
+
+
+def test_columns_have_values_of_one_kind_in_all_files(dry: Callable[..., Any], tmp_path: Path) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text('{"input": "a", "answer": "0"}\n{"input": "b", "answer": null}\n')
+    second.write_text('{"input": "c", "answer": 0.5}\n{"input": "d", "answer": 1}\n')
+    both = {"data.prompt_dataset": f"{first},{second}", "data.prompt_probs": "0.5,0.5"}
+    text = dry(both).text
+    assert f"{second}, line 1 has a number under 'answer', and {first}, line 1 has a text" in text
+    assert dry({"data.prompt_dataset": str(second)}).status == 0
+
+
+def test_conversations_that_the_chat_template_refuses(dry: Callable[..., Any], tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuses + "{{ messages[-1]['content'] }}")
+    path = tmp_path / "prompts.jsonl"
+    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
+    path.write_text("".join(json.dumps({"input": chat}) + "\n" for chat in ([user], [user, user], [system, user])))
+    flags = {"actor.model_name_or_path": str(folder), "data.apply_chat_template": True}
+    found = dry({**flags, "data.prompt_dataset": str(path)})
+    assert f"{path}, line 3 does not fit the tokenizer's chat template (roles: system, user): no system" in found.text
+    assert "line 1 " not in found.text and "line 2 " not in found.text
+    path.write_text(json.dumps({"input": [{"content": "a"}]}) + "\n")
+    assert (
+        "line 1 has a message under 'input' without 'role'" in dry({**flags, "data.prompt_dataset": str(path)}).text
+    )
+
+
+def test_checkpoints_of_another_run(dry: Callable[..., Any], tiny: Tiny, tmp_path: Path) -> None:
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "ckpt"
+    shutil.copy(tiny.prompts, prompts)
+    flags = {"ckpt.load_enable": True, "ckpt.path": str(folder), "data.prompt_dataset": str(prompts)}
+    (folder / "_actor").mkdir(parents=True)
+    (folder / "_actor" / "latest").write_text("global_step1")
+    assert dry(flags).status == 0
+    identity.write(flags_module.current().args)
+    assert "--ckpt.load_enable" not in dry({**flags, "train.num_episodes": 9}).text
+    told = dry({**flags, "bond.gamma": 0.5})
+    assert told.status == 0 and "--ckpt.load_enable: --bond.gamma was 0.0 and is 0.5" in told.text
+    seed = dry({**flags, "train.seed": 7})
+    assert seed.status == 2 and "--train.seed was 42 and is 7" in seed.text and "are another run's" in seed.text
+    prompts.write_text('{"input": "zyx"}\n' * 48)
+    other = dry(flags)
+    assert other.status == 2 and f"{prompts} has another content" in other.text
+    (folder / "bond_run.json").unlink()
+    assert dry(flags).status == 0
+
+
+def test_of_a_recipe_what_the_command_line_replaces_is_set_aside(dry: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("algo: {advantage: {estimator: jbond}}\nbond: {beta: 0.5, eta: 0.1}\n")
+    rloo = {"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 4, "train.batch_size": 64}
+    found = dry(rloo, extra=("--recipe", str(recipe)))
+    assert found.status == 0, found.text
+    assert "of the recipe --bond.beta, --bond.eta are set aside" in found.text
+    recipe.write_text("algo: {advantage: {estimator: jbond}}\nbond: {bta: 0.5}\n")
+    assert "unknown key 'bond.bta'" in dry(rloo, extra=("--recipe", str(recipe))).text
+    recipe.write_text("reward: {transform: vbon}\nvbon: {n: 4}\n")
+    found = dry(extra=("--recipe", str(recipe)))
+    assert found.status == 0, found.text
+    assert "of the recipe --vbon.n, --reward.transform are set aside" in found.text
+
+
+def test_a_list_for_a_flag_of_several_values_in_one_word(dry: Callable[..., Any], tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {{prompt_dataset: [{tiny.prompts}, {tiny.prompts}], prompt_probs: [0.5, 0.5]}}\n")
+    found = dry({"data.prompt_dataset": None}, extra=("--recipe", str(recipe)))
+    assert found.status == 0 and f"prompt_dataset: {tiny.prompts},{tiny.prompts}" in found.out, found.text
+    assert "prompt_probs: 0.5,0.5" in found.out

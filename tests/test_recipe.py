@@ -248,9 +248,9 @@ def test_training_reads_what_is_written(dry: Any, content: str, name: str, value
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    ("algo: {advantage: {estimator: [jbond, rloo]}}", "rloo"),
+    ("algo: {advantage: {estimator: [jbond, rloo]}}", "'algo.advantage.estimator' is one value"),
     ("algo: {advantage: {estimator: 3}}", "invalid choice: '3'"),
-    ("reward: {transform: [vbon]}", "--reward.transform"),
+    ("reward: {transform: [vbon]}", "'reward.transform' is one value"),
     ("bond: {device: [cpu]}", "'bond.device' is one value, not a list"),
     ("train: {seed: 1:30}", "invalid int value: '1:30'"),
     ("reward: {clip_range: [-1e-4, x]}", "invalid float value: 'x'"),

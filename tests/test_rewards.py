@@ -100,20 +100,59 @@ def test_a_server_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     "value", [1, 0.5, True, [2.0], [[2.0]], torch.tensor(1.5), torch.tensor([1], dtype=torch.bfloat16), np.float32(3)]
 )
 def test_one_number_in_any_dress(value: Any) -> None:
-    found = rewards.number(value, "say")
+    found = rewards.number(value, "rewards")
     assert isinstance(found, float) and found == float(np.ravel(torch.as_tensor(value).float())[0])
 
 
-@pytest.mark.parametrize("value", ["1.0", [1.0, 2.0], [], {}, 1e60, float("nan"), "x", torch.tensor([]), 10**400])
+@pytest.mark.parametrize("value", [torch.tensor([0.7], dtype=torch.float64), np.full(1, 0.7), [0.7], 0.7])
+def test_a_reward_is_rounded_to_float32_wherever_it_comes_from(value: Any) -> None:
+    assert scored(lambda *_: {"rewards": value})["reward"] == float(np.float32(0.7))
+
+
+@pytest.mark.parametrize(
+    "value", ["1.0", [1.0, 2.0], [], {}, 1e60, float("nan"), "x", torch.tensor([]), 10**400, [None], [["a"]]]
+)
 def test_what_is_not_one_finite_number(value: Any) -> None:
-    with pytest.raises(RewardError, match="'say'"):
-        rewards.number(value, "say")
+    with pytest.raises(RewardError, match="'say': rewards must be one finite number for a query, and is "):
+        scored(lambda *_: {"rewards": value})
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (torch.tensor([1.0]), "a dictionary with one number under 'rewards'"),
+        ([0.5], "a dictionary with one number under 'rewards'"),
+        ({"reward": [0.5]}, "it gave {'reward'"),
+        ({"rewards": None}, "it gave {'rewards': None}"),
+        ({"rewards": 1.0, "scores": [1, 2]}, "scores must be one finite number"),
+        ({"rewards": 1.0, "extra_logs": {"why": "short"}}, r"extra_logs\['why'\] must be one finite number"),
+        ({"rewards": 1.0, "extra_logs": {"parts": {"a": 1.0}}}, r"extra_logs\['parts'\] must be"),
+        ({"rewards": 1.0, "extra_logs": {"acc": None}}, r"extra_logs\['acc'\] must be"),
+        ({"rewards": 1.0, "extra_logs": [{"acc": 1.0}]}, "'extra_logs' must be a dictionary"),
+    ],
+)
+def test_an_answer_of_another_form(answer: Any, says: str) -> None:
+    with pytest.raises(RewardError, match=f"'say': .*{says}"):
+        scored(lambda *_: answer)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain"])
+def test_a_servers_answer_in_a_list(kind: str) -> None:
+    from conftest import reward_server
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    with reward_server(lambda _: {"rewards": [0.5], "extra_logs": {"acc": [1.0]}}, kind) as url:
+        host = SingleTurnAgentExecutor([url])
+        fetched = SingleTurnAgentExecutor._fetch_rewards_via_http
+        (found,) = asyncio.run(rewards.fetch(fetched, host, ["sayx"], ["say"], [""]))
+    assert found == {"rewards": 0.5, "scores": None, "extra_logs": {"acc": 1.0}}
 
 
 @pytest.mark.parametrize("wrong", [{"reward": float("nan")}, {"scores": [1, 2]}, {"extra_logs": {"length": "long"}}])
 def test_a_response_of_any_executor_is_settled_before_the_host_takes_it(wrong: dict[str, Any]) -> None:
-    good = {"prompt": "say", "reward": torch.tensor([0.1]), "scores": True, "extra_logs": {"length": torch.tensor(3)}}
+    good = {"prompt": "say", "reward": torch.tensor([0.1]), "scores": True, "extra_logs": {"step": torch.tensor(3)}}
     made = rewards.settle(lambda _self, response, **_: response, SimpleNamespace(), good)
-    assert made["reward"] == pytest.approx(0.1) and made["scores"] == 1.0 and made["extra_logs"] == {"length": 3.0}
+    assert made["reward"] == pytest.approx(0.1) and made["scores"] == 1.0
+    assert made["extra_logs"] == {"extra_logs/step": 3.0}
     with pytest.raises(RewardError, match="'say'"):
         rewards.settle(lambda _self, response, **_: response, SimpleNamespace(), good | wrong)

@@ -219,7 +219,7 @@ def read_results(folder: Path) -> Results:
     reference = _checked(Reference, content, f"{path}:", context)
     path = folder / RESULTS
     cells: dict[str, Result] = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         content, where = _parse(line, f"{path}: line {number}"), f"{path}: line {number}:"

@@ -156,6 +156,8 @@ def locked(folder: Path) -> Iterator[None]:
         held = lock(folder)
     except Busy as error:
         raise BenchError(f"{error}: wait for it, or name another folder") from error
+    except OSError as error:
+        raise BenchError(f"--output-dir {folder}: {error.strerror}; name a folder on another file system") from error
     with held:
         yield
 

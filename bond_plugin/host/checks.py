@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 from bond_plugin import registry
 from bond_plugin.algorithms.base import Needs, RewardTransform
-from bond_plugin.host import flags, on_cpu, plan
+from bond_plugin.host import flags, inputs, on_cpu, plan
 
 HOST_LOSSES = ("ppo", "gspo")
 
@@ -364,40 +363,14 @@ def _files(args: SimpleNamespace) -> list[str]:
             path = (path or "").strip().partition("@")[0]
             if path and looks_local(path) and not Path(path).expanduser().exists():
                 found.append(f"--{dest} {path}: no such file or folder")
-    for url in args.reward.remote_url or []:
-        if url.endswith(".py"):
-            found += _reward_file(url)
+    for url in [] if args.train.agent_func_path else args.reward.remote_url or []:
+        found += [f"--reward.remote_url {url}: {problem}" for problem in inputs.reward(url)]
     if not args.reward.remote_url and not args.reward.model_name_or_path:
         found.append(
             "no reward: give --reward.remote_url (a Python file with reward_func, or a server), or "
             "--reward.model_name_or_path"
         )
     return found
-
-
-def _reward_file(path: str) -> list[str]:
-    try:
-        tree = ast.parse(Path(path).read_text(), filename=path)
-    except OSError as error:
-        return [f"--reward.remote_url {path}: {error.strerror or error}"]
-    except SyntaxError as error:
-        return [f"--reward.remote_url {path}: {error}"]
-    defined = {
-        name
-        for node in tree.body
-        for name in (
-            [node.name]
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-            else [t.id for t in node.targets if isinstance(t, ast.Name)]
-            if isinstance(node, ast.Assign)
-            else [alias.asname or alias.name for alias in node.names]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    if "reward_func" not in defined:
-        return [f"--reward.remote_url {path}: it defines no reward_func(queries, prompts, labels)"]
-    return []
 
 
 def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:

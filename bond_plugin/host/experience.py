@@ -9,7 +9,7 @@ import torch
 from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import AdvantageInputs, Algorithm
 from bond_plugin.host import state
-from bond_plugin.host.rewards import RewardError, finite
+from bond_plugin.host.rewards import EXTRA, RewardError, finite
 from bond_plugin.host.rows import ROWS, Row
 from bond_plugin.host.sampling import Rollout
 
@@ -188,6 +188,7 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
 
     from_source = assemble.Rows(n, needs.selected_samples).from_source(prompts)
     kept.policy_samples = policy
+    kept.metrics |= _of_reward(policy)
     kept.metrics |= {**found.metrics, **of_step(self, found.inputs, batch)}
     kept.metrics[f"reward/{needs.source}"] = source_rewards.mean().item()
     kept.metrics |= _engine_gaps(
@@ -200,6 +201,13 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         for i in range(batch.n)
     ]
     return _for_training(self.args, experiences, [known[place] for place in batch.places.tolist()])
+
+
+def _of_reward(samples: list[Any]) -> dict[str, float]:
+    """What the user's reward gives beside itself, as the host logs it: means over the samples."""
+    names = {name for sample in samples for name in sample.info if name.startswith(EXTRA) or name == "score"}
+    found = {name: [float(s.info[name].flatten()[0]) for s in samples if name in s.info] for name in sorted(names)}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _score(maker: Any, rows: list[Any]) -> None:

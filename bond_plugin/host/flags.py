@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bond_plugin import recipe as recipes
 from bond_plugin import registry
 from bond_plugin.host import cpu, inputs, on_cpu
-from bond_plugin.options import add_flag, at_least
+from bond_plugin.options import add_flag, at_least, last_value
 from bond_plugin.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     caching = parser.prog == CACHE
     parser.prog = "bond train" if parser.prog.startswith("bond") and not caching else parser.prog
     parser.allow_abbrev = False
+    if parser.prog == "bond train":
+        parser.usage = "bond train [--recipe FILE.yaml] [--flag value ...]; --help explains every flag"
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
     try:
         estimators = registry.names(registry.ADVANTAGE_ESTIMATORS)
@@ -124,6 +126,8 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         if selected is not None:
             _add_config_flags(parser, estimator, selected.__module__, selected.Config.options("bond"))
         transform = recipes.said(TRANSFORM, argv, from_recipe)
+        if selected is not None and last_value(argv, TRANSFORM) is None and last_value(argv, ESTIMATOR) is not None:
+            transform = None  # the recipe's goes with the estimator that the command line replaces
         transformed = None
         if transform in registry.names(registry.REWARD_TRANSFORMS):  # if it is not, the parser says so
             if selected is not None:
@@ -134,6 +138,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
             transformed = transform_class(transform)
             _add_config_flags(parser, transform, transformed.__module__, transformed.Config.options(transform))
         if path:
+            from_recipe = _without_replaced(from_recipe, estimator, transform, parser)
             argv = recipes.to_argv(from_recipe, parser, path) + argv
         argv = recipes.expand_booleans(argv, parser)
     except (registry.RegistryError, recipes.RecipeError) as error:
@@ -165,6 +170,31 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     )
     del parsed.dry_run, parsed.json, parsed.recipe
     return parsed
+
+
+def _without_replaced(
+    flat: dict[str, Any], estimator: str, transform: str | None, parser: argparse.ArgumentParser
+) -> dict[str, Any]:
+    """A recipe without the settings of an algorithm or transform which the command line replaces; a line says so."""
+    kept = dict(flat)
+    for flag, now, group, classes in (
+        (ESTIMATOR, estimator, "bond", algorithm_class),
+        (TRANSFORM, transform, flat.get(TRANSFORM[2:]), transform_class),
+    ):
+        was = flat.get(flag[2:])
+        if not isinstance(was, str) or was == now:
+            continue
+        found = classes(was)
+        options = found.Config.options(group) if found is not None else {}
+        aside = [name for name in kept if name in options and f"--{name}" not in parser._option_string_actions]
+        if flag == TRANSFORM:
+            aside.append(flag[2:])
+        for name in aside:
+            del kept[name]
+        if aside:
+            names = ", ".join(f"--{name}" for name in aside)
+            print(f"bond: note: of the recipe {names} are set aside: they go with {flag} {was}", flush=True)
+    return kept
 
 
 def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespace:

@@ -5,11 +5,12 @@ Hub names, servers and tables other than JSON lines are not looked at.
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,14 @@ _ABOVE_ZERO = (
 )
 _STEPS = ("eval.steps", "ckpt.save_steps")  # -1 for never
 _MOST_BYTES = 2**28  # of a file of prompts that are read
+_ORDERS = 50  # of roles of conversations that are put into the chat template
 _SHOWN = 5  # faulty lines of a file that are named
+
+
+def import_folders(files: Iterable[str]) -> list[str]:
+    """From where the user's Python files (rewards, agents) import their neighbours: their folders and this one."""
+    folders = [os.path.dirname(os.path.abspath(file)) for file in files if file.endswith(".py")]
+    return list(dict.fromkeys([os.getcwd(), *folders]))
 
 
 def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
@@ -53,16 +61,28 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
                 found += [f"--{dest}.model_name_or_path {name}: {line}" for line in _model(Path(name))]
     if args.actor.model_name_or_path and Path(args.actor.model_name_or_path).is_dir():
         found += _policy(args, Path(args.actor.model_name_or_path))
+    template = _template(args) if not found else None
     for dest in ("data.prompt_dataset", "eval.dataset"):
+        lines = _Lines(args, template)
         for name in (_value(args, dest) or "").split(","):
             path = Path(name.partition("@")[0].strip())
             if path.suffix == ".jsonl" and path.is_file():
-                wrong, twice = _prompts(args, path)
+                wrong, twice = lines.read(path)
                 found += [f"--{dest} {line}" for line in wrong]
                 notes += [f"--{dest} {line}" for line in twice]
     for dest in ("ckpt.output_dir", "ckpt.path"):
         found += [f"--{dest} {line}" for line in _folder(Path(_value(args, dest)))]
     return found, notes
+
+
+def _template(args: SimpleNamespace) -> Callable[[list], str] | None:
+    """The chat template of a tokenizer that is here, if the run wants it."""
+    if not args.data.apply_chat_template or not Path(args.actor.model_name_or_path or "").is_dir():
+        return None
+    from bond_plugin.offline.prompts import tokenizer_of
+
+    tokenizer = tokenizer_of(args)
+    return lambda chat: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def _value(args: SimpleNamespace, dest: str) -> Any:
@@ -193,42 +213,80 @@ def _policy(args: SimpleNamespace, folder: Path) -> Iterator[str]:
 # Prompts.
 
 
-def _prompts(args: SimpleNamespace, path: Path) -> tuple[list[str], list[str]]:
-    """What is wrong with the lines of a file, and whether prompts are there more than once."""
-    wrong: list[str] = []
-    count, seen = 0, Counter()
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if file.tell() > _MOST_BYTES:
-                    break
-                if not line.strip():
-                    continue
-                count += 1
-                problem, prompt = _row(args.data, line)
-                if problem:
-                    wrong.append(f"{path}, line {number} {problem}")
-                seen[hash(prompt)] += 1
-    except OSError as error:
-        return [f"{path}: {error.strerror}"], []
-    if not count:
-        return [f"{path} is empty: it needs a line for each prompt"], []
-    twice = sum(times > 1 for times in seen.values())
-    notes = [f"{path}: {twice} of {len(seen)} prompts are there more than once"] if twice else []
-    more = [f"{path}: and {len(wrong) - _SHOWN} more lines"] if len(wrong) > _SHOWN else []
-    return wrong[:_SHOWN] + more, notes
+class _Lines:
+    """What is wrong with the lines of files of prompts, which the host reads as one table."""
+
+    def __init__(self, args: SimpleNamespace, template: Callable[[list], str] | None) -> None:
+        self._args, self._template = args, template
+        self._kinds: dict[str, tuple[str, str]] = {}  # of each column: the kind of its values, and where it was seen
+        self._roles: set[tuple[str, ...]] = set()  # orders of roles that were put into the template
+
+    def read(self, path: Path) -> tuple[list[str], list[str]]:
+        """Problems, and whether prompts are there more than once."""
+        wrong: list[str] = []
+        count, seen = 0, Counter()
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if file.tell() > _MOST_BYTES:
+                        break
+                    if not line.strip():
+                        continue
+                    count += 1
+                    problem, prompt = self._line(line, f"{path}, line {number}")
+                    if problem:
+                        wrong.append(f"{path}, line {number} {problem}")
+                    seen[hash(prompt)] += 1
+        except OSError as error:
+            return [f"{path}: {error.strerror}"], []
+        if not count:
+            return [f"{path} is empty: it needs a line for each prompt"], []
+        twice = sum(times > 1 for times in seen.values())
+        notes = [f"{path}: {twice} of {len(seen)} prompts are there more than once"] if twice else []
+        more = [f"{path}: and {len(wrong) - _SHOWN} more lines"] if len(wrong) > _SHOWN else []
+        return wrong[:_SHOWN] + more, notes
+
+    def _line(self, line: bytes, where: str) -> tuple[str | None, str]:
+        """What is wrong with a line, and its prompt as text."""
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            return "is not UTF-8", ""
+        except ValueError as error:
+            return f"is not JSON: {error}", ""
+        if not isinstance(row, dict):
+            return f"is no JSON object: {shorten(row, 40)}", ""
+        problem, prompt = _row(self._args.data, row)
+        return problem or self._other_kind(row, where) or self._no_template(row), prompt
+
+    def _other_kind(self, row: dict[str, Any], where: str) -> str | None:
+        for key, value in row.items():
+            kind = _KINDS.get(type(value))
+            if kind is None:  # null goes with every kind
+                continue
+            known, seen = self._kinds.setdefault(key, (kind, where))
+            if known != kind:
+                return f"has {kind} under '{key}', and {seen} has {known}: a column has values of one kind"
+        return None
+
+    def _no_template(self, row: dict[str, Any]) -> str | None:
+        chat = row[self._args.data.input_key]
+        roles = tuple(str(message["role"]) for message in chat) if isinstance(chat, list) else ("user",)
+        if self._template is None or roles in self._roles or len(self._roles) > _ORDERS:
+            return None
+        self._roles.add(roles)
+        try:
+            self._template(chat if isinstance(chat, list) else [{"role": "user", "content": chat}])
+        except Exception as error:
+            return f"does not fit the tokenizer's chat template (roles: {', '.join(roles)}): {error}"
+        return None
 
 
-def _row(data: SimpleNamespace, line: bytes) -> tuple[str | None, str]:
-    """What is wrong with a line, and its prompt as text."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "is not UTF-8", ""
-    except ValueError as error:
-        return f"is not JSON: {error}", ""
-    if not isinstance(row, dict):
-        return f"is no JSON object: {shorten(row, 40)}", ""
+_KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def _row(data: SimpleNamespace, row: dict[str, Any]) -> tuple[str | None, str]:
+    """What is wrong with a row, and its prompt as text."""
     for flag, key in (("--data.input_key", data.input_key), ("--data.label_key", data.label_key)):
         if key is not None and key not in row:
             return f"has no key '{key}' (it has {', '.join(map(repr, row))}): set {flag}", ""
@@ -242,6 +300,51 @@ def _row(data: SimpleNamespace, line: bytes) -> tuple[str | None, str]:
     if not prompt or not all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in prompt):
         return f"has a message under '{data.input_key}' without 'role' and 'content'", ""
     return None, json.dumps(prompt, sort_keys=True)
+
+
+# The reward.
+
+
+def reward(url: str) -> Iterator[str]:
+    """What is wrong with a ``--reward.remote_url``, as far as that is seen without running or asking it."""
+    if not url.endswith(".py"):
+        if not url.startswith(("http://", "https://")):
+            yield "is neither a Python file (.py) nor the address of a server (http://… or https://…)"
+        return
+    try:
+        tree = ast.parse(Path(url).read_bytes(), filename=url)  # bytes: a BOM and a coding line are Python's to read
+    except OSError as error:
+        yield error.strerror or str(error)
+        return
+    except (SyntaxError, ValueError) as error:
+        yield str(error)
+        return
+    nodes = list(ast.walk(tree))
+    own = [node for node in nodes if getattr(node, "name", None) == _FUNCTION and isinstance(node, _DEFINITIONS)]
+    for node in own:
+        if isinstance(node, ast.AsyncFunctionDef):
+            yield f"{_FUNCTION} is async; the host calls it in a thread and awaits nothing: define it without async"
+        elif isinstance(node, ast.FunctionDef) and not _takes_three(node.args):
+            yield f"{_FUNCTION} must take three arguments (queries, prompts, labels)"
+    imported = {
+        alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    mentioned = {node.id for node in nodes if isinstance(node, ast.Name)} | {
+        node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    if not own and not {_FUNCTION, "*"} & imported and _FUNCTION not in mentioned:
+        yield f"it defines no {_FUNCTION}(queries, prompts, labels)"
+
+
+_FUNCTION = "reward_func"
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _takes_three(arguments: ast.arguments) -> bool:
+    most = len(arguments.posonlyargs + arguments.args)
+    least = most - len(arguments.defaults)
+    named = [default for default in arguments.kw_defaults if default is None]
+    return not named and least <= 3 and (most >= 3 or arguments.vararg is not None)
 
 
 # Output.

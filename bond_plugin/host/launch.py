@@ -22,6 +22,7 @@ from bond_plugin.host import (
     cpu,
     flags,
     hooks,
+    inputs,
     load_plugins,
     on_cpu,
     python,
@@ -158,7 +159,7 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _before_ray(run: flags.Invocation) -> None:
-    from bond_plugin.host import checks, inputs
+    from bond_plugin.host import checks, identity
     from bond_plugin.offline import make_cache
 
     args = run.args
@@ -172,6 +173,9 @@ def _before_ray(run: flags.Invocation) -> None:
         notes, aside = checks.complete(args, run.given, run.critic)
         wrong, seen = inputs.problems(args)
         problems, notes = wrong + checks.problems(args, run.given), notes + seen
+        if args.ckpt.load_enable and not problems:
+            problems, told = identity.check(args)
+            notes += told
         if args.bond.strict:
             problems += [f"{line} (--bond.strict)" for line in aside]
         else:
@@ -190,13 +194,19 @@ def _before_ray(run: flags.Invocation) -> None:
         raise SystemExit(f"bond: error: {error}") from error
     if not problems and not run.dry_run and not run.caching:
         problems = _lock(args)
+        if not problems and _keeps_checkpoints(args):
+            identity.write(args)
     flags.refuse(problems)
+
+
+def _keeps_checkpoints(args: SimpleNamespace) -> bool:
+    return args.ckpt.load_enable or args.ckpt.save_steps > 0 or bool(args.eval.dataset)
 
 
 def _lock(args: SimpleNamespace) -> list[str]:
     """Keep other runs from this run's folders; what speaks against it."""
     folders = {"ckpt.output_dir": args.ckpt.output_dir}
-    if args.ckpt.load_enable or args.ckpt.save_steps > 0 or args.eval.dataset:
+    if _keeps_checkpoints(args):
         folders["ckpt.path"] = args.ckpt.path
     problems, seen = [], set()
     for dest, name in folders.items():
@@ -230,8 +240,9 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
         variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         if "HF_HUB_OFFLINE" in os.environ:
             variables["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
-    if ":" in args.algo.advantage.estimator:  # its module may lie in this folder
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
+    files = [*(args.reward.remote_url or []), args.train.agent_func_path or ""]
+    folders = [*inputs.import_folders(files), os.environ.get("PYTHONPATH")]
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     variables |= given.get("env_vars") or {}
     merged = {**given, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
     if python() != sys.executable:

@@ -63,7 +63,7 @@ class MetricsFile:
             self.path.rename(_unused(self.path.with_name(f"metrics.{stamp}.jsonl")))
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
@@ -90,7 +90,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     by_step: dict[float, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             values = json.loads(line)
             by_step[values["step"]] = values

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from bond_plugin.host import TIMEOUT_VARIABLE
 from bond_plugin.words import shorten
+
+#: Prefix of the metrics that a reward gives beside itself, so that they take nobody's name.
+EXTRA = "extra_logs/"
 
 _SAY_EVERY = 60.0  # seconds
 #: Of the sample that is scored: the exception, and what the host said last of a server.
@@ -33,10 +37,11 @@ class RewardError(RuntimeError):
 
 
 async def fetch(original: Any, self: Any, queries_list: list, prompts_list: list, labels_list: list) -> Any:
-    """Rewards by the host's own call of a function or a server.
+    """Rewards by the host's own call of a function or a server, in their final form: see :func:`checked`.
 
     Raises:
-        RewardError: it took longer than ``--reward.timeout``, or raised what would end more than this call.
+        RewardError: it took longer than ``--reward.timeout``, raised what would end more than this call, or gave what
+            is no reward.
         Exception: what the function raised; a server's failure.
     """
     if self.reward_func is not None and not isinstance(self.reward_func, _Guarded):
@@ -45,7 +50,8 @@ async def fetch(original: Any, self: Any, queries_list: list, prompts_list: list
     heard: list[str] = []
     _heard.set(heard)
     try:
-        return await _within_time(original(self, queries_list, prompts_list, labels_list), prompts_list)
+        found = await _within_time(original(self, queries_list, prompts_list, labels_list), prompts_list)
+        return [checked(answer) for answer in found]
     except Exception as error:
         noted = _failure.get()
         if noted is not None:
@@ -92,10 +98,14 @@ async def _within_time(rewards: Any, prompts: list[str]) -> Any:
 
 
 def _listen() -> None:
-    """Hear what the host's executor logs."""
+    """Once a process: hear what the host's executor logs, and let it read what servers send."""
+    from aiohttp import ClientResponse
+
     logger = logging.getLogger("openrlhf.utils.agent")
     if not any(isinstance(handler, _Listener) for handler in logger.handlers):
         logger.addHandler(_Listener())
+        # Servers send JSON under other content types, too.
+        ClientResponse.json = functools.partialmethod(ClientResponse.json, content_type=None)
 
 
 class _Listener(logging.Handler):
@@ -116,53 +126,76 @@ async def execute(original: Any, self: Any, prompt: str, *args: Any, **kwargs: A
     name = ", ".join(self.reward_endpoints)
     if noted:
         cause, *last = noted
+        said = str(cause) if isinstance(cause, RewardError) else repr(cause)
         answer = f" ({last[0]})" if last else ""
-        raise RewardError(f"the reward ({name}) failed on the prompt {shorten(prompt)}: {cause!r}{answer}") from cause
+        raise RewardError(f"the reward ({name}) failed on the prompt {shorten(prompt)}: {said}{answer}") from cause
     if self.reward_endpoints and output.get("reward") is None:
         raise RewardError(f"the reward ({name}) returned no 'rewards' for the prompt {shorten(prompt)}")
     return output
 
 
-def settle(original: Any, self: Any, response: dict[str, Any], **kwargs: Any) -> Any:
-    """Before the host makes an experience of a response, its reward and score get their final form.
+def checked(answer: Any) -> dict[str, Any]:
+    """What a reward gives for one query, in its final form: ``rewards``, ``scores`` and ``extra_logs``.
 
     Raises:
-        RewardError: one of them is not one finite number.
+        RewardError: it is something else.
     """
-    prompt = response["prompt"]
-    numbers = {
-        name: number(response[name], prompt, what)
-        for name, what in (("reward", "reward"), ("scores", "score"))
-        if response.get(name) is not None
-    }
-    extra = {
-        name: number(value, prompt, f"extra_logs entry '{name}'")
-        for name, value in (response.get("extra_logs") or {}).items()
-    }
-    return original(self, response | numbers | {"extra_logs": extra}, **kwargs)
+    if not isinstance(answer, Mapping) or answer.get("rewards") is None:
+        raise RewardError(
+            "for each query it must give a dictionary with one number under 'rewards' (and may give 'scores' and "
+            f"'extra_logs'), it gave {shorten(answer)}"
+        )
+    return {"rewards": number(answer["rewards"], "rewards"), **_beside(answer)}
 
 
-def number(value: Any, prompt: str, what: str = "reward") -> float:
-    """One finite float32, of a number, a tensor or an array of one entry.
+def settle(original: Any, self: Any, response: dict[str, Any], **kwargs: Any) -> Any:
+    """Before the host makes an experience of a response, whoever made it, its reward gets its final form.
 
     Raises:
-        RewardError: it is none; the prompt is named.
+        RewardError: reward, score or an entry of the logs is not one finite number; the prompt is named.
+    """
+    try:
+        settled = _beside(response)
+        if response.get("reward") is not None:
+            settled["reward"] = number(response["reward"], "reward")
+    except RewardError as error:
+        raise RewardError(f"{error}, for the prompt {shorten(response['prompt'])}") from None
+    logs = {f"{EXTRA}{name}": value for name, value in settled["extra_logs"].items()}
+    return original(self, response | settled | {"extra_logs": logs}, **kwargs)
+
+
+def _beside(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Score and logs of an answer, each one number."""
+    logs, score = answer.get("extra_logs") or {}, answer.get("scores")
+    if not isinstance(logs, Mapping):
+        raise RewardError(f"'extra_logs' must be a dictionary of numbers, it is {shorten(logs)}")
+    return {
+        "scores": None if score is None else number(score, "scores"),
+        "extra_logs": {str(name): number(value, f"extra_logs['{name}']") for name, value in logs.items()},
+    }
+
+
+def number(value: Any, what: str) -> float:
+    """One finite float32, of a number, or of a tensor, an array or a list of one.
+
+    Raises:
+        RewardError: it is none.
     """
     try:
         (found,) = torch.as_tensor(value, dtype=torch.float32).flatten().tolist()
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise RewardError(
-            f"the {what} must be one number, for the prompt {shorten(prompt)} it is {shorten(value)}"
-        ) from None
-    return finite(found, prompt, what)
+        found = math.nan
+    if not math.isfinite(found):
+        raise RewardError(f"{what} must be one finite number for a query, and is {shorten(value)}")
+    return found
 
 
-def finite(value: float, prompt: str, what: str = "reward") -> float:
+def finite(value: float, prompt: str) -> float:
     """``value``, if it is a number that can be put in an order.
 
     Raises:
         RewardError: NaN or infinite; the prompt is named.
     """
     if not math.isfinite(value):
-        raise RewardError(f"the {what} is {value} for the prompt {shorten(prompt)}")
+        raise RewardError(f"the reward is {value} for the prompt {shorten(prompt)}")
     return value

@@ -298,6 +298,8 @@ class Writer(contextlib.AbstractContextManager):
             self._file.close()
             if isinstance(error, BlockingIOError):
                 raise CacheError(f"{self.path}: another `bond cache` is writing this file") from None
+            if isinstance(error, OSError):
+                raise CacheError(f"{self.path}: {error.strerror}; name a file on another file system") from error
             raise
 
     def __exit__(self, *exception: object) -> None:

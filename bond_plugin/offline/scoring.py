@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from bond_plugin.host import cpu
-from bond_plugin.host.rewards import RewardError, finite
+from bond_plugin.host.inputs import import_folders
+from bond_plugin.host.rewards import RewardError, checked, finite
 from bond_plugin.offline import fingerprints
 from bond_plugin.offline.engine import PromptSamples
 from bond_plugin.words import shorten
@@ -110,6 +112,7 @@ class RemoteScore:
         from openrlhf.utils.agent import SingleTurnAgentExecutor
 
         self.name = ", ".join(urls)
+        sys.path += [folder for folder in import_folders(urls) if folder not in sys.path]
         host = SingleTurnAgentExecutor(urls)
         self._fetch = host._fetch_rewards_via_func if host.reward_func else host._fetch_rewards_via_http
 
@@ -117,26 +120,18 @@ class RemoteScore:
         return asyncio.run(self._all(prompt, label, samples.queries))
 
     async def _all(self, prompt: str, label: Any, queries: list[str]) -> list[float]:
-        import torch
-
         places = asyncio.Semaphore(_AT_ONCE)
 
         async def one(query: str) -> float:
             async with places:
                 try:
                     (found,) = await self._fetch([query], [prompt], [label])
+                    return checked(found)["rewards"]
                 except Exception as error:
+                    said = str(error) if isinstance(error, RewardError) else repr(error)
                     raise RewardError(
-                        f"the reward ({self.name}) failed on the prompt {shorten(prompt)}: {error!r}"
+                        f"the reward ({self.name}) failed on the prompt {shorten(prompt)}: {said}"
                     ) from error
-            try:
-                (value,) = torch.tensor([found["rewards"]], dtype=torch.float32).flatten().tolist()
-            except (KeyError, TypeError, ValueError, RuntimeError):
-                raise RewardError(
-                    f"the reward ({self.name}) must give one number under 'rewards' for each query; for the prompt "
-                    f"{shorten(prompt)} it gave {shorten(found)}"
-                ) from None
-            return value
 
         return list(await asyncio.gather(*map(one, queries)))
 
