@@ -35,7 +35,8 @@ def reward_func(queries, prompts, labels):
     for query, prompt in zip(queries, prompts):
         text = query[len(prompt):].replace("<eos>", "").replace("<pad>", "")
         rewards.append(sum(letter in "aeiou" for letter in text) / max(1, len(text)))
-    return {"rewards": torch.tensor(rewards), "scores": torch.tensor(rewards)}
+    rewards = torch.tensor(rewards)
+    return {"rewards": rewards, "scores": rewards, "extra_logs": {"step": rewards}}
 '''
 
 

@@ -67,6 +67,8 @@ def test_metrics_are_there_each_step_and_finite(trained: Run) -> None:
         assert step["rollout/num_samples"] == 16
         assert step["rollout/reward_mean"] == pytest.approx(step["reward/policy"], abs=1e-5)
         assert step["reward"] == pytest.approx(step["reward/policy"], abs=1e-3)
+        for name in ("score", "extra_logs/step"):
+            assert step[name] == pytest.approx(step["reward/policy"], abs=1e-5)
     first, last = trained.metrics[0], trained.metrics[-1]
     assert first["bond/kl_anchor"] == first["bond/kl_ref"] == 0  # all three are the same weights
     assert last["bond/kl_ref"] > last["bond/kl_anchor"] > 0

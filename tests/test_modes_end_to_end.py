@@ -109,6 +109,7 @@ def test_two_ranks_with_several_steps_and_epochs_filtering_and_evaluation(
         assert 0.1 < step["reward/policy"] < 0.3
         assert step["rollout/num_samples"] == 64
         assert step["bond/engine_gap_policy"] < 2e-2
+        assert step["extra_logs/step"] == pytest.approx(step["reward/policy"], abs=1e-3)
     assert any(step["ppo_clip_ratio"] > 0 for step in steps)  # later steps of a rollout are off-policy
     assert steps[-1]["bond/kl_ref"] > steps[-1]["bond/kl_anchor"] > 0
     assert "eval_num_samples': 12.0" in done.output

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from typing import Any
 
 _LOOK_EVERY = 5.0  # seconds
@@ -37,12 +36,15 @@ def end_with_parent() -> None:
 def end_with_actors() -> None:
     """In the launching process, once Ray runs: end the run when one of its actors has died."""
 
+    over = threading.Event()
+    atexit.register(over.set)  # after Ray is imported, so that it comes before Ray ends its actors
+
     def look() -> None:
         dead: list[dict[str, Any]] = []
-        while not dead:
-            time.sleep(_LOOK_EVERY)
+        while not dead and not over.wait(_LOOK_EVERY):
             dead = _dead_actors()
-        time.sleep(_GRACE)
+        if over.wait(_GRACE):
+            return
         for actor in dead:
             print(f"bond: error: {_died(actor)}", file=sys.stderr)
         print("bond: error: the run ends; --ckpt.load_enable resumes from its last checkpoint", file=sys.stderr)
