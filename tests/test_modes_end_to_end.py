@@ -176,7 +176,7 @@ def test_two_turn_agent_with_muon_prompt_mean_loss_and_resume(bond: Callable[...
     for step in (*steps, *again):
         assert step["bond/kl_anchor"] == 0
         assert step["bond/ess"] == pytest.approx(1)
-        assert 1.5 < step["turns"] <= 2
+        assert 1.5 < step["extra_logs/turns"] <= 2
         assert step["rollout/response_length_mean"] > step["response_length"] - 1e-6
     # Estimated from few tokens, a KL may be of either sign; 0 is what the resumed policy as reference would give.
     assert steps[0]["bond/kl_ref"] == 0
