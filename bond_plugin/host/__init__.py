@@ -1,12 +1,16 @@
 """The only part of the package that knows OpenRLHF, Ray, DeepSpeed and vLLM.
 
-``hooks.py`` lists everything that is attached to the host, one line each, and checks the host against it.
-The other files hold what is attached, one file for each thing: ``flags`` (parser), ``launch`` (Ray),
-``run`` (the host's other commands), ``checks`` (refused combinations), ``sampling`` (rollouts),
-``experience`` (rewards, log-probabilities, advantages), ``transform`` (other rewards for the host's
-estimators), ``loss`` (policy loss), ``batches`` (micro-batches by tokens), ``weights`` (anchor and
-reference), ``classifier`` (learned quantile), ``state`` and ``rows`` (what is kept on the host's objects),
-``metrics`` (what a run shows), ``rewards`` (errors in reward functions), ``cpu`` (machines without GPU).
+``hooks.py`` lists everything that is attached to the host, one line each, and checks the host against it. The other
+files hold what is attached, one file for each thing.
+
+Before Ray starts: ``flags`` (parser), ``plan`` (what the arguments ask for), ``inputs`` and ``checks`` (what is
+refused), ``identity`` (whose checkpoints a folder holds), ``launch`` (Ray), ``run`` (the host's other commands).
+
+In a run: ``sampling`` and ``requests`` (rollouts), ``rewards`` (what the user's reward gives), ``experience`` and
+``advantages`` (from samples to advantages), ``log_probs`` (under other weights), ``transform`` (other rewards for the
+host's estimators), ``loss`` (policy loss), ``batches`` (micro-batches by tokens), ``weights`` (anchor and reference),
+``checkpoints``, ``classifier`` (learned quantile), ``state`` and ``rows`` (what is kept on the host's objects),
+``metrics`` (what a run shows), ``watch`` (what has died), ``cpu`` (machines without GPU).
 
 Importing this module is cheap, and :func:`load` imports nothing heavy either: it arms hooks which act when
 a module of the host is imported. It may be called any number of times, in any process.
