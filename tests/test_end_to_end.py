@@ -285,7 +285,7 @@ def test_exception_in_the_reward_function_stops_the_run_with_its_traceback(
 def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
     """RAY_ADDRESS, and `ray job submit`, against one cluster."""
     ports = []
-    for _ in range(2):
+    for _ in range(3):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
@@ -296,6 +296,7 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
         cluster = subprocess.Popen(
             [ray, "start", "--head", "--block", f"--port={ports[0]}",
              f"--dashboard-port={ports[1]}", "--include-dashboard=true", "--num-cpus=6", "--num-gpus=2",
+             f"--dashboard-agent-listen-port={ports[2]}",  # its default is taken where another cluster runs
              f"--temp-dir={short}"],
             env=clean_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
