@@ -421,3 +421,22 @@ def test_a_failing_command_shows_the_end_of_its_log(prepare: ModuleType, tmp_pat
     with pytest.raises(prepare.models.TrainingError, match="no_such_flag"):
         prepare.models.train("openrlhf.cli.train_sft", tmp_path / "model", tmp_path / "sft.log", no_such_flag=1)
     assert not (tmp_path / "model").exists()
+
+
+def test_where_jbond_comes_to_rest() -> None:
+    """The closed form against a policy over 4,000 responses, moved until its advantages are all the same."""
+    import torch
+
+    stationary = load(RECIPES / "miniature" / "stationary.py")
+    reference = torch.full((4000,), 1 / 4000, dtype=torch.float64)
+    policy = reference.clone()
+    for _ in range(400):
+        own = policy.cumsum(0) - policy / 2
+        pull = own + 0.5 * stationary.log_quantile(own, 8)  # beta 0.5, N = 2
+        wanted = torch.softmax(reference.log() + pull / 0.6, dim=0)
+        policy = 0.8 * policy + 0.2 * wanted
+    kl = (policy * (policy / reference).log()).sum().item()
+    win_rate = (policy * (torch.arange(4000) + 0.5) / 4000).sum().item()
+    assert stationary.at_rest(0.6) == (pytest.approx(kl, abs=5e-3), pytest.approx(win_rate, abs=1e-3))
+    assert win_rate < stationary.limit(kl) < 1
+    assert stationary.limit(0.0) == pytest.approx(0.5, abs=1e-3)
