@@ -23,14 +23,14 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
     Raises:
         RewardError: a reward is no number, whatever the estimator.
     """
-    for e in experiences:
-        for prompt, reward in zip(e.prompts, e.rewards.flatten().tolist(), strict=True):
-            finite(reward, prompt)
     run = plan.of(self.args)
     if run.transform is not None:
         return transform.apply(original, self, experiences)
     algorithm = run.algorithm
     if algorithm is None:
+        for e in experiences:  # elsewhere `Batch.rewards` looks at them
+            for prompt, reward in zip(e.prompts, e.rewards.flatten().tolist(), strict=True):
+                finite(reward, prompt)
         return original(self, experiences)
     experiences = original(self, experiences)
     batch = Batch(experiences, self.args.rollout.n_samples_per_prompt)

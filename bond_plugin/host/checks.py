@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from bond_plugin import registry
 from bond_plugin.algorithms.base import Needs, RewardTransform
-from bond_plugin.host import flags, inputs, on_cpu, plan
+from bond_plugin.host import flags, identity, inputs, on_cpu, plan
 
 HOST_LOSSES = ("ppo", "gspo")
 
@@ -60,7 +60,7 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     if on_cpu():
         _without_gpu(args, given, notes, aside)
     _absolute_paths(args)
-    if args.ckpt.load_enable and not args.bond.require_checkpoint and not _has_checkpoint(args):
+    if args.ckpt.load_enable and not args.bond.require_checkpoint and not identity.has_checkpoint(args):
         notes.append(f"--ckpt.load_enable: {args.ckpt.path} holds no whole checkpoint, so the run starts at step 0")
     run = plan.of(args)
     if run.transform is not None:
@@ -171,10 +171,6 @@ def _absolute_paths(args: SimpleNamespace) -> None:
         args.reward.remote_url = [_absolute(url) if url.endswith(".py") else url for url in args.reward.remote_url]
 
 
-def _has_checkpoint(args: SimpleNamespace) -> bool:
-    return Path(args.ckpt.path, "_actor", "latest").is_file()
-
-
 def _absolute(name: str | None) -> str | None:
     """The absolute path of what exists as a file or folder, ``name`` (a hub's, perhaps) otherwise."""
     if not name:
@@ -203,7 +199,7 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     found = [*_files(args), *_groups(args), *_host_cannot(args)]
     if args.bond.require_checkpoint and not args.ckpt.load_enable:
         found.append("--bond.require_checkpoint is about resuming: add --ckpt.load_enable")
-    elif args.bond.require_checkpoint and not _has_checkpoint(args):
+    elif args.bond.require_checkpoint and not identity.has_checkpoint(args):
         found.append(
             f"--bond.require_checkpoint: --ckpt.path {args.ckpt.path} holds no whole checkpoint (no _actor/latest): "
             "is the path right?"

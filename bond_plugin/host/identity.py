@@ -51,11 +51,16 @@ def of(args: SimpleNamespace) -> dict[str, Any]:
     }
 
 
+def has_checkpoint(args: SimpleNamespace) -> bool:
+    """Whether ``--ckpt.path`` holds a whole checkpoint."""
+    return Path(args.ckpt.path, "_actor", "latest").is_file()
+
+
 def check(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     """Why a resumed run cannot go on with the checkpoints in ``--ckpt.path``, and what else differs."""
     path = Path(args.ckpt.path, _FILE)
     then = read_json(path)
-    if then is None or not Path(args.ckpt.path, "_actor", "latest").is_file():
+    if then is None or not has_checkpoint(args):
         return [], []
     now = of(args)
     problems, notes = [], []

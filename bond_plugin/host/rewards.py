@@ -126,12 +126,16 @@ async def execute(original: Any, self: Any, prompt: str, *args: Any, **kwargs: A
     name = ", ".join(self.reward_endpoints)
     if noted:
         cause, *last = noted
-        said = str(cause) if isinstance(cause, RewardError) else repr(cause)
-        answer = f" ({last[0]})" if last else ""
-        raise RewardError(f"the reward ({name}) failed on the prompt {shorten(prompt)}: {said}{answer}") from cause
+        raise failed(name, prompt, cause, f" ({last[0]})" if last else "") from cause
     if self.reward_endpoints and output.get("reward") is None:
         raise RewardError(f"the reward ({name}) returned no 'rewards' for the prompt {shorten(prompt)}")
     return output
+
+
+def failed(name: str, prompt: str, cause: BaseException, answer: str = "") -> RewardError:
+    """The error of a prompt: which reward, and what it raised."""
+    said = str(cause) if isinstance(cause, RewardError) else repr(cause)
+    return RewardError(f"the reward ({name}) failed on the prompt {shorten(prompt)}: {said}{answer}")
 
 
 def checked(answer: Any) -> dict[str, Any]:

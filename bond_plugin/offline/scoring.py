@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from bond_plugin.host import cpu
 from bond_plugin.host.inputs import import_folders
-from bond_plugin.host.rewards import RewardError, checked, finite
+from bond_plugin.host.rewards import RewardError, checked, failed, finite
 from bond_plugin.offline import fingerprints
 from bond_plugin.offline.engine import PromptSamples
-from bond_plugin.words import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,10 +127,7 @@ class RemoteScore:
                     (found,) = await self._fetch([query], [prompt], [label])
                     return checked(found)["rewards"]
                 except Exception as error:
-                    said = str(error) if isinstance(error, RewardError) else repr(error)
-                    raise RewardError(
-                        f"the reward ({self.name}) failed on the prompt {shorten(prompt)}: {said}"
-                    ) from error
+                    raise failed(self.name, prompt, error) from error
 
         return list(await asyncio.gather(*map(one, queries)))
 
