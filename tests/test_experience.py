@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bond_plugin.host import log_probs, state, weights
+from bond_plugin.host.advantages import compute_advantages_and_returns
 from bond_plugin.host.experience import Batch, of_step, under_weights
 from bond_plugin.host.rewards import RewardError
 
@@ -97,3 +98,16 @@ def test_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: float
     ]
     with pytest.raises(RewardError, match=f"the reward is {value} for the prompt 'hij'"):
         Batch(rows, 1).rewards()
+
+
+def test_a_reward_that_is_no_number_ends_a_run_of_the_hosts_estimators_too() -> None:
+    args = SimpleNamespace(
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="reinforce")),
+        rollout=SimpleNamespace(n_samples_per_prompt=1),
+    )
+    maker = SimpleNamespace(args=args)
+    experiences = [SimpleNamespace(prompts=["ab", "cd"], rewards=torch.tensor([1.0, 2.0]))]
+    assert compute_advantages_and_returns(lambda _self, given: given, maker, experiences) is experiences
+    experiences[0].rewards[1] = math.nan
+    with pytest.raises(RewardError, match="the reward is nan for the prompt 'cd'"):
+        compute_advantages_and_returns(lambda _self, given: given, maker, experiences)
