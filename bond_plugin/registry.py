@@ -16,6 +16,9 @@ ADVANTAGE_ESTIMATORS = "openrlhf.advantage_estimators"
 POLICY_LOSSES = "openrlhf.policy_losses"
 REWARD_TRANSFORMS = "openrlhf.reward_transforms"
 
+OWN_LOSS = "own"
+"""As the name of a policy loss: the algorithm's method ``loss``."""
+
 
 class RegistryError(RuntimeError):
     """An entry-point group is not usable: a duplicate name, or an entry that does not import."""
@@ -60,6 +63,15 @@ def load(group: str, name: str) -> Any:
         raise RegistryError(
             f"'{name}' in the entry-point group '{group}' ({_origin(entry)}) cannot be imported: {error!r}"
         ) from error
+
+
+def policy_loss(name: str, algorithm: Any) -> Any:
+    """The policy loss ``name``, of ours or anybody's; ``own`` is the method of the algorithm.
+
+    Raises:
+        RegistryError: as :func:`load`.
+    """
+    return algorithm.loss if name == OWN_LOSS and algorithm is not None else load(POLICY_LOSSES, name)
 
 
 def load_class(group: str, name: str, base: type) -> Any:

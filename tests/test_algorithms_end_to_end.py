@@ -55,7 +55,7 @@ def test_bond_with_a_learned_quantile_on_two_ranks_from_a_recipe(
         assert step["bond/engine_gap_reference"] < 2e-2  # the engine held the initial policy's weights
     assert steps[0]["bond/quantile_bce"] == pytest.approx(math.log(2), abs=0.15)  # it knows nothing yet
     assert mean(s["bond/quantile_bce"] for s in steps[-4:]) < mean(s["bond/quantile_bce"] for s in steps[:2])
-    assert steps[-1]["bond/kl_ref"] == steps[-1]["bond/kl_anchor"] > 0  # the anchor is the initial policy
+    assert steps[-1]["bond/kl_ref"] == steps[-1]["bond/kl_anchor"] != 0  # the anchor is the initial policy
     assert (tmp_path / "ckpt" / "_critic" / "global_step8").is_dir()
 
 
@@ -135,7 +135,7 @@ def test_vbon_on_rloo_on_two_ranks_from_a_recipe(
     assert mean(rewards[-3:]) > mean(rewards[:3]) + 0.03
     assert mean(s["bond/quantile"] for s in steps[-3:]) > mean(s["bond/quantile"] for s in steps[:3])
     assert abs(steps[0]["bond/kl_ref"]) < 1e-3
-    assert steps[-1]["bond/kl_ref"] > 0
+    assert abs(steps[-1]["bond/kl_ref"]) > 1e-3
     assert steps[0]["reward"] == pytest.approx(rewards[0], abs=1e-4)  # the host goes on logging the reward itself
     assert "--algo.kl.init_coef is 0.0666" in done.output
 

@@ -8,12 +8,13 @@ with autograd's gradient of the exact objective.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms import AdvantageInputs, LossInputs, TransformInputs
+from bond_plugin.algorithms import AdvantageInputs, LossInputs
 from bond_plugin.algorithms.bon_sft import BoNSFT, BoNSFTConfig
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import policy_loss
@@ -35,6 +36,11 @@ def population(rewards: Tensor, copies: int) -> Tensor:
     return rewards.repeat_interleave(COUNTS * copies)
 
 
+def whole(**log_probs: Tensor) -> dict[str, Tensor]:
+    """Of responses of one token."""
+    return {name: values.unsqueeze(-1) for name, values in log_probs.items()}
+
+
 def expected_gradient(algorithm: BOND, rewards: Tensor, pool: Tensor, n_policy: int = 1) -> Tensor:
     """The backward term's gradient, summed over all policy samples (pairs, for two) with their probabilities."""
     logits = LOGITS.clone().requires_grad_()
@@ -44,10 +50,8 @@ def expected_gradient(algorithm: BOND, rewards: Tensor, pool: Tensor, n_policy: 
     out = algorithm.advantages(
         AdvantageInputs(
             rewards=rewards[index],
-            log_probs=log_pi.detach()[index],
             source_rewards=rewards.new_zeros(len(index), 0),
-            selected_log_probs=rewards.new_zeros(len(index), 0),
-            source_log_probs=ANCHOR[index],
+            under=whole(policy=log_pi.detach()[index], reference=ANCHOR[index]),
             generator=torch.Generator().manual_seed(0),
             reference_rewards=pool.expand(len(index), -1),
         )
@@ -96,19 +100,17 @@ def test_bond_backward_gradient_is_that_of_the_kl_to_best_of_n(
 def test_beta_scales_the_two_terms() -> None:
     batch = {
         "rewards": STRICT[:6].reshape(3, 2),
-        "log_probs": LOGITS[:6].reshape(3, 2),
         "source_rewards": STRICT[:12].reshape(3, 4),
-        "selected_log_probs": LOGITS[:3].reshape(3, 1),
-        "source_log_probs": ANCHOR[:6].reshape(3, 2),
+        "under": whole(policy=LOGITS[:9].reshape(3, 3), reference=ANCHOR[:9].reshape(3, 3)),
         "generator": torch.Generator().manual_seed(0),
     }
-    half, whole = (
+    half, full = (
         BOND(BONDConfig(n=4, beta=beta, n_anchor_samples=4)).advantages(AdvantageInputs(**batch))
         for beta in (0.25, 1.0)
     )
-    torch.testing.assert_close(half.advantages, 0.25 * whole.advantages)
+    torch.testing.assert_close(half.advantages, 0.25 * full.advantages)
     assert (half.selected_advantages == 0.75).all()
-    assert (whole.selected_advantages == 0).all()
+    assert (full.selected_advantages == 0).all()
 
 
 def test_forward_term_takes_the_best_of_the_first_n() -> None:
@@ -167,10 +169,8 @@ def test_learned_quantile_uses_the_classifier_and_labels_it_by_eq_25() -> None:
     out = algorithm.advantages(
         AdvantageInputs(
             rewards=STRICT[y].unsqueeze(1),
-            log_probs=LOGITS.log_softmax(-1)[y].unsqueeze(1),
             source_rewards=STRICT[index].unsqueeze(1),
-            selected_log_probs=torch.zeros(len(y), 0, dtype=torch.float64),
-            source_log_probs=ANCHOR[y].unsqueeze(1),
+            under=whole(policy=LOGITS.log_softmax(-1)[y].unsqueeze(1), reference=ANCHOR[y].unsqueeze(1)),
             generator=torch.Generator(),
             classifier_logits=logits[y].unsqueeze(1),
         )
@@ -189,14 +189,13 @@ def test_bon_sft_is_the_forward_kl_and_a_kl_to_the_reference(kl_coef: float) -> 
     algorithm = BoNSFT(BoNSFTConfig(n=3, kl_coef=kl_coef, baseline="none"))
     logits = LOGITS.clone().requires_grad_()
     log_pi = logits.log_softmax(-1)
-    y = torch.arange(SIZE)
     out = algorithm.advantages(
         AdvantageInputs(
             rewards=STRICT.unsqueeze(1),
-            log_probs=log_pi.detach().unsqueeze(1),
             source_rewards=STRICT.expand(SIZE, -1)[:, :3],
-            selected_log_probs=log_pi.detach()[y].unsqueeze(1),
-            source_log_probs=ANCHOR.unsqueeze(1),
+            under=whole(
+                policy=log_pi.detach().unsqueeze(1).expand(-1, 2), reference=ANCHOR.unsqueeze(1).expand(-1, 2)
+            ),
             generator=torch.Generator(),
         )
     )
@@ -214,7 +213,8 @@ def test_vbon_rewards_and_coefficient(bound: str) -> None:
     assert transform.kl_coefficient == 0.25
     rewards = torch.tensor([[-1.0, 1.0, 2.0, 9.0]], dtype=torch.float64)
     log_ref = torch.tensor([[-3.0, -4.0, -5.0, -6.0]], dtype=torch.float64)
-    found = transform.transform(TransformInputs(rewards, pool, log_ref)).rewards
+    batch = AdvantageInputs(rewards, rewards[:, :0], whole(reference=log_ref), torch.Generator(), pool)
+    found = transform.transform(batch).rewards
     f = torch.tensor([[1, 2, 4, 5]], dtype=torch.float64) / 5
     wanted = {
         "l1": f.log(),
@@ -222,7 +222,8 @@ def test_vbon_rewards_and_coefficient(bound: str) -> None:
         "tied": log_bon_ratio(f - 0.2, torch.tensor([[1, 4, 5, 5]], dtype=torch.float64) / 5, n) / (n - 1),
     }[bound]
     torch.testing.assert_close(found, wanted)
-    again = transform.transform(TransformInputs(rewards.exp() * 3, pool.exp() * 3, log_ref)).rewards
+    again = replace(batch, rewards=rewards.exp() * 3, reference_rewards=pool.exp() * 3)
+    again = transform.transform(again).rewards
     torch.testing.assert_close(found, again)
 
 

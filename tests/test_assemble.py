@@ -33,8 +33,7 @@ class Recording(Algorithm):
         return Needs(
             source_samples=DRAWN,
             selected_samples=SELECTED,
-            source_log_probs=True,
-            reference_log_probs=True,
+            log_probs={"anchor", "reference"},
             anchor_eta=0.1,
         )
 
@@ -64,12 +63,10 @@ def test_an_algorithm_is_given_sums_and_ratios_of_its_rows() -> None:
     given = assembled(algorithm).inputs
     assert given is algorithm.given
     totals = {name: values.sum(-1) for name, values in UNDER.items()}
-    torch.testing.assert_close(given.log_probs, totals["policy"][:, :N])
-    torch.testing.assert_close(given.selected_log_probs, totals["policy"][:, N:])
-    torch.testing.assert_close(given.source_log_probs, totals["anchor"][:, :N])
-    torch.testing.assert_close(given.behaviour_log_ratios, (totals["policy"] - totals["behaviour"])[:, :N])
-    torch.testing.assert_close(given.source_log_ratios, UNDER["policy"] - UNDER["anchor"])
-    torch.testing.assert_close(given.reference_log_ratios, UNDER["policy"] - UNDER["reference"])
+    torch.testing.assert_close(given.log_probs, totals["policy"])
+    for name in ("anchor", "reference", "behaviour"):
+        torch.testing.assert_close(given.log_ratios(name), UNDER["policy"] - UNDER[name])
+        torch.testing.assert_close(given.log_ratio(name), (totals["policy"] - totals[name])[:, :N])
 
 
 @pytest.mark.parametrize("of_tokens", [False, True])

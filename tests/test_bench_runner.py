@@ -164,7 +164,8 @@ def test_two_runners_do_not_write_one_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_processes_report_status_log_and_memory(tmp_path: Path) -> None:
+def test_processes_report_status_log_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_MEMORY_EVERY", 0.1)  # and not once, which may be too early on a busy machine
     processes, log = runner.Processes(), tmp_path / "log"
     code = "import os, time; x = bytearray(200 * 2**20); print(os.environ['MINE']); time.sleep(3)"
     peak = processes.run("this", ["-c", code], log, {"MINE": "here"}, memory=True)

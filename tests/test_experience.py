@@ -62,7 +62,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, **bond: Any) -> tuple[SimpleNamespac
 
 
 def kl_ref(maker: SimpleNamespace) -> float:
-    inputs = SimpleNamespace(rewards=torch.zeros(10, 1), reference_log_ratios=None)
+    inputs = SimpleNamespace(rewards=torch.zeros(10, 1), under={})
     return of_step(maker, inputs, Batch(maker.experiences, 1))["bond/kl_ref"]
 
 

@@ -565,6 +565,8 @@ class Crooked(Algorithm):
 
 
 class Doubled(RewardTransform):
+    """Its coefficient is 2; it wants no cache."""
+
     kl_coefficient = 2.0
 
     def transform(self, batch):
@@ -610,6 +612,12 @@ def test_an_algorithm_of_another_package_by_name(
 def test_a_transform_of_another_package_by_name() -> None:
     """The reward 2 r with the coefficient 2: the optimum is pi_ref exp(r)."""
     _, log_probs = trained(build("doubled"), TIED)
+    assert kl(log_probs, (TIED.log_ref + TIED.rewards).log_softmax(-1)) < 1e-3
+
+
+def test_a_loss_of_the_algorithms_own_need_not_be_linear_in_log_pi() -> None:
+    """Regression of the log-ratio to the reward: the optimum is pi_ref exp(r)."""
+    _, log_probs = trained(build("squared:Squared"), TIED)
     assert kl(log_probs, (TIED.log_ref + TIED.rewards).log_softmax(-1)) < 1e-3
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,17 +48,12 @@ def batches(prompts: int, samples: int) -> tuple[Tensor, Tensor]:
 
 def inputs(index: Tensor, rewards: Tensor) -> AdvantageInputs:
     """One batch, ``[P, S]``."""
-    policy = tokens_of(POLICY.detach())[index]
-    none = torch.zeros(len(index), 0, dtype=torch.float64)
+    tables = {"policy": POLICY.detach(), "anchor": ANCHOR, "reference": INITIAL}
     return AdvantageInputs(
         rewards=rewards[index],
-        log_probs=policy.sum(-1),
-        source_rewards=none,
-        selected_log_probs=none,
-        source_log_probs=None,
+        source_rewards=torch.zeros(len(index), 0, dtype=torch.float64),
+        under={name: tokens_of(table)[index] for name, table in tables.items()},
         generator=torch.Generator().manual_seed(0),
-        source_log_ratios=policy - tokens_of(ANCHOR)[index],
-        reference_log_ratios=policy - tokens_of(INITIAL)[index],
     )
 
 
@@ -140,7 +136,7 @@ def test_what_came_before_a_token_does_not_depend_on_it() -> None:
 
     def of(to_go: bool) -> object:
         def make(batch: AdvantageInputs) -> object:
-            pool, config = Pool.of(batch), JBONDConfig()
+            pool, config = Pool.of(batch, "anchor"), JBONDConfig()
             return advantages(pool, *pool.tilts(config), config, to_go=to_go)
 
         return make
@@ -169,7 +165,7 @@ def test_samples_of_an_earlier_policy_count_by_their_own_distribution() -> None:
     for batch in index:
         given = inputs(batch, STRICT)
         moved = policy.sum(-1)[batch] - log_mu[batch]
-        given = AdvantageInputs(**{**vars(given), "behaviour_log_ratios": moved})
+        given = replace(given, under={**given.under, "behaviour": tokens_of(table(4))[batch]})
         config = JBONDConfig(beta=0.0)
         found = JBOND(config).advantages(given).advantages * moved.exp().unsqueeze(-1)  # the host's part, untruncated
         coefficient.index_add_(0, batch.flatten(), log_mu[batch].sum().exp() * found.flatten(0, 1) / 2)
@@ -181,7 +177,7 @@ def test_ess_is_one_where_the_policy_is_the_anchor_and_less_where_it_is_not() ->
     batch = inputs(torch.tensor([[0, 3, 1], [1, 2, 3]]), STRICT)
     ess = JBOND(JBONDConfig()).advantages(batch).metrics["bond/ess"]
     assert 0 < ess < 1
-    same = AdvantageInputs(**{**vars(batch), "source_log_ratios": torch.zeros_like(batch.source_log_ratios)})
+    same = replace(batch, under={**batch.under, "anchor": batch.under["policy"]})
     found = JBOND(JBONDConfig()).advantages(same).metrics
     assert found["bond/ess"] == pytest.approx(1.0)
     assert found["bond/win_rate"] == pytest.approx(0.5) and found["bond/kl_anchor"] == 0
@@ -200,17 +196,7 @@ def test_samples_of_the_anchor_join_by_the_balance_heuristic() -> None:
         y, a = row[None, :2], row[None, 2:]
         assert algorithm.select(STRICT[a], torch.Generator()).tolist() == [[0, 1]]
         both = inputs(row[None], STRICT)
-        found = algorithm.advantages(
-            AdvantageInputs(
-                rewards=STRICT[y],
-                log_probs=log_pi[y],
-                source_rewards=STRICT[a],
-                selected_log_probs=log_pi[a],
-                source_log_probs=log_anchor[y],
-                generator=torch.Generator(),
-                source_log_ratios=both.source_log_ratios,
-            )
-        )
+        found = algorithm.advantages(replace(both, rewards=STRICT[y], source_rewards=STRICT[a]))
         probability = (log_pi[y].sum() + log_anchor[a].sum()).exp()
         coefficient.index_add_(
             0, y[0], probability * found.advantages[0] / 2

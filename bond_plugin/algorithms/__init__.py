@@ -10,7 +10,6 @@ from bond_plugin.algorithms.base import (
     Needs,
     RewardTransform,
     TransformConfig,
-    TransformInputs,
     TransformOutputs,
     flag,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "Needs",
     "RewardTransform",
     "TransformConfig",
-    "TransformInputs",
     "TransformOutputs",
     "flag",
 ]

@@ -106,34 +106,15 @@ def advantages(
         algorithm: see there.
         rewards: ``[P, n]`` float64, of the policy's samples.
         source_rewards: ``[P, m]`` float64, of all source samples.
-        under: log-probabilities of each token of the rows, ``[P, n + f, A]`` float64, 0 beyond a response's end, by
-            the weights: ``policy``, those of :attr:`Needs.log_probs`, and ``behaviour`` where an earlier policy drew
-            the samples.
-        generator: the only source of randomness.
-        reference_rewards, classifier_logits: as in :class:`AdvantageInputs`.
+        under, generator, reference_rewards, classifier_logits: as in :class:`AdvantageInputs`.
 
     Raises:
         ContractError: the algorithm returns another shape than its interface says, or a number that is not finite.
     """
-    needs, policy, n = algorithm.needs(), under["policy"], rewards.shape[-1]
-    totals = policy.sum(dim=-1)
-    ratios = {name: policy - other for name, other in under.items() if name != "policy"}
-    source, behaviour = ratios[needs.source] if needs.source_log_probs else None, ratios.get("behaviour")
-    inputs = AdvantageInputs(
-        rewards=rewards,
-        log_probs=totals[:, :n],
-        source_rewards=source_rewards,
-        selected_log_probs=totals[:, n:],
-        source_log_probs=None if source is None else (totals - source.sum(dim=-1))[:, :n],
-        generator=generator,
-        reference_rewards=reference_rewards,
-        classifier_logits=classifier_logits,
-        source_log_ratios=source,
-        reference_log_ratios=ratios.get("reference"),
-        behaviour_log_ratios=None if behaviour is None else behaviour.sum(dim=-1)[:, :n],
-    )
+    needs = algorithm.needs()
+    inputs = AdvantageInputs(rewards, source_rewards, under, generator, reference_rewards, classifier_logits)
     found = algorithm.advantages(inputs)
-    tokens = policy.shape[-1]
+    tokens = under["policy"].shape[-1]
     made = per_token("advantages", found.advantages, rewards.shape, tokens)
     if needs.selected_samples:
         shape = (len(rewards), needs.selected_samples)

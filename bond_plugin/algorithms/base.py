@@ -9,6 +9,7 @@ gradient of them. Nothing here knows the host.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -83,8 +84,8 @@ class Needs:
         source_samples: m, how many a prompt from ``source``; 0 for none.
         selected_samples: f, how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
         source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy.
-        source_log_probs: whether the log-probabilities of the samples under ``source`` are wanted.
-        reference_log_probs: whether their log-probabilities under the initial policy are wanted.
+        log_probs: under which weights beside the policy's the log-probabilities of the rows are wanted: ``anchor``,
+            ``reference``.
         anchor_eta: the anchor is a moving average: it moves by ``eta`` of its distance to the policy each
             optimiser step.
         anchor_interval: the anchor becomes a copy of the policy every so many optimiser steps. ``None`` for
@@ -97,8 +98,7 @@ class Needs:
     source_samples: int = 0
     selected_samples: int = 0
     source: Source = "anchor"
-    source_log_probs: bool = False
-    reference_log_probs: bool = False
+    log_probs: Collection[str] = frozenset()
     anchor_eta: float | None = None
     anchor_interval: int | None = None
     reward_cache: bool = False
@@ -108,8 +108,13 @@ class Needs:
     def __post_init__(self) -> None:
         if self.anchor_eta is not None and self.anchor_interval is not None:
             raise ValueError("an anchor is a moving average or a periodic copy, not both")
-        if self.source == "anchor" and (self.source_samples or self.source_log_probs) and not self.anchor:
+        if "anchor" in self.weights and not self.anchor:
             raise ValueError("samples of an anchor need anchor_eta or anchor_interval; or use source='reference'")
+        unknown = self.weights - {"anchor", "reference"}
+        if unknown:
+            raise ValueError(
+                f"there are no weights {', '.join(sorted(unknown))}: log_probs knows anchor and reference"
+            )
 
     @property
     def anchor(self) -> bool:
@@ -117,47 +122,53 @@ class Needs:
         return self.anchor_eta is not None or self.anchor_interval is not None
 
     @property
-    def log_probs(self) -> set[str]:
-        """Under which weights beside the policy's the log-probabilities of samples are needed."""
-        wanted = ((self.source, self.source_log_probs), ("reference", self.reference_log_probs))
-        return {name for name, needed in wanted if needed}
+    def weights(self) -> set[str]:
+        """The weights beside the policy's from which samples are drawn or whose log-probabilities are wanted."""
+        return {*self.log_probs, *([self.source] if self.source_samples else [])}
 
 
 @dataclass(frozen=True)
 class AdvantageInputs:
     """One rollout batch: P prompts with n samples of the policy and m source samples each, of which f are selected.
 
-    Log-ratios come token by token: response tokens from the left, at most A, 0 beyond a response's end.
+    A prompt's *rows* are its n samples of the policy and then the f selected ones of the source.
 
     Attributes:
         rewards: ``[P, n]`` float64, of the policy's samples.
-        log_probs: ``[P, n]`` float64, log pi(y), summed over the tokens of the response.
         source_rewards: ``[P, m]`` float64, of all source samples.
-        selected_log_probs: ``[P, f]`` float64, log pi of those that were selected for training.
-        source_log_probs: ``[P, n]`` float64, log-probabilities of the *policy's* samples under the source (anchor
-            or reference), or ``None``.
+        under: log-probabilities of each token of the rows, ``[P, n + f, A]`` float64, response tokens from the left,
+            0 beyond a response's end, by the weights: ``policy``, those of :attr:`Needs.log_probs`, and ``behaviour``
+            where an earlier policy drew the policy's samples (asynchronous training).
         generator: seeded by the run's seed and the step; the only source of randomness to use.
         reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
         classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
             ``None``.
-        source_log_ratios: ``[P, n + f, A]`` float64, log pi - log pi_source of each token of the policy's samples
-            and of the selected ones of the source, or ``None``.
-        reference_log_ratios: the same for the initial policy, or ``None``.
-        behaviour_log_ratios: ``[P, n]`` float64, log pi(y) - log mu(y), where the policy's samples were drawn by
-            an earlier policy mu (asynchronous training); ``None`` where mu is pi.
     """
 
     rewards: Tensor
-    log_probs: Tensor
     source_rewards: Tensor
-    selected_log_probs: Tensor
-    source_log_probs: Tensor | None
+    under: Mapping[str, Tensor]
     generator: torch.Generator
     reference_rewards: Tensor | None = None
     classifier_logits: Tensor | None = None
-    source_log_ratios: Tensor | None = None
-    reference_log_ratios: Tensor | None = None
-    behaviour_log_ratios: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        """Samples of the policy a prompt."""
+        return self.rewards.shape[-1]
+
+    @property
+    def log_probs(self) -> Tensor:
+        """``[P, n + f]``: log pi of each row."""
+        return self.under["policy"].sum(dim=-1)
+
+    def log_ratios(self, name: str) -> Tensor:
+        """``[P, n + f, A]``: log pi - log of ``name``, of each token of the rows."""
+        return self.under["policy"] - self.under[name]
+
+    def log_ratio(self, name: str) -> Tensor:
+        """``[P, n]``: log pi(y) - log of ``name``, of the policy's samples."""
+        return self.log_ratios(name)[:, : self.n].sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -191,6 +202,8 @@ class LossInputs:
         on_policy: whether the weights are still those that produced the samples, for certain: one epoch,
             one optimiser step a rollout.
         clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
+        under: log-probabilities of each response token under other weights, ``[B, A]`` each, without gradient:
+            of those that :attr:`Needs.log_probs` names, for an algorithm with a loss of its own.
     """
 
     log_probs: Tensor
@@ -201,6 +214,7 @@ class LossInputs:
     on_policy: bool
     clip_low: float
     clip_high: float
+    under: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,7 +237,8 @@ class Algorithm:
     """Base class of everything in the entry-point group ``openrlhf.advantage_estimators``.
 
     ``policy_loss`` names an entry of ``openrlhf.policy_losses``; the default, ``"ppo"``, is the host's own
-    clipped loss, so that an algorithm which only has an idea about advantages needs nothing else.
+    clipped loss, so that an algorithm which only has an idea about advantages needs nothing else. ``"own"`` is its
+    method :meth:`loss`.
     """
 
     Config: ClassVar[type[Config]] = Config
@@ -244,25 +259,14 @@ class Algorithm:
         """Turn one rollout batch into advantages. Without gradient."""
         raise NotImplementedError
 
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        """The loss of each row, for ``policy_loss = "own"``: made anew at each optimiser step, of any form."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
+
 
 @dataclass(frozen=True)
 class TransformConfig(Settings):
     """The settings of a reward transform; each field is the flag ``--<name of the transform>.<field>``."""
-
-
-@dataclass(frozen=True)
-class TransformInputs:
-    """The rewards of P prompts with n samples of the policy each, before the host makes advantages of them.
-
-    Attributes:
-        rewards: ``[P, n]`` float64.
-        reference_rewards: ``[P, M]`` float64, of M samples of the initial policy for the same prompts.
-        reference_log_probs: ``[P, n]`` float64, log pi_ref of the policy's samples, whole responses.
-    """
-
-    rewards: Tensor
-    reference_rewards: Tensor
-    reference_log_probs: Tensor
 
 
 @dataclass(frozen=True)
@@ -291,10 +295,17 @@ class RewardTransform:
         self.config = config
 
     @property
-    def kl_coefficient(self) -> float:
-        """The coefficient of KL(pi || pi_ref) that belongs to these rewards, > 0: ``--algo.kl.init_coef``."""
-        raise NotImplementedError
+    def kl_coefficient(self) -> float | None:
+        """The coefficient of KL(pi || pi_ref) that belongs to these rewards, > 0: ``--algo.kl.init_coef``.
 
-    def transform(self, batch: TransformInputs) -> TransformOutputs:
-        """Turn rewards into others."""
+        ``None`` leaves it to the user.
+        """
+        return None
+
+    def needs(self) -> Needs:
+        """What it needs: log-probabilities under ``reference`` and a reward cache, or neither."""
+        return Needs()
+
+    def transform(self, batch: AdvantageInputs) -> TransformOutputs:
+        """Turn rewards into others. There are no source samples."""
         raise NotImplementedError

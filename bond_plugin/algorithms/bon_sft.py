@@ -50,21 +50,21 @@ class BoNSFT(Algorithm):
     config: BoNSFTConfig
 
     def needs(self) -> Needs:
-        return Needs(source_samples=self.config.n, selected_samples=1, source="reference", source_log_probs=True)
+        return Needs(source_samples=self.config.n, selected_samples=1, source="reference", log_probs={"reference"})
 
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
         """The best of a prompt's source samples: ``[P, n]`` rewards to ``[P, 1]`` indices. Ties at random."""
         return random_argmax(source_rewards, generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        log_ratio = batch.log_probs - batch.source_log_probs
+        log_ratio, selected = batch.log_ratio("reference"), batch.log_probs[:, batch.n :]
         weights = centre(log_ratio, self.config.baseline) if self.config.kl_coef else torch.zeros_like(log_ratio)
         return AdvantageOutputs(
             advantages=-self.config.kl_coef * weights,
-            selected_advantages=torch.ones_like(batch.selected_log_probs),
+            selected_advantages=torch.ones_like(selected),
             metrics={
                 "bond/win_rate": win_rate(batch.rewards, batch.source_rewards).mean().item(),
                 "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -batch.selected_log_probs.mean().item(),
+                "bond/forward_nll": -selected.mean().item(),
             },
         )

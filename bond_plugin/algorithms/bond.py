@@ -46,7 +46,15 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms import pooled
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Needs, flag, reward_cache_flag
+from bond_plugin.algorithms.base import (
+    AdvantageInputs,
+    AdvantageOutputs,
+    Algorithm,
+    Needs,
+    Source,
+    flag,
+    reward_cache_flag,
+)
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.bestofn.distribution import log_bon_ratio, quantiles
 from bond_plugin.bestofn.estimates import win_rate
@@ -124,6 +132,10 @@ class BOND(Algorithm):
         super().__init__(config)
         self.policy_loss = "jbond" if self.needs().source_samples else "ppo"
 
+    @property
+    def _source(self) -> Source:
+        return "reference" if self.config.anchor == "fixed" else "anchor"
+
     def needs(self) -> Needs:
         cfg = self.config
         forward = cfg.beta < 1 and not cfg.pooled
@@ -137,9 +149,8 @@ class BOND(Algorithm):
         return Needs(
             source_samples=drawn,
             selected_samples=int(forward),
-            source="reference" if cfg.anchor == "fixed" else "anchor",
-            source_log_probs=True,
-            reference_log_probs=cfg.gamma_ref > 0,
+            source=self._source,
+            log_probs={self._source, "reference"} if cfg.gamma_ref else {self._source},
             anchor_eta=cfg.eta if cfg.anchor == "ema" else None,
             anchor_interval=cfg.anchor_interval if cfg.anchor == "periodic" else None,
             reward_cache=bool(cfg.reward_cache),
@@ -156,7 +167,7 @@ class BOND(Algorithm):
 
     def _pooled(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        pool = pooled.Pool.of(batch)
+        pool = pooled.Pool.of(batch, self._source)
         if batch.reference_rewards is None:
             tilt, log_tilt = pool.tilts(cfg)
         else:
@@ -178,9 +189,9 @@ class BOND(Algorithm):
             p_lt, p_le = quantiles(batch.rewards, pool, include_self=True)
 
         reward = bond_reward(p_lt, p_le, cfg.n, cfg.correction)
-        log_ratio = batch.log_probs - batch.source_log_probs
+        log_ratio, selected = batch.log_ratio(self._source), batch.log_probs[:, batch.n :]
         backward = log_ratio - (cfg.n - 1) * reward  # log pi(y) - log pi_BoN(y), whose mean is the backward KL
-        selected_advantages = torch.full_like(batch.selected_log_probs, 1.0 - cfg.beta)
+        selected_advantages = torch.full_like(selected, 1.0 - cfg.beta)
 
         metrics = {
             "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
@@ -190,8 +201,8 @@ class BOND(Algorithm):
         }
         if batch.source_rewards.shape[-1]:
             metrics["bond/win_rate"] = win_rate(batch.rewards, batch.source_rewards).mean().item()
-        if batch.selected_log_probs.shape[-1]:
-            metrics["bond/forward_nll"] = -batch.selected_log_probs.mean().item()
+        if selected.shape[-1]:
+            metrics["bond/forward_nll"] = -selected.mean().item()
         if targets is not None:
             metrics["bond/quantile_bce"] = torch.nn.functional.binary_cross_entropy(p_le, targets).item()
             metrics["bond/quantile_error"] = (p_le - targets).mean().item()

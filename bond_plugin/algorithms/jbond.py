@@ -112,8 +112,7 @@ class JBOND(Algorithm):
             source_samples=m,
             selected_samples=m if cfg.pooled else 1,
             source="anchor",
-            source_log_probs=True,
-            reference_log_probs=cfg.gamma_ref > 0,
+            log_probs={"anchor", "reference"} if cfg.gamma_ref else {"anchor"},
             anchor_eta=cfg.eta,
             least=pooled.least(cfg.n, m) if cfg.pooled else 1,
         )
@@ -128,27 +127,27 @@ class JBOND(Algorithm):
         cfg = self.config
         if not cfg.pooled:
             return self._algorithm_2(batch)
-        pool = pooled.Pool.of(batch)
+        pool = pooled.Pool.of(batch, "anchor")
         return pooled.advantages(pool, *pool.tilts(cfg), cfg, cfg.gamma)
 
     def _algorithm_2(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        m = batch.source_rewards.shape[-1]
+        m, selected = batch.source_rewards.shape[-1], batch.log_probs[:, batch.n :]
 
         log_quantile = jbond_reward(batch.rewards, batch.source_rewards, cfg.ties)  # Eq. 17
         # For Best-of-m the quantile counts m - 1 times (Eq. 8 with N = m), which is once in the paper.
-        log_ratio = batch.log_probs - batch.source_log_probs
+        log_ratio = batch.log_ratio("anchor")
         returns = (m - 1) * log_quantile - log_ratio  # Eq. 18
         advantages = cfg.beta * centre(returns, cfg.baseline) - cfg.gamma * log_ratio
         return AdvantageOutputs(
             advantages=pooled.pulled(advantages, batch, cfg.gamma_ref),
-            selected_advantages=torch.full_like(batch.selected_log_probs, 1.0 - cfg.beta),
+            selected_advantages=torch.full_like(selected, 1.0 - cfg.beta),
             metrics={
                 "bond/win_rate": win_rate(batch.rewards, batch.source_rewards).mean().item(),
                 "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
                 "bond/log_quantile": log_quantile.mean().item(),
                 "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -batch.selected_log_probs.mean().item(),
+                "bond/forward_nll": -selected.mean().item(),
             },
         )
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Config, flag
+from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Config, Source, flag
 from bond_plugin.bestofn.baselines import BASELINES, leave_one_out_mean
 from bond_plugin.bestofn.pooled import (
     effective_sample_size,
@@ -124,21 +124,20 @@ class Pool:
     own_policy: Tensor
 
     @classmethod
-    def of(cls, batch: AdvantageInputs) -> Pool:
-        """Of a batch with all samples of the anchor, in their order."""
-        n = batch.rewards.shape[-1]
-        log_ratio = batch.source_log_ratios.sum(dim=-1)
+    def of(cls, batch: AdvantageInputs, anchor: Source) -> Pool:
+        """Of a batch with all samples of the anchor, in their order; ``anchor`` names its weights."""
+        log_ratio = batch.log_ratios(anchor).sum(dim=-1)
         moved = torch.zeros_like(log_ratio)
-        if batch.behaviour_log_ratios is not None:
-            moved[:, :n] = batch.behaviour_log_ratios
-        weights, _ = mixture_weights(moved, moved - log_ratio, n)
-        own_anchor, own_policy = mixture_weights(torch.zeros_like(moved), -log_ratio, n)
+        if "behaviour" in batch.under:
+            moved[:, : batch.n] = batch.log_ratio("behaviour")
+        weights, _ = mixture_weights(moved, moved - log_ratio, batch.n)
+        own_anchor, own_policy = mixture_weights(torch.zeros_like(moved), -log_ratio, batch.n)
         return cls(
-            n=n,
+            n=batch.n,
             rewards=torch.cat([batch.rewards, batch.source_rewards], dim=-1),
-            log_probs=torch.cat([batch.log_probs, batch.selected_log_probs], dim=-1),
-            log_ratios=batch.source_log_ratios,
-            reference_log_ratios=batch.reference_log_ratios,
+            log_probs=batch.log_probs,
+            log_ratios=batch.log_ratios(anchor),
+            reference_log_ratios=batch.log_ratios("reference") if "reference" in batch.under else None,
             weights=weights,
             own_anchor=own_anchor,
             own_policy=own_policy,
@@ -224,7 +223,7 @@ def pulled(advantages: Tensor, batch: AdvantageInputs, gamma_ref: float) -> Tens
     """``[P, n]`` advantages with the pull to the initial policy, ``[P, n, A]``; as they are for ``gamma_ref`` 0."""
     if not gamma_ref:
         return advantages
-    to_reference = batch.reference_log_ratios[:, : advantages.shape[-1]]
+    to_reference = batch.log_ratios("reference")[:, : batch.n]
     pull = _to_go(to_reference, torch.ones_like(advantages), centred=True)
     return advantages.unsqueeze(-1) - gamma_ref * pull
 

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 import torch
 
 from bond_plugin.algorithms.base import (
+    AdvantageInputs,
+    Needs,
     RewardTransform,
     TransformConfig,
-    TransformInputs,
     TransformOutputs,
     flag,
     reward_cache_flag,
@@ -70,7 +71,10 @@ class VBoN(RewardTransform):
     def kl_coefficient(self) -> float:
         return 1.0 / (self.config.n - 1)
 
-    def transform(self, batch: TransformInputs) -> TransformOutputs:
+    def needs(self) -> Needs:
+        return Needs(log_probs={"reference"}, reward_cache=True)
+
+    def transform(self, batch: AdvantageInputs) -> TransformOutputs:
         cfg = self.config
         p_lt, p_le = quantiles(batch.rewards, batch.reference_rewards, include_self=True)
         # (k + 1) / (M + 1), k strictly below: what the authors count, and never 0.
@@ -78,7 +82,7 @@ class VBoN(RewardTransform):
         if cfg.bound == "tied":
             rewards = bond_reward(p_lt, p_le, cfg.n)
         elif cfg.bound == "exact":
-            rewards = vbon_reward(below.log(), batch.reference_log_probs, cfg.n)
+            rewards = vbon_reward(below.log(), batch.under["reference"].sum(dim=-1), cfg.n)
         else:
             rewards = below.log()
         if not torch.isfinite(rewards).all():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bond_plugin.host import plan, state, transform
-from bond_plugin.host.experience import Batch, assembled, engine_gap, of_step
+from bond_plugin.host.experience import Batch, assembled, engine_gap, keep_for_loss, of_step
 from bond_plugin.host.rewards import finite
 
 
@@ -36,6 +36,7 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
     batch = Batch(experiences, self.args.rollout.n_samples_per_prompt)
     found = assembled(self, algorithm, batch, batch.n)
     batch.spread(found.advantages)
+    keep_for_loss(self, experiences)
 
     metrics = state.of(self).metrics
     metrics |= {**found.metrics, **of_step(self, found.inputs, batch)}

@@ -65,8 +65,9 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     run = plan.of(args)
     if run.transform is not None:
         name = args.reward.transform
-        default("algo.kl.init_coef", run.transform.kl_coefficient, f"the KL coefficient of {name}")
-        default("reward.clip_range", None, f"the rewards of {name} are logs")
+        if run.transform.kl_coefficient is not None:
+            default("algo.kl.init_coef", run.transform.kl_coefficient, f"the KL coefficient of {name}")
+        default("reward.clip_range", None, f"it would clip the rewards of {name}")
     if run.algorithm is None:
         return notes, aside
     needs, name = run.needs, args.algo.advantage.estimator
@@ -207,7 +208,7 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     run = plan.of(args)
     loss = args.actor.policy_loss_type
     if loss not in HOST_LOSSES:
-        registry.load(registry.POLICY_LOSSES, loss)
+        registry.policy_loss(loss, run.algorithm)
         found += _own_loss(args, loss)
     if run.algorithm is not None:
         found += _own_estimator(args, run)
@@ -303,25 +304,36 @@ def _not_kept(args: SimpleNamespace) -> list[tuple[str, str]]:
 
 def _transform(args: SimpleNamespace, transform: RewardTransform) -> list[str]:
     """Settings under which the host's training would not have the transform's optimum."""
-    name, coefficient = args.reward.transform, transform.kl_coefficient
+    name, coefficient, needs = args.reward.transform, transform.kl_coefficient, transform.needs()
     found = []
-    if abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
+    if "reference" in needs.log_probs and args.algo.kl.init_coef <= 0:
+        found.append(f"{flags.TRANSFORM} {name} needs --algo.kl.init_coef above 0: without, there is no reference")
+    if coefficient is not None and abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
         found.append(
             f"--algo.kl.init_coef {args.algo.kl.init_coef} contradicts {flags.TRANSFORM} {name}, whose KL "
             f"coefficient is {coefficient:.6g} (1/(N - 1)): drop the flag, or change N"
         )
-    refused = {
-        "algo.kl.target": (args.algo.kl.target is not None, "the KL coefficient is fixed by N"),
+    log_ratios = {
         "algo.kl.use_loss": (args.algo.kl.use_loss, "the KL belongs into the reward"),
         "algo.kl.estimator": (args.algo.kl.estimator != "k1", "only k1 has the right expectation; use k1"),
+    }
+    optimum = {
+        "algo.kl.target": (args.algo.kl.target is not None, "the KL coefficient is fixed by N"),
         "reward.clip_range": (args.reward.clip_range is not None, "it would clip the transformed reward"),
         "rollout.top_p": (args.rollout.top_p != 1.0, "the samples must come from the whole distribution; use 1.0"),
         "algo.dynamic_filtering_enable": (
             args.algo.dynamic_filtering_enable,
             "it would drop prompts by their reward, which changes the target distribution",
         ),
+    }
+    cached = {
         "train.agent_func_path": (args.train.agent_func_path is not None, "multi-turn agents: not supported yet"),
         **_penalties(args),
+    }
+    refused = {
+        **(log_ratios if "reference" in needs.log_probs else {}),
+        **(optimum if coefficient is not None else {}),
+        **(cached if needs.reward_cache else {}),
     }
     return found + [
         f"--{dest} cannot be used with {flags.TRANSFORM} {name}: {why}" for dest, (on, why) in refused.items() if on
@@ -396,6 +408,9 @@ def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
 def _own_estimator(args: SimpleNamespace, run: plan.Run) -> list[str]:
     name, needs = args.algo.advantage.estimator, run.needs
     found = [f"--{dest} cannot be used with {name}: {why}" for dest, why in _not_kept(args)]
+    loss = args.actor.policy_loss_type
+    if run.algorithm.policy_loss == registry.OWN_LOSS != loss:
+        found.append(f"--actor.policy_loss_type {loss}: {name} is a loss of its own: drop the flag")
     if args.rollout.top_p != 1.0:
         found.append(
             f"--rollout.top_p cannot be used with {name}: samples must come from the policy itself, not from its "

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from bond_plugin import registry
 from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import AdvantageInputs, Algorithm
-from bond_plugin.host import state
+from bond_plugin.host import plan, state
 from bond_plugin.host.rewards import EXTRA, RewardError, finite
 from bond_plugin.host.rows import ROWS, Row
 from bond_plugin.host.sampling import Rollout
@@ -140,8 +141,8 @@ def of_step(maker: Any, inputs: AdvantageInputs, batch: Batch) -> dict[str, floa
     """What is shown of every step, whatever the algorithm."""
     found = {"reward/policy": inputs.rewards.mean().item()}
     totals = []  # of log pi - log pi_initial, a response each
-    if inputs.reference_log_ratios is not None:
-        totals = [inputs.reference_log_ratios[:, : inputs.rewards.shape[-1]].sum(dim=-1).flatten()]
+    if "reference" in inputs.under:
+        totals = [inputs.log_ratio("reference").flatten()]
     else:
         for e, log_probs in zip(batch.experiences, state.of(maker).log_probs.get("reference", ()), strict=False):
             if log_probs is not None:
@@ -200,7 +201,16 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
         for p in range(prompts)
         for i in range(batch.n)
     ]
+    keep_for_loss(self, experiences)
     return _for_training(self.args, experiences, [known[place] for place in batch.places.tolist()])
+
+
+def keep_for_loss(maker: Any, experiences: list[Any]) -> None:
+    """What a loss of the algorithm's own compares with, in the host's place for the reference's log-probabilities."""
+    run = plan.of(maker.args)
+    if run.algorithm.policy_loss == registry.OWN_LOSS and run.in_slot in run.needs.log_probs:
+        for e, log_probs in zip(experiences, state.of(maker).log_probs[run.in_slot], strict=True):
+            e.base_action_log_probs = log_probs
 
 
 def _of_reward(samples: list[Any]) -> dict[str, float]:
@@ -298,7 +308,7 @@ def _for_training(args: Any, experiences: list[Any], known: list[Row]) -> list[A
 
     rows: list[Any] = []
     for e in experiences:
-        e.kl = e.values = e.returns = e.base_action_log_probs = None
+        e.kl = e.values = e.returns = None
         e.info = {"reward": e.rewards.float(), ROWS: known[len(rows) : len(rows) + len(e.sequences)]}
         rows += split_experience_batch(e)
     rows = remove_padding_in_sequences(rows)

@@ -53,11 +53,14 @@ class PromptMeanLoss(nn.Module):
         self._on_policy = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
         self._values = hooks.policy_loss_values()
         self._from_source: Tensor | None = None
+        self._under: dict[str, Tensor] = {}
         self.row_losses: Tensor | None = None
 
-    def expect(self, from_source: Tensor | None) -> None:
-        """Say of the micro-batch that comes next which rows are source samples: ``[B]`` bool; ``None``: none."""
-        self._from_source = from_source
+    def expect(self, from_source: Tensor | None, under: dict[str, Tensor] | None = None) -> None:
+        """Say of the micro-batch that comes next which rows are source samples (``[B]`` bool; ``None``: none), and
+        what :attr:`LossInputs.under` is.
+        """
+        self._from_source, self._under = from_source, under or {}
 
     def forward(
         self,
@@ -82,6 +85,7 @@ class PromptMeanLoss(nn.Module):
             on_policy=self._on_policy,
             clip_low=self._clip[0],
             clip_high=self._clip[1],
+            under=self._under,
         )
         found = weighed_loss(self._loss, inputs, self.rows)
         self.row_losses = found.row_loss.detach()
@@ -97,7 +101,7 @@ def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> N
     original(self, *args, **kwargs)
     name = self.args.actor.policy_loss_type
     if name not in checks.HOST_LOSSES:
-        loss = registry.load(registry.POLICY_LOSSES, name)
+        loss = registry.policy_loss(name, plan.of(self.args).algorithm)
         self.actor_loss_fn = PromptMeanLoss(loss, self.args, batches.divisor(self.strategy))
 
 
@@ -113,7 +117,8 @@ def training_step(
     from_source = None
     if known is not None:
         from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
-    loss.expect(from_source)
+    compared = experience.base_action_log_probs
+    loss.expect(from_source, None if compared is None else {plan.of(self.args).in_slot: compared})
     status = original(self, experience, kl_ctl, step, loss_batch_info)
     # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
     status["metrics"]["bond/loss"] = loss.row_losses * loss.rows.all

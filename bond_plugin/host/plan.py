@@ -23,8 +23,8 @@ class Run:
     Attributes:
         algorithm: ours, or ``None`` for the host's own estimators.
         transform: of the rewards, or ``None``.
-        needs: the algorithm's; of the host's own estimators a moving reference's (``--ref.update``), which is an
-            anchor whose log-probabilities stand in the reference model's place.
+        needs: the algorithm's or the transform's; of the host's own estimators a moving reference's
+            (``--ref.update``), which is an anchor whose log-probabilities stand in the reference model's place.
         rows: of a prompt.
         reports_kl: whether the KL to the initial policy is reported.
     """
@@ -48,13 +48,18 @@ class Run:
 
     @property
     def log_probs(self) -> tuple[str, ...]:
-        """Under which other weights, ``anchor`` or ``reference``, log-probabilities are wanted."""
-        return tuple(sorted(self.needs.log_probs | ({"reference"} if self.reports_kl else set())))
+        """Under which other weights, ``anchor`` or ``reference``, the policy's workers compute log-probabilities.
+
+        A transform has the host's reference model, as it has the host's estimators.
+        """
+        if self.transform is not None:
+            return ()
+        return tuple(sorted({*self.needs.log_probs, *(["reference"] if self.reports_kl else [])}))
 
     @property
     def in_slot(self) -> str | None:
         """Which of these stand where the host has its reference model's: the source's, if they are wanted."""
-        if self.needs.source_log_probs:
+        if self.needs.source in self.log_probs:
             return self.needs.source
         return self.log_probs[0] if self.log_probs else None
 
@@ -73,7 +78,8 @@ def of(args: SimpleNamespace) -> Run:
     algorithm = _algorithm(advantage.estimator, _settings(args, "bond"))
     name = getattr(getattr(args, "reward", None), "transform", None)
     transform = None if name is None else _transform(name, _settings(args, "bond") + _settings(args, name))
-    needs = _of_reference(args) if algorithm is None else algorithm.needs()
+    ours = algorithm or transform
+    needs = _of_reference(args) if ours is None else ours.needs()
     rows = Rows(args.rollout.n_samples_per_prompt, needs.selected_samples)
     return Run(algorithm, transform, needs, rows, reports_kl=algorithm is not None and algorithm.config.kl_ref)
 
@@ -82,9 +88,9 @@ def _of_reference(args: SimpleNamespace) -> Needs:
     ref = getattr(args, "ref", None)
     match getattr(ref, "update", "none"):
         case "ema":
-            return Needs(source_log_probs=True, anchor_eta=ref.eta)
+            return Needs(log_probs={"anchor"}, anchor_eta=ref.eta)
         case "periodic":
-            return Needs(source_log_probs=True, anchor_interval=ref.interval)
+            return Needs(log_probs={"anchor"}, anchor_interval=ref.interval)
     return Needs()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bond_plugin.algorithms.base import TransformInputs
+from bond_plugin.algorithms import assemble
+from bond_plugin.algorithms.base import AdvantageInputs
 from bond_plugin.host import plan, state
 from bond_plugin.host.experience import Batch
 
@@ -16,26 +17,26 @@ def apply(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     """
     from bond_plugin.offline import make_cache
 
-    batch = Batch(experiences, 1)  # a row needs its own prompt's samples of the reference and nothing else
+    run = plan.of(self.args)
+    batch = Batch(experiences, run.rows.policy)
     rewards = batch.rewards()
-    # The host keeps log pi - log pi_ref of each token (its k1 estimate of the KL), not log pi_ref itself.
-    kl = batch.tokens([e.kl for e in experiences]).sum(dim=-1)
-    log_probs = batch.tokens([e.action_log_probs for e in experiences]).sum(dim=-1)
-    found = plan.of(self.args).transform.transform(
-        TransformInputs(
-            rewards=rewards,
-            reference_rewards=make_cache.rewards_for(self.args, batch.prompts),
-            reference_log_probs=log_probs - kl,
-        )
+    kl = batch.tokens([e.kl for e in experiences])
+    under = {"policy": batch.tokens([e.action_log_probs for e in experiences])}
+    if "reference" in run.needs.log_probs:
+        # The host keeps log pi - log pi_ref of each token (its k1 estimate of the KL), not log pi_ref itself.
+        under["reference"] = under["policy"] - kl
+    cached = make_cache.rewards_for(self.args, batch.prompts) if run.needs.reward_cache else None
+    found = run.transform.transform(
+        AdvantageInputs(rewards, rewards[:, :0], under, state.of(self).generator("transform"), cached)
     )
-    state.of(self).metrics |= {
-        **found.metrics,
-        "reward/policy": rewards.mean().item(),
-        "bond/kl_ref": kl.mean().item(),
-    }
+    transformed = assemble.checked("rewards", found.rewards, rewards.shape)
+    metrics = state.of(self).metrics
+    metrics |= {**found.metrics, "reward/policy": rewards.mean().item()}
+    if self.args.algo.kl.init_coef > 0:
+        metrics["bond/kl_ref"] = kl.sum(dim=-1).mean().item()
     as_they_were = [e.rewards.float() for e in experiences]
-    transformed = batch.in_turn(found.rewards).float().split([len(e.sequences) for e in experiences])
-    for e, values in zip(experiences, transformed, strict=True):
+    by_experience = batch.in_turn(transformed).float().split([len(e.sequences) for e in experiences])
+    for e, values in zip(experiences, by_experience, strict=True):
         e.rewards = values
     made = original(self, experiences)
     for e, reward in zip(experiences, as_they_were, strict=True):

@@ -11,9 +11,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bond_plugin import registry
 from bond_plugin.algorithms import assemble
-from bond_plugin.algorithms.base import LossInputs, RewardTransform, TransformInputs
+from bond_plugin.algorithms.base import AdvantageInputs, LossInputs, RewardTransform
 from bond_plugin.bestofn.baselines import centre
-from bond_plugin.lab.methods import Method, needs_of
+from bond_plugin.lab.methods import Method
 from bond_plugin.lab.problem import LENGTH, MASK, RESPONSES, EnumerablePolicy, Point, Problem
 
 _EVERY = 5  # steps between two measurements
@@ -74,13 +74,13 @@ class Learner:
     def __init__(self, problem: Problem, method: Method, policy: EnumerablePolicy, training: Training) -> None:
         self.problem, self.method, self.policy, self.training = problem, method, policy, training
         self.generator = torch.Generator().manual_seed(training.seed)
-        self.needs = needs_of(method)
+        self.needs = method.needs()
         self.rows = assemble.Rows(training.samples, self.needs.selected_samples)
         self.anchor = policy.parameters.detach().clone()
         self.classifier = torch.zeros(len(RESPONSES), dtype=torch.float64, requires_grad=True)
         # At the weights that drew the samples, the host's own loss has the gradient of J-BOND's: all ratios are 1.
         name = getattr(method, "policy_loss", "ppo")
-        self.policy_loss = registry.load(registry.POLICY_LOSSES, "jbond" if name == "ppo" else name)
+        self.policy_loss = registry.policy_loss("jbond" if name == "ppo" else name, method)
         self.cache: Tensor | None = None
         if self.needs.reward_cache:
             self.draw_cache()
@@ -100,6 +100,7 @@ class Learner:
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
             rows, advantages, targets = made(drawn, tokens.detach())
+            under = {name: self.policy.token_log_probs(self._parameters(name)) for name in self.needs.log_probs}
         flat = rows.flatten()
         inputs = LossInputs(
             log_probs=tokens[flat],
@@ -110,6 +111,7 @@ class Learner:
             on_policy=True,
             clip_low=0.2,
             clip_high=0.2,
+            under={name: values[flat] for name, values in under.items()},
         )
         found = assemble.weighed_loss(self.policy_loss, inputs, self.rows)
         classified = None
@@ -142,10 +144,14 @@ class Learner:
 
     def _transformed(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, None]:
         """REINFORCE on the transformed reward less its KL penalty, with the mean of the others as baseline."""
-        log_ref = self.problem.log_ref[drawn]
-        found = self.method.transform(TransformInputs(self.problem.rewards[drawn], self.cache, log_ref))
-        rewards = assemble.checked("rewards", found.rewards, drawn.shape)
-        returns = rewards - self.method.kl_coefficient * (tokens.sum(dim=-1)[drawn] - log_ref)
+        rewards = self.problem.rewards[drawn]
+        under = {
+            "policy": tokens[drawn],
+            "reference": self.policy.token_log_probs(self._parameters("reference"))[drawn],
+        }
+        batch = AdvantageInputs(rewards, rewards[:, :0], under, self.generator, self.cache)
+        rewards = assemble.checked("rewards", self.method.transform(batch).rewards, drawn.shape)
+        returns = rewards - (self.method.kl_coefficient or 0.0) * batch.log_ratio("reference")
         advantages = assemble.per_token("advantages", centre(returns, "batch"), drawn.shape, LENGTH)
         return drawn, advantages, None
 

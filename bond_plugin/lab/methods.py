@@ -12,9 +12,7 @@ from bond_plugin.algorithms.base import (
     AdvantageInputs,
     AdvantageOutputs,
     Algorithm,
-    Needs,
     RewardTransform,
-    TransformInputs,
     TransformOutputs,
 )
 from bond_plugin.algorithms.bond import BOND
@@ -53,15 +51,10 @@ def build(name: str, **settings: object) -> Method:
     return found(found.Config(**settings))
 
 
-def needs_of(method: Method) -> Needs:
-    """What a method needs; a reward transform, cached rewards alone."""
-    return method.needs() if isinstance(method, Algorithm) else Needs(reward_cache=True)
-
-
 class VBoNByN(VBoN):
     """The exact reward divided by N, as in the authors' code, with the coefficient 1 / (N - 1) all the same."""
 
-    def transform(self, batch: TransformInputs) -> TransformOutputs:
+    def transform(self, batch: AdvantageInputs) -> TransformOutputs:
         found = super().transform(batch)
         return replace(found, rewards=found.rewards * (self.config.n - 1) / self.config.n)
 
@@ -69,7 +62,7 @@ class VBoNByN(VBoN):
 class HarmonicVBoN(VBoN):
     """log F by the harmonic estimate, :func:`harmonic_log_quantile`."""
 
-    def transform(self, batch: TransformInputs) -> TransformOutputs:
+    def transform(self, batch: AdvantageInputs) -> TransformOutputs:
         found = super().transform(batch)
         return replace(found, rewards=harmonic_log_quantile(batch.rewards, batch.reference_rewards))
 
@@ -79,7 +72,7 @@ class HarmonicBOND(BOND):
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         log_quantile = harmonic_log_quantile(batch.rewards, batch.reference_rewards)
-        log_ratio = batch.log_probs - batch.source_log_probs
+        log_ratio = batch.log_ratio("reference")
         return AdvantageOutputs(centre((self.config.n - 1) * log_quantile - log_ratio, "batch"))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import RewardTransform, TransformInputs
+from bond_plugin.algorithms.base import AdvantageInputs, RewardTransform
 from bond_plugin.algorithms.bond import BOND
 from bond_plugin.lab.estimators import (
     GradientError,
@@ -20,7 +20,7 @@ from bond_plugin.lab.estimators import (
     jeffreys_objective,
 )
 from bond_plugin.lab.learner import Run, Training, train
-from bond_plugin.lab.methods import CACHE, HarmonicBOND, HarmonicVBoN, Method, VBoNByN, build, needs_of
+from bond_plugin.lab.methods import CACHE, HarmonicBOND, HarmonicVBoN, Method, VBoNByN, build
 from bond_plugin.lab.problem import EnumerablePolicy, Point, Problem
 
 
@@ -179,7 +179,7 @@ def programme(seed: int, say: Say) -> Report:
         rows = _levels(problem, N)
         for name, method in methods.items():
             draw += 1
-            needs = needs_of(method)
+            needs = method.needs()
             steps = 200 if needs.anchor_eta else _PERIOD * _ROUNDS if needs.anchor_interval else 160
             training = training_of(method, draw, steps)
             if kind == "restricted" and isinstance(method, BOND):
@@ -211,7 +211,9 @@ def sensitivity(problem: Problem, seed: int) -> list[Cached]:
         rewards, log_ref = problem.rewards.expand(_CACHES, -1), problem.log_ref.expand(_CACHES, -1)
         for size in _SIZES:
             drawn = torch.multinomial(log_ref.exp(), size, replacement=True, generator=generator)
-            out = method.transform(TransformInputs(rewards, problem.rewards[drawn], log_ref))
+            under = dict.fromkeys(("policy", "reference"), log_ref.unsqueeze(-1))
+            batch = AdvantageInputs(rewards, rewards[:, :0], under, generator, problem.rewards[drawn])
+            out = method.transform(batch)
             optimum = (problem.log_ref + out.rewards / method.kl_coefficient).log_softmax(dim=-1)
             kl = (optimum.exp() * (optimum - target)).sum(dim=-1)
             low, high = torch.quantile(kl, torch.tensor([0.05, 0.95], dtype=kl.dtype)).tolist()
@@ -221,7 +223,7 @@ def sensitivity(problem: Problem, seed: int) -> list[Cached]:
 
 def training_of(method: Method, seed: int, steps: int = 160) -> Training:
     """The batch that suits a method: cached rewards stay from step to step, so fewer prompts have more samples."""
-    size = {"prompts": 64, "samples": 32} if needs_of(method).reward_cache else {}
+    size = {"prompts": 64, "samples": 32} if method.needs().reward_cache else {}
     return Training(steps=steps, seed=seed, **size)
 
 
@@ -247,11 +249,11 @@ def examine(name: str, method: Method, n: int, training: Training, policy: str, 
     problem = Problem.make(rewards)
     run = train(problem, method, problem.policy(policy), n, training)
     rows = [*_levels(problem, n), Row(name, run.end, "at the end", run.trajectory)]
-    moving = needs_of(method).anchor
+    moving = method.needs().anchor
     if moving:
         rows.append(Row(f"{name}, closest", run.closest, f"step {run.closest.step} of {training.steps}"))
     own = getattr(method.config, "n", None) or (2 if moving else n)
-    scale = method.kl_coefficient if isinstance(method, RewardTransform) else 1.0
+    scale = (method.kl_coefficient or 1.0) if isinstance(method, RewardTransform) else 1.0
     beta = getattr(method.config, "beta", 0.5)
     weights = (("KL(BoN || pi)", 0.0), ("KL(pi || BoN)", 1.0), (f"Jeffreys {beta:g}", beta))
     targets = [(against, jeffreys_objective(problem, own, weight, scale)) for against, weight in weights]
@@ -274,7 +276,7 @@ def _compared(
 ) -> list[Estimator]:
     """A method's gradient beside those of ``targets``, names and objectives; from half as many samples as a step."""
     training = training_of(method, seed)
-    samples = max(training.samples // 2, needs_of(method).least)
+    samples = max(training.samples // 2, method.needs().least)
     training = replace(training, samples=samples, cached=cached)
     gradients = draw_gradients(problem, method, policy, training)
     return [

@@ -30,21 +30,21 @@ class BestOfTwoConfig(Config):
 
 
 class BestOfTwo(Algorithm):
-    """With the host's own rollouts and its own PPO loss; ``policy_loss`` would name another."""
+    """With the host's own rollouts and its own PPO loss; ``policy_loss`` would name another, ``"own"`` a method."""
 
     Config = BestOfTwoConfig
     config: BestOfTwoConfig
 
     def needs(self) -> Needs:
         """At least two samples of the policy a prompt, and log pi_initial of them."""
-        return Needs(least=2, source="reference", source_log_probs=True)
+        return Needs(least=2, log_probs={"reference"})
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """From ``[P, n]`` rewards and log-probabilities to ``[P, n]`` advantages."""
         rewards, n = batch.rewards, batch.rewards.shape[-1]
         difference = rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
         share = (torch.sign(difference).sum(dim=-1) / (n - 1) + 1) / 2
-        log_ratio = batch.log_probs - batch.source_log_probs
+        log_ratio = batch.log_ratio("reference")
         centred = (log_ratio - log_ratio.mean(dim=-1, keepdim=True)) * n / (n - 1)
         return AdvantageOutputs(
             advantages=2 * share - 1 - self.config.pull * centred,

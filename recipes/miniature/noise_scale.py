@@ -35,7 +35,7 @@ from stages import positive, write_rows
 from torch import Tensor
 
 from bond_plugin.algorithms import assemble
-from bond_plugin.algorithms.base import AdvantageInputs, Algorithm, TransformInputs
+from bond_plugin.algorithms.base import AdvantageInputs, Algorithm
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
 from bond_plugin.algorithms.pooled import Pool, advantages
@@ -98,16 +98,18 @@ def of_reward(change: Callable[[Known], Tensor]) -> Weights:
     return lambda known: centre(change(known), "leave_one_out") / RESPONSES
 
 
+def inputs_of(known: Known) -> AdvantageInputs:
+    """All responses as the policy's, compared with the initial policy."""
+    other = known.log_probs - known.log_ratios
+    under = {"policy": known.log_probs, "anchor": other, "reference": other}
+    return AdvantageInputs(known.rewards, known.rewards[:, :0], under, torch.Generator(), known.cached)
+
+
 def whole_log_ratio(config: JBONDConfig) -> Weights:
     """The pooled form with the log-ratio of the whole response in all of its tokens."""
 
     def weights(known: Known) -> Tensor:
-        totals = known.log_probs.sum(dim=-1)
-        none = known.rewards[:, :0]
-        generator = torch.Generator()
-        pool = Pool.of(
-            AdvantageInputs(known.rewards, totals, none, none, None, generator, source_log_ratios=known.log_ratios)
-        )
+        pool = Pool.of(inputs_of(known), "anchor")
         return advantages(pool, *pool.tilts(config), config, to_go=False).advantages / RESPONSES
 
     return weights
@@ -128,7 +130,7 @@ def methods(cache: str, moved: bool = False) -> dict[str, Weights]:
         vbon = VBoN(VBoNConfig(n=n, reward_cache=cache))
 
         def transformed(known: Known, vbon: VBoN = vbon) -> Tensor:
-            return vbon.transform(TransformInputs(known.rewards, known.cached, known.log_probs.sum(dim=-1))).rewards
+            return vbon.transform(inputs_of(known)).rewards
 
         made[f"vBoN, N = {n}"] = of_reward(transformed)
     one = {"baseline": "leave_one_out"}
