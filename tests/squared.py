@@ -16,16 +16,18 @@ from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, Algorithm,
 
 class Squared(Algorithm):
     policy_loss = "own"
+    compared = "reference"
 
     def needs(self) -> Needs:
-        return Needs(least=2, log_probs={"reference"})
+        return Needs(least=2, log_probs={"reference", self.compared})
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """The target of log pi / pi_ref, which the loss finds in the advantages' place."""
         others = (batch.rewards.sum(dim=-1, keepdim=True) - batch.rewards) / (batch.n - 1)
         target = batch.rewards - others
-        rest = (target - batch.log_ratio("reference")).square().mean().item() / 2
-        return AdvantageOutputs(target, metrics={"squared/before": rest})
+        log_ratio = batch.log_ratio(self.compared)
+        rest = (target - log_ratio).square().mean().item() / 2
+        return AdvantageOutputs(target, metrics={"squared/before": rest, "squared/kl": log_ratio.mean().item()})
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
         mask = inputs.mask.to(inputs.log_probs.dtype)
@@ -34,5 +36,11 @@ class Squared(Algorithm):
             return torch.where(inputs.mask.bool(), values, 0.0).sum(dim=-1)
 
         target = total(inputs.advantages) / mask.sum(dim=-1)
-        rest = target - total(inputs.log_probs - inputs.under["reference"])
+        rest = target - total(inputs.log_probs - inputs.under[self.compared])
         return LossOutputs(row_loss=rest.square() / 2, clip_fraction=torch.zeros(()))
+
+
+class Taught(Squared):
+    """The same with a teacher in the reference's place."""
+
+    compared = "teacher"

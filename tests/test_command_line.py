@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -448,6 +449,41 @@ def test_a_moving_reference_for_the_hosts_estimators(dry: Any) -> None:
     moving, fixed = (yaml.safe_load(one.out[one.out.index("configuration:") :]) for one in (done, still))
     assert "--ref.num_gpus_per_node" not in moving["gpu_slots"]  # no reference model is loaded
     assert "--ref.num_gpus_per_node" in fixed["gpu_slots"]
+
+
+@pytest.fixture
+def other_letters(tiny: Any, tmp_path: Path) -> Path:
+    """The tiny model with two of its letters exchanged."""
+    folder = tmp_path / "other"
+    shutil.copytree(tiny.model, folder)
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text())
+    vocabulary = found["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(found))
+    return folder
+
+
+def test_another_reference_model_and_a_teacher(dry: Any, tiny: Any, other_letters: Path) -> None:
+    model = str(tiny.model)
+    taught = {"algo.advantage.estimator": "squared:Taught", "rollout.n_samples_per_prompt": 4, "train.batch_size": 64}
+    for flags in ({**MOVING, "ref.model_name_or_path": model}, {**taught, "ref.model_name_or_path": model}):
+        done = dry(flags)
+        assert done.status == 0, done.text
+        assert "--ref.num_gpus_per_node" in yaml.safe_load(done.out[done.out.index("configuration:") :])["gpu_slots"]
+    for flags, says in (
+        (taught, "learns from a teacher: give --ref.model_name_or_path"),
+        (
+            {**POOLED, "ref.model_name_or_path": model},
+            "has no use here: jbond's KL is to weights of the",
+        ),
+        ({**MOVING, "ref.update": "ema", "ref.model_name_or_path": model}, "--ref.update makes a reference"),
+        ({**MOVING, "algo.kl.init_coef": 0.0, "ref.model_name_or_path": model}, "there is no KL"),
+        ({**MOVING, "ref.model_name_or_path": "./gone"}, "--ref.model_name_or_path ./gone: no such file or folder"),
+        ({**MOVING, "ref.model_name_or_path": str(other_letters)}, "another vocabulary than the policy: 'a' is 2"),
+    ):
+        done = dry(flags)
+        assert done.status == 2 and says in done.text, done.text
 
 
 def test_files_are_meant_from_where_the_command_was_typed(dry: Any, tiny: Any, monkeypatch: Any) -> None:

@@ -117,13 +117,18 @@ def test_two_ranks_with_several_steps_and_epochs_filtering_and_evaluation(
     assert "eval_num_samples': 12.0" in done.output
 
 
-def test_a_loss_of_the_algorithms_own_with_packed_dynamic_batches(bond: Callable[..., Run], tmp_path: Path) -> None:
-    """What the loss is at the old policy, the algorithm knew from the same log-probabilities, the reference's too."""
+def test_a_loss_of_the_algorithms_own_and_a_teacher_with_packed_dynamic_batches(
+    bond: Callable[..., Run], tiny: Tiny, tmp_path: Path
+) -> None:
+    """What the loss is at the old policy, the algorithm knew from the same log-probabilities. The teacher is the
+    initial policy as a model of its own, beside its weights that are kept in the policy's workers.
+    """
     shutil.copy(Path(__file__).with_name("squared.py"), tmp_path)
     done = bond(
         tmp_path,
         {
-            "algo.advantage.estimator": "squared:Squared",
+            "algo.advantage.estimator": "squared:Taught",
+            "ref.model_name_or_path": str(tiny.model),
             "rollout.n_samples_per_prompt": 4,
             "train.batch_size": 64,
             "train.dynamic_batch_enable": True,
@@ -133,7 +138,8 @@ def test_a_loss_of_the_algorithms_own_with_packed_dynamic_batches(bond: Callable
     steps = sound(done, 3)
     for step in steps:
         assert step["bond/loss"] == pytest.approx(step["squared/before"], rel=1e-2)
-    assert steps[-1]["bond/kl_ref"] != 0
+        assert step["squared/kl"] == pytest.approx(step["bond/kl_ref"], abs=1e-2)
+    assert abs(steps[-1]["bond/kl_ref"]) > 0.05
 
 
 TURNS = '''

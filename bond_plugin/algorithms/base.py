@@ -85,7 +85,7 @@ class Needs:
         selected_samples: f, how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
         source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy.
         log_probs: under which weights beside the policy's the log-probabilities of the rows are wanted: ``anchor``,
-            ``reference``.
+            ``reference``, ``teacher`` (a model of its own, ``--ref.model_name_or_path``).
         anchor_eta: the anchor is a moving average: it moves by ``eta`` of its distance to the policy each
             optimiser step.
         anchor_interval: the anchor becomes a copy of the policy every so many optimiser steps. ``None`` for
@@ -110,11 +110,9 @@ class Needs:
             raise ValueError("an anchor is a moving average or a periodic copy, not both")
         if "anchor" in self.weights and not self.anchor:
             raise ValueError("samples of an anchor need anchor_eta or anchor_interval; or use source='reference'")
-        unknown = self.weights - {"anchor", "reference"}
+        unknown = self.weights - {"anchor", "reference", "teacher"}
         if unknown:
-            raise ValueError(
-                f"there are no weights {', '.join(sorted(unknown))}: log_probs knows anchor and reference"
-            )
+            raise ValueError(f"log_probs knows anchor, reference and teacher, not {', '.join(sorted(unknown))}")
 
     @property
     def anchor(self) -> bool:

@@ -88,13 +88,15 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     for dest, (value, why) in _REPLACED.items():
         node, attribute = _at(args, dest)
         was = getattr(node, attribute)
+        if dest == "algo.kl.init_coef" and run.taught:
+            value = 1.0  # any above 0: the host then has a reference model, here the teacher
         if value is not ... and was != value:
             setattr(node, attribute, value)
         if dest in given and (value is ... or was != value):
             aside.append(f"--{dest} is set aside under {name}: {why}")
     for group, what in (("critic", "critic"), ("ref", "reference model")):
         dests = sorted(dest for dest in given if dest.startswith(f"{group}.") and dest not in _OURS)
-        if dests and not (group == "critic" and needs.classifier):
+        if dests and not (needs.classifier if group == "critic" else run.taught):
             listed = ", ".join(f"--{dest}" for dest in dests)
             aside.append(f"{listed}: set aside under {name}, which has no {what}")
     if args.algo.dynamic_filtering_enable:
@@ -111,7 +113,7 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
 
 
 #: Flags of ours among the host's groups.
-_OURS = ("ref.update", "ref.eta", "ref.interval")
+_OURS = ("ref.update", "ref.eta", "ref.interval", "ref.model_name_or_path")
 
 
 def _without_gpu(args: SimpleNamespace, given: frozenset[str], notes: list[str], aside: list[str]) -> None:
@@ -161,7 +163,8 @@ def _absolute_paths(args: SimpleNamespace) -> None:
             continue  # a flag of an algorithm that does not run
         if path:
             setattr(node, name, os.path.abspath(os.path.expanduser(path)))
-    for dest in ("actor.model_name_or_path", "critic.model_name_or_path", "train.agent_func_path"):
+    models = (f"{group}.model_name_or_path" for group in ("actor", "critic", "ref"))
+    for dest in (*models, "train.agent_func_path"):
         node, name = _at(args, dest)
         setattr(node, name, _absolute(getattr(node, name)))
     for dest in ("reward.model_name_or_path", "data.prompt_dataset", "eval.dataset"):
@@ -216,7 +219,7 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
         found += _transform(args, run.transform)
     if args.ref.update != "none":
         found += _moving_reference(args, run)
-    return found
+    return found + _other_reference(args, run)
 
 
 def _host_cannot(args: SimpleNamespace) -> list[str]:
@@ -283,6 +286,22 @@ def _moving_reference(args: SimpleNamespace, run: plan.Run) -> list[str]:
     if args.ref.interval < 1:
         found.append(f"--ref.interval must be at least 1, got {args.ref.interval}")
     return found + [f"--{dest} cannot be used with --ref.update: {why}" for dest, why in _not_kept(args)]
+
+
+def _other_reference(args: SimpleNamespace, run: plan.Run) -> list[str]:
+    """``--ref.model_name_or_path`` where nobody asks for another model, or none is given where one is needed."""
+    other, name = args.ref.model_name_or_path, args.algo.advantage.estimator
+    if run.taught and not other:
+        return [f"{name} learns from a teacher: give --ref.model_name_or_path, a model with the policy's vocabulary"]
+    if not other or run.taught:
+        return []
+    why = {
+        f"{name}'s KL is to weights of the policy's own": run.algorithm is not None,
+        f"the KL of {args.reward.transform} is to the initial policy": run.transform is not None,
+        "--ref.update makes a reference of the policy": args.ref.update != "none",
+        "without --algo.kl.init_coef above 0 there is no KL": args.algo.kl.init_coef <= 0,
+    }
+    return [f"--ref.model_name_or_path has no use here: {reason}" for reason, on in why.items() if on][:1]
 
 
 def _not_kept(args: SimpleNamespace) -> list[tuple[str, str]]:
@@ -362,6 +381,7 @@ def _files(args: SimpleNamespace) -> list[str]:
         "actor.model_name_or_path": [args.actor.model_name_or_path],
         "reward.model_name_or_path": (args.reward.model_name_or_path or "").split(","),
         "critic.model_name_or_path": [args.critic.model_name_or_path],
+        "ref.model_name_or_path": [args.ref.model_name_or_path],
         "data.prompt_dataset": (args.data.prompt_dataset or "").split(","),
         "eval.dataset": (args.eval.dataset or "").split(","),
         "train.agent_func_path": [args.train.agent_func_path],

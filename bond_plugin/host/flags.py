@@ -293,6 +293,11 @@ def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) ->
         help="with --ckpt.load_enable: stop if --ckpt.path holds no whole checkpoint, instead of starting at step 0",
     )
     group.add_argument(
+        "--ref.model_name_or_path",
+        help="another model than the initial policy for the reference: of the host's own estimators their KL is to "
+        "it, and algorithms that ask for a teacher have it there. Of any size, with the policy's vocabulary",
+    )
+    group.add_argument(
         "--ref.update",
         choices=("none", "ema", "periodic"),
         default="none",

@@ -55,12 +55,14 @@ def import_folders(files: Iterable[str]) -> list[str]:
 def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     """Everything that is wrong with the files of a run, each with the flag; and notes."""
     found, notes = [], []
-    for dest in ("actor", "critic", "reward"):
+    for dest in ("actor", "critic", "ref", "reward"):
         for name in (getattr(args, dest).model_name_or_path or "").split(","):
             if name and Path(name).is_dir():
                 found += [f"--{dest}.model_name_or_path {name}: {line}" for line in _model(Path(name))]
     if args.actor.model_name_or_path and Path(args.actor.model_name_or_path).is_dir():
         found += _policy(args, Path(args.actor.model_name_or_path))
+    if not found:
+        found += _other_vocabulary(args)
     template = _template(args) if not found else None
     for dest in ("data.prompt_dataset", "eval.dataset"):
         lines = _Lines(args, template)
@@ -208,6 +210,25 @@ def _policy(args: SimpleNamespace, folder: Path) -> Iterator[str]:
     templated = any(folder.glob("chat_template*")) or "chat_template" in tokenizer
     if args.data.apply_chat_template and not templated:
         yield f"--data.apply_chat_template: the tokenizer of {folder} has no chat template; drop the flag"
+
+
+def _other_vocabulary(args: SimpleNamespace) -> Iterator[str]:
+    """Whether the tokens of ``--ref.model_name_or_path`` mean something else than the policy's."""
+    from bond_plugin.offline.prompts import tokenizer_of
+
+    mine, other = args.actor.model_name_or_path, args.ref.model_name_or_path
+    if not all(name and Path(name).is_dir() for name in (mine, other)):  # to Path "" is this folder
+        return
+    there = SimpleNamespace(actor=SimpleNamespace(model_name_or_path=other), data=args.data)
+    ours, theirs = (tokenizer_of(one).get_vocab() for one in (args, there))
+    for token, place in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != place:
+            found = f"{theirs[token]} there" if token in theirs else "not there"
+            yield (
+                f"--ref.model_name_or_path {other} has another vocabulary than the policy: {token!r} is {place} in "
+                f"{mine} and {found}"
+            )
+            return
 
 
 # Prompts.

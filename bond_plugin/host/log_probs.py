@@ -35,6 +35,12 @@ class UnderWeights(NamedTuple):
     others: dict[str, Tensor | None]
 
 
+class OfTeacher(NamedTuple):
+    """References to what the reference model's workers say, where that is a teacher."""
+
+    refs: Any
+
+
 def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, start_idx: int, end_idx: int) -> list:
     """A worker's share of a call: the policy's forward passes also under the other weights that are wanted, and the
     classifier's logits for what the host takes for a critic's values.
@@ -67,6 +73,8 @@ def dispatch_forward(original: Any, self: Any, group: Any, sync_condition: bool,
         return SLOT
     started = time.time()
     refs = original(self, group, sync_condition, **kwargs)
+    if group is self.initial_model_group and plan.of(self.args).taught:
+        return OfTeacher(refs)
     if group is self.critic_model_group and plan.of(self.args).needs.classifier:
         ray.get(refs)
         state.of(self).timings["timing/classifier"] = time.time() - started
@@ -77,6 +85,10 @@ def flatten_results(original: Any, self: Any, refs: Any, duplicate_factor: int) 
     """The experience maker's results: keep what came along with the policy's, and give :data:`SLOT`'s answer."""
     if refs is SLOT:
         return state.of(self).log_probs[plan.of(self.args).in_slot]
+    if isinstance(refs, OfTeacher):
+        found = original(self, refs.refs, duplicate_factor)
+        state.of(self).log_probs["teacher"] = found
+        return found
     found = original(self, refs, duplicate_factor)
     if found and isinstance(found[0], UnderWeights):
         state.of(self).log_probs = {name: [each.others[name] for each in found] for name in found[0].others}
@@ -86,11 +98,17 @@ def flatten_results(original: Any, self: Any, refs: Any, duplicate_factor: int) 
 
 def group_init(original: Any, self: Any, num_nodes: int, num_gpus_per_node: int, ray_actor_type: Any, *args: Any,
                **kwargs: Any) -> None:  # fmt: skip
-    """A group of the host's workers; of reference models there are none where a moving reference takes the place."""
+    """A group of the host's workers. Of reference models there are none where a moving reference takes the place, and
+    ``--ref.model_name_or_path`` names another one than the initial policy.
+    """
     from openrlhf.trainer.ray.launcher import ReferenceModelActor
 
     asked = flags.current()
-    if ray_actor_type is ReferenceModelActor and asked is not None and plan.of(asked.args).moving_reference:
+    is_reference = ray_actor_type is ReferenceModelActor and asked is not None
+    if is_reference and plan.of(asked.args).moving_reference:
         self._actor_handlers = []
         return
     original(self, num_nodes, num_gpus_per_node, ray_actor_type, *args, **kwargs)
+    if is_reference and asked.args.ref.model_name_or_path:
+        load = self.async_init_model_from_pretrained
+        self.async_init_model_from_pretrained = lambda strategy, _: load(strategy, asked.args.ref.model_name_or_path)

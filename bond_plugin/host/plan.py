@@ -41,6 +41,11 @@ class Run:
         return self.algorithm is None and self.needs.anchor
 
     @property
+    def taught(self) -> bool:
+        """Whether the host's reference model is a teacher."""
+        return "teacher" in self.needs.log_probs
+
+    @property
     def keeps_reference(self) -> bool:
         """Whether the training workers keep the initial policy's weights."""
         sampled = self.needs.source_samples > 0 and self.needs.source == "reference"
@@ -54,11 +59,14 @@ class Run:
         """
         if self.transform is not None:
             return ()
-        return tuple(sorted({*self.needs.log_probs, *(["reference"] if self.reports_kl else [])}))
+        wanted = {*self.needs.log_probs, *(["reference"] if self.reports_kl else [])}
+        return tuple(sorted(wanted - {"teacher"}))
 
     @property
     def in_slot(self) -> str | None:
-        """Which of these stand where the host has its reference model's: the source's, if they are wanted."""
+        """Which stand where the host has its reference model's: the teacher's; else the source's, if wanted."""
+        if self.taught:
+            return "teacher"
         if self.needs.source in self.log_probs:
             return self.needs.source
         return self.log_probs[0] if self.log_probs else None

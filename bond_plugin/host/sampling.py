@@ -97,7 +97,7 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
     kept = state.share(self)
     kept.log = metrics.MetricsFile(self.args)
     run = plan.of(self.args)
-    if run.log_probs:
+    if run.log_probs and not run.taught:
         self.experience_maker.initial_model_group = log_probs.SLOT
     if run.algorithm is None:
         return
