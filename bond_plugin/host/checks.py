@@ -325,6 +325,8 @@ def _transform(args: SimpleNamespace, transform: RewardTransform) -> list[str]:
     """Settings under which the host's training would not have the transform's optimum."""
     name, coefficient, needs = args.reward.transform, transform.kl_coefficient, transform.needs()
     found = []
+    if needs.weights - {"reference"} or needs.source_samples or needs.classifier:
+        found.append(f"{flags.TRANSFORM} {name} asks for more than a transform can have: see RewardTransform.needs")
     if "reference" in needs.log_probs and args.algo.kl.init_coef <= 0:
         found.append(f"{flags.TRANSFORM} {name} needs --algo.kl.init_coef above 0: without, there is no reference")
     if coefficient is not None and abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
