@@ -8,12 +8,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bond_plugin.host import checkpoints
 from bond_plugin.host.weights import CheckpointError
 
 POLICY = SimpleNamespace(critic=SimpleNamespace(model_name_or_path=None))
 WITH_CRITIC = SimpleNamespace(critic=SimpleNamespace(model_name_or_path="model"))
+
+
+def run_of(root: Path, ranks: int, stage: int, universal: bool = False, optim: str = "adam") -> SimpleNamespace:
+    """The arguments of a run that would resume from ``root``."""
+    return SimpleNamespace(
+        ckpt=SimpleNamespace(path=str(root)),
+        ds=SimpleNamespace(use_universal_ckpt=universal, zero_stage=stage),
+        actor=SimpleNamespace(num_nodes=1, num_gpus_per_node=ranks, optim=optim),
+        critic=SimpleNamespace(model_name_or_path=None),
+    )
 
 
 def folder_of(root: Path, names: dict[str, float | None], latest: str | None = None, part: str = "_actor") -> Path:
@@ -88,3 +99,79 @@ def test_a_latest_that_is_gone_is_an_error(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, {"global_step1": None}, "global_step2")
     with pytest.raises(CheckpointError, match=r"names global_step2, which is not there.*global_step1"):
         checkpoints.latest(POLICY, folder)
+
+
+def written(root: Path, ranks: int, stage: int) -> Path:
+    """What DeepSpeed and we leave, by name alone."""
+    folder = folder_of(root, {"global_step4": None}, "global_step4") / "global_step4"
+    for rank in range(ranks):
+        (folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+        (folder / f"bond_anchor_rank_{rank:05d}.pt").touch()
+        if stage == 3:
+            (folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
+    if stage != 3:
+        (folder / "mp_rank_00_model_states.pt").touch()
+    return folder
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_other_ranks_are_told_how_to_convert(tmp_path: Path, stage: int) -> None:
+    folder = written(tmp_path, 2, stage)
+    assert checkpoints.problems(run_of(tmp_path, 2, stage)) == []
+    (problem,) = checkpoints.problems(run_of(tmp_path, 1, stage))
+    assert "was written by 2 ranks, and this run has 1: add --ds.use_universal_ckpt" in problem
+    assert f"--input_folder {folder} --output_folder {folder}_universal && cp {folder}/bond_anchor_rank_*" in problem
+    (problem,) = checkpoints.problems(run_of(tmp_path, 1, stage, optim="muon"))
+    assert "use 2: DeepSpeed does not convert Muon's states" in problem
+    (problem,) = checkpoints.problems(run_of(tmp_path, 1, stage, universal=True))
+    assert "is not converted: python -m deepspeed.checkpoint.ds_to_universal" in problem
+    (problem,) = checkpoints.problems(run_of(tmp_path, 2, 5 - stage))
+    assert "DeepSpeed reads it at no other" in problem
+    if stage == 2:
+        assert checkpoints.problems(run_of(tmp_path, 2, 1)) == []
+
+
+def test_a_conversion_is_resumed_by_any_ranks_until_there_is_a_newer_checkpoint(tmp_path: Path) -> None:
+    written(tmp_path, 2, 2)
+    folder = tmp_path / "_actor"
+    (folder / "global_step4_universal").mkdir()
+    (folder / "global_step4_universal" / "mp_rank_00_model_states.pt").touch()
+    (folder / "latest_universal").write_text("global_step4_universal")
+    assert checkpoints.problems(run_of(tmp_path, 5, 1, universal=True)) == []
+    assert checkpoints.latest(POLICY, folder, universal=True) == "global_step4_universal"
+    assert "at stage 1 or 2" in checkpoints.problems(run_of(tmp_path, 5, 3, universal=True))[0]
+    (folder / "global_step8").mkdir()
+    (folder / "latest").write_text("global_step8")
+    assert "global_step8 is not converted" in checkpoints.problems(run_of(tmp_path, 5, 2, universal=True))[0]
+    assert superfluous(folder, "global_step8", 1) == {"global_step4"}  # what was converted on purpose stays
+
+
+def test_resuming_where_latest_is_gone_is_refused_before_the_start(tmp_path: Path) -> None:
+    folder_of(tmp_path, {"global_step1": None}, "global_step2")
+    (problem,) = checkpoints.problems(run_of(tmp_path, 1, 2))
+    assert "names global_step2, which is not there" in problem
+
+
+def anchor_of(folder: Path, ranks: int) -> None:
+    for rank in range(ranks):
+        torch.save({"ranks": ranks, "anchor": [torch.zeros(9)]}, checkpoints.anchor_file(folder, rank))
+
+
+def test_an_anchor_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    anchor_of(tmp_path, 3)
+    assert len(checkpoints._anchor_states(tmp_path)) == 3
+    anchor_of(tmp_path, 2)  # and the third rank's of before is still there
+    assert len(checkpoints._anchor_states(tmp_path)) == 2
+    anchor_of(tmp_path, 3)
+    last = Path(checkpoints.anchor_file(tmp_path, 2))
+    whole = last.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        last.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="is not whole"):
+            checkpoints._anchor_states(tmp_path)
+    last.unlink()
+    with pytest.raises(CheckpointError, match=r"is missing.*copy them from"):
+        checkpoints._anchor_states(tmp_path)
+    torch.save({"ranks": 4, "anchor": []}, last)
+    with pytest.raises(CheckpointError, match="was written by another run"):
+        checkpoints._anchor_states(tmp_path)

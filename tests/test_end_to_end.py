@@ -347,3 +347,32 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
         except subprocess.TimeoutExpired:
             os.killpg(cluster.pid, signal.SIGKILL)
         shutil.rmtree(short, ignore_errors=True)
+
+
+def test_what_two_ranks_saved_is_resumed_by_one(bond: Callable[..., Run], tmp_path: Path) -> None:
+    """By the commands that the run prints when it refuses: DeepSpeed's conversion, and our files copied."""
+    flags = {**GENTLE, "train.num_episodes": 2, "ds.zero_stage": 3, "ckpt.save_steps": 3}
+    (tmp_path / "whole").mkdir()
+    whole = bond(tmp_path / "whole", {**flags, "actor.num_gpus_per_node": 2})
+    shutil.copytree(whole.folder / "ckpt", tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step3")
+    (tmp_path / "out").mkdir()
+    shutil.copy(whole.folder / "out" / "metrics.jsonl", tmp_path / "out")
+    resuming = {**flags, "ckpt.load_enable": True}
+    refused = bond(tmp_path, resuming, check=False)
+    assert refused.status == 2
+    assert "was written by 2 ranks, and this run has 1: add --ds.use_universal_ckpt" in refused.output
+    command = refused.output[refused.output.index("python -m deepspeed") :].splitlines()[0]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, env=clean_environment())
+    resumed = bond(tmp_path, {**resuming, "ds.use_universal_ckpt": True})
+    assert [step["step"] for step in resumed.metrics] == list(range(1, 7))
+    assert resumed.metrics[:3] == whole.metrics[:3]
+    for mine, theirs in zip(resumed.metrics[3:], whole.metrics[3:], strict=True):
+        # As above: the same weights draw the same, and after a step a token may be another.
+        tolerance = {"rel": 1e-2, "abs": 1e-4} if mine["step"] == 4 else {"rel": 5e-2, "abs": 3e-2}
+        for name in ("bond/loss", "bond/forward_nll", "actor_grad_norm", "reward/policy", "reward/anchor"):
+            assert mine[name] == pytest.approx(theirs[name], **tolerance), (mine["step"], name)
+        assert mine["bond/anchor_distance"] == pytest.approx(theirs["bond/anchor_distance"], rel=2e-2)
+        assert mine["actor_lr"] == theirs["actor_lr"]
+    assert (tmp_path / "ckpt" / "_actor" / "latest").read_text() == "global_step6"
+    assert (tmp_path / "ckpt" / "_actor" / "global_step3_universal").is_dir()

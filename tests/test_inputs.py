@@ -16,6 +16,7 @@ from conftest import Tiny
 from bond_plugin.files import lock
 from bond_plugin.host import flags as flags_module
 from bond_plugin.host import identity, inputs, launch
+from bond_plugin.offline import fingerprints
 
 BELOW_ONE = inputs._RANGES[1, inputs._INFINITY].split()
 BELOW_ZERO = inputs._RANGES[0, inputs._INFINITY].split()
@@ -159,7 +160,8 @@ def test_output_where_nothing_can_be_written(dry: Callable[..., Any], tmp_path: 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_locks", [])
     folders = {"output_dir": str(tmp_path / "out"), "path": str(tmp_path / "ckpt"), "load_enable": False}
-    args = SimpleNamespace(ckpt=SimpleNamespace(**folders, save_steps=-1), eval=SimpleNamespace(dataset=None))
+    ckpt = SimpleNamespace(**folders, save_steps=-1, save_on_stop=False)
+    args = SimpleNamespace(ckpt=ckpt, eval=SimpleNamespace(dataset=None))
     with lock(tmp_path / "ckpt"):
         assert launch._lock(args) == []  # no checkpoint is read or written
     launch._locks.clear()
@@ -182,7 +184,7 @@ def test_resuming_where_nothing_is(dry: Callable[..., Any], tmp_path: Path) -> N
     found = dry({**flags, "bond.require_checkpoint": True})
     assert found.status == 2 and "--bond.require_checkpoint: --ckpt.path" in found.text
     assert dry({"bond.require_checkpoint": True}).status == 2
-    (tmp_path / "ckpt" / "_actor").mkdir(parents=True)
+    (tmp_path / "ckpt" / "_actor" / "global_step1").mkdir(parents=True)
     (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step1")
     assert dry({**flags, "bond.require_checkpoint": True}).status == 0
 
@@ -256,10 +258,11 @@ def test_checkpoints_of_another_run(dry: Callable[..., Any], tiny: Tiny, tmp_pat
     prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "ckpt"
     shutil.copy(tiny.prompts, prompts)
     flags = {"ckpt.load_enable": True, "ckpt.path": str(folder), "data.prompt_dataset": str(prompts)}
-    (folder / "_actor").mkdir(parents=True)
+    (folder / "_actor" / "global_step1").mkdir(parents=True)
     (folder / "_actor" / "latest").write_text("global_step1")
     assert dry(flags).status == 0
-    identity.write(flags_module.current().args)
+    args = flags_module.current().args
+    identity.write(args, identity.of(args))
     assert "--ckpt.load_enable" not in dry({**flags, "train.num_episodes": 9}).text
     told = dry({**flags, "bond.gamma": 0.5})
     assert told.status == 0 and "--ckpt.load_enable: --bond.gamma was 0.0 and is 0.5" in told.text
@@ -270,6 +273,43 @@ def test_checkpoints_of_another_run(dry: Callable[..., Any], tiny: Tiny, tmp_pat
     assert other.status == 2 and f"{prompts} has another content" in other.text
     (folder / "bond_run.json").unlink()
     assert dry(flags).status == 0
+
+
+def test_resuming_reads_the_prompts_once(
+    dry: Callable[..., Any], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"ckpt.path": str(tmp_path / "ckpt"), "ckpt.output_dir": str(tmp_path / "out")}
+    assert dry({**folders, "ckpt.load_enable": True}).status == 0
+    run = flags_module.current()
+    run.dry_run = False
+    read = []
+
+    def of_file(path: Any) -> str:
+        read.append(str(path))
+        return "0"
+
+    monkeypatch.setattr(fingerprints, "of_file", of_file)
+    for _ in range(2):
+        launch._before_ray(run)
+        launch._locks.clear()
+    assert read.count(str(tiny.prompts)) == 2  # the second time there was a run to compare with
+
+
+def test_a_checkpoint_of_other_ranks_is_refused_before_the_start(dry: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "_actor" / "global_step1"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").write_text("global_step1")
+    for rank in range(2):
+        (folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    found = dry({"ckpt.load_enable": True, "ckpt.path": str(tmp_path)})
+    assert found.status == 2
+    assert "was written by 2 ranks, and this run has 1: add --ds.use_universal_ckpt, and convert it" in found.text
+
+
+def test_nothing_to_save_on_stop(dry: Callable[..., Any]) -> None:
+    assert dry({"ckpt.save_on_stop": True}).status == 0
+    found = dry({"ckpt.save_on_stop": True, "ckpt.disable_ds": True})
+    assert found.status == 2 and "--ckpt.save_on_stop cannot be used with --ckpt.disable_ds" in found.text
 
 
 def test_of_a_recipe_what_the_command_line_replaces_is_set_aside(dry: Callable[..., Any], tmp_path: Path) -> None:

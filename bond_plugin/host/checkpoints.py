@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from bond_plugin.host import state, weights
 from bond_plugin.host.weights import CheckpointError
 
 _LATEST = "latest"
+_UNIVERSAL = "latest_universal"  # the same of what DeepSpeed's conversion made of a checkpoint
+_ANCHOR = "bond_anchor_rank_{}.pt"
 _FOLDERS = ("_actor", "_critic")  # of a run, in --ckpt.path
 _FULL = 2**26  # bytes: a disk with no more room than this is full
 
@@ -46,11 +51,15 @@ def save_ckpt(
     """
     tag = tag or f"global_step{model.global_steps}"
     folder = Path(save_dir, tag)
+    if self.is_rank_0() and folder.is_dir() and tag not in _kept(self.args, folder.parent):
+        # Cut short, by another number of ranks perhaps: a conversion would take their files for these ranks'.
+        shutil.rmtree(folder)
+    dist.barrier()
     try:
         model.save_checkpoint(save_dir, tag=tag, client_state=client_state or {}, save_latest=False)
         kept = weights.of(model)
         if kept is not None and "anchor" in kept:
-            path = anchor_file(folder)
+            path = anchor_file(folder, dist.get_rank())
             torch.save(kept.anchor_state(), f"{path}.part")
             os.replace(f"{path}.part", path)
         if self.is_rank_0():
@@ -78,7 +87,7 @@ def _superfluous(strategy: Any, folder: Path, saved: str, max_num: int, max_byte
     First those without a metric, then those with the worst, and the oldest of these. Of the best ones only the
     newest stays, and it does not count. What was just saved and what any ``latest`` names always stays.
     """
-    named = {saved, *_named(strategy.args, folder)}
+    named = {saved, *_kept(strategy.args, folder)}
     there = [path for path in folder.iterdir() if path.is_dir()]
     best = [path for path in there if path.name.startswith("best")]
     regular = [path for path in there if not path.name.startswith("best")]
@@ -102,41 +111,123 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def anchor_file(folder: Path) -> str:
-    """Where this rank's part of the anchor is, in a checkpoint's folder."""
-    return str(folder / f"bond_anchor_rank_{dist.get_rank():05d}.pt")
+def anchor_file(folder: Path, rank: int) -> str:
+    """Where a rank's part of the anchor is, in a checkpoint's folder."""
+    return str(folder / _ANCHOR.format(f"{rank:05d}"))
 
 
-def _named(args: Any, folder: Path) -> list[str]:
+def _anchor_states(folder: Path) -> list[dict[str, Any]]:
+    """What the ranks that wrote a checkpoint left of the anchor. The files are mapped: what is not used is not read.
+
+    Raises:
+        CheckpointError: a file is missing, not whole, or of another checkpoint.
+    """
+    states: list[dict[str, Any]] = []
+    while not states or len(states) < states[0]["ranks"]:
+        path = anchor_file(folder, len(states))
+        try:
+            states.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"the checkpoint {folder} holds no anchor ({path} is missing): it was written by another algorithm, "
+                "or converted without its bond_anchor_rank_*.pt, which DeepSpeed's conversion leaves behind: copy "
+                "them from the checkpoint that was converted. Or start without --ckpt.load_enable"
+            ) from error
+        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{path} is not whole: resume from another checkpoint, or copy it again") from error
+        if states[-1]["ranks"] != states[0]["ranks"]:
+            raise CheckpointError(f"{path} was written by another run than {anchor_file(folder, 0)}")
+    return states
+
+
+def _named(args: Any, folder: Path, file: str) -> list[str]:
     """What ``latest`` names in this folder and, where a run has a critic, in the other one of the two."""
     folders = {folder}
     if folder.name in _FOLDERS and args.critic.model_name_or_path:
         folders |= {folder.with_name(name) for name in _FOLDERS}
-    return [path.read_text().strip() for each in folders if (path := each / _LATEST).is_file()]
+    return [path.read_text().strip() for each in folders if (path := each / file).is_file()]
 
 
-def latest(args: Any, folder: Path) -> str | None:
+def _kept(args: Any, folder: Path) -> list[str]:
+    """Checkpoints that are not deleted because a run may resume from them."""
+    return _named(args, folder, _LATEST) + _named(args, folder, _UNIVERSAL)
+
+
+def latest(args: Any, folder: Path, universal: bool = False) -> str | None:
     """The checkpoint to resume from: the newest that policy and critic both have; ``None`` if there is none yet.
+
+    Args:
+        args: the run's.
+        folder: of the policy or the critic.
+        universal: of those that DeepSpeed's conversion made.
 
     Raises:
         CheckpointError: ``latest`` names a folder that is not there.
     """
-    if not (folder / _LATEST).is_file():
+    file = _UNIVERSAL if universal else _LATEST
+    if not (folder / file).is_file():
         return None
-    named = sorted(_named(args, folder), key=_step)
+    named = sorted(_named(args, folder, file), key=_step)
     for tag in named:
         if (folder / tag).is_dir():
             return tag
     there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
     raise CheckpointError(
-        f"{folder / _LATEST} names {named[0]}, which is not there (there are: {there}). Write the name of a whole "
+        f"{folder / file} names {named[0]}, which is not there (there are: {there}). Write the name of a whole "
         "checkpoint into that file, or start without --ckpt.load_enable"
     )
 
 
 def _step(tag: str) -> int:
-    found = re.search(r"(\d+)$", tag)
+    found = re.search(r"\d+", tag)
     return int(found.group()) if found else 0
+
+
+def problems(args: Any) -> list[str]:
+    """Why this run's ranks cannot resume at its ZeRO stage from what is in ``--ckpt.path``, and what to do."""
+    parts = {"_actor": args.actor}
+    if args.critic.model_name_or_path:
+        parts["_critic"] = args.critic
+    found = []
+    for name, part in parts.items():
+        try:
+            found += _misfits(args, Path(args.ckpt.path, name), part)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
+
+
+def _misfits(args: Any, folder: Path, part: Any) -> Iterator[str]:
+    ranks = part.num_nodes * part.num_gpus_per_node
+    newest = latest(args, folder)
+    tag = latest(args, folder, universal=True) if args.ds.use_universal_ckpt else newest
+    if newest is not None and _step(tag or "") < _step(newest):
+        yield f"--ds.use_universal_ckpt: {folder / newest} is not converted: {_conversion(folder / newest)}"
+    elif tag is not None:
+        path, third = folder / tag, args.ds.zero_stage == 3
+        written = len(list(path.glob("*_optim_states.pt")))  # 0: it is converted
+        if any(path.glob("mp_rank_*_model_states.pt" if third else "zero_pp_rank_*_model_states.pt")):
+            then = "1 or 2" if third else "3"
+            yield (
+                f"--ds.zero_stage {args.ds.zero_stage}: {path} was written at stage {then}, and DeepSpeed reads it "
+                "at no other, converted or not"
+            )
+        elif written not in (0, ranks):
+            fix = f"add --ds.use_universal_ckpt, and convert it: {_conversion(path)}"
+            if part.optim == "muon":
+                fix = f"use {written}: DeepSpeed does not convert Muon's states"
+            yield f"{path} was written by {written} ranks, and this run has {ranks}: {fix}"
+
+
+def _conversion(source: Path) -> str:
+    """The commands that make a universal checkpoint of one. DeepSpeed's does not know of our files."""
+    made = source.with_name(f"{source.name}_universal")
+    command = (
+        "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
+        f"--input_folder {source} --output_folder {made}"
+    )
+    ours = f" && cp {source}/{_ANCHOR.format('*')} {made}" if any(source.glob(_ANCHOR.format("*"))) else ""
+    return command + ours
 
 
 def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
@@ -145,22 +236,19 @@ def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, tag: str | No
     Raises:
         CheckpointError: see :func:`latest`; or it holds no anchor for this rank.
     """
-    tag = tag or latest(self.args, Path(load_dir))
+    universal = self.args.ds.use_universal_ckpt
+    tag = tag or latest(self.args, Path(load_dir), universal)
     if tag is None:
         self.print(f"bond: note: {load_dir} holds no whole checkpoint: the run starts at step 0")
         return None, {}
-    load_path, states = original(self, model, load_dir, tag, **kwargs)
-    weights.restore_momentum_type(weights.engine_of(model).optimizer)
+    optimizer = weights.engine_of(model).optimizer
+    with weights.decay_kept(optimizer) if universal else nullcontext():
+        load_path, states = original(self, model, load_dir, tag, **kwargs)
+    weights.restore_momentum_type(optimizer)
     kept = weights.of(model)
     if kept is not None and "anchor" in kept and load_path is not None:
-        path = anchor_file(Path(load_dir, tag))
-        if not os.path.exists(path):
-            raise CheckpointError(
-                f"the checkpoint {os.path.join(load_dir, tag)} holds no anchor for rank {dist.get_rank()}: it was "
-                "written by another algorithm or with fewer ranks. Start without --ckpt.load_enable, or give "
-                "another --ckpt.path"
-            )
-        kept.load_anchor_state(torch.load(path, map_location="cpu", weights_only=True), path)
+        folder = Path(load_dir, tag)
+        kept.load_anchor(_anchor_states(folder), str(folder))
     return load_path, states
 
 

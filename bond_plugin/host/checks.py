@@ -208,6 +208,8 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
             f"--bond.require_checkpoint: --ckpt.path {args.ckpt.path} holds no whole checkpoint (no _actor/latest): "
             "is the path right?"
         )
+    if args.ckpt.save_on_stop and args.ckpt.disable_ds:
+        found.append("--ckpt.save_on_stop cannot be used with --ckpt.disable_ds, which saves no checkpoints")
     run = plan.of(args)
     loss = args.actor.policy_loss_type
     if loss not in HOST_LOSSES:
@@ -316,7 +318,6 @@ def _not_kept(args: SimpleNamespace) -> list[tuple[str, str]]:
             "it keeps gathered parameters, past which a swap of weights may not go",
         ),
         "ds.load_in_4bit": (args.ds.load_in_4bit, "4-bit weights cannot be swapped"),
-        "ds.use_universal_ckpt": (args.ds.use_universal_ckpt, "the anchor has no universal checkpoint yet"),
     }
     return [(dest, why) for dest, (on, why) in refused.items() if on]
 

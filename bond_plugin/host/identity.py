@@ -53,16 +53,15 @@ def of(args: SimpleNamespace) -> dict[str, Any]:
 
 def has_checkpoint(args: SimpleNamespace) -> bool:
     """Whether ``--ckpt.path`` holds a whole checkpoint."""
-    return Path(args.ckpt.path, "_actor", "latest").is_file()
+    return any(Path(args.ckpt.path, "_actor").glob("latest*"))  # or one that DeepSpeed has converted
 
 
-def check(args: SimpleNamespace) -> tuple[list[str], list[str]]:
-    """Why a resumed run cannot go on with the checkpoints in ``--ckpt.path``, and what else differs."""
+def check(args: SimpleNamespace, now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Why a resumed run, ``now``, cannot go on with the checkpoints in ``--ckpt.path``, and what else differs."""
     path = Path(args.ckpt.path, _FILE)
     then = read_json(path)
     if then is None or not has_checkpoint(args):
         return [], []
-    now = of(args)
     problems, notes = [], []
     for name in sorted({*then["flags"], *now["flags"]}):
         before, after = then["flags"].get(name), now["flags"].get(name)
@@ -84,7 +83,7 @@ def check(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     return [f"--ckpt.load_enable: {line}" for line in problems], [f"--ckpt.load_enable: {line}" for line in notes]
 
 
-def write(args: SimpleNamespace) -> None:
+def write(args: SimpleNamespace, now: dict[str, Any]) -> None:
     """Say in ``--ckpt.path`` what this run is."""
     Path(args.ckpt.path).mkdir(parents=True, exist_ok=True)
-    write_json(Path(args.ckpt.path, _FILE), of(args))
+    write_json(Path(args.ckpt.path, _FILE), now)

@@ -152,18 +152,19 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("num_cpus", total + 4)
         kwargs.setdefault("include_dashboard", False)
     result = original(*args, **kwargs)
-    watch.end_on_signals()
+    watch.end_on_signals(run.args.ckpt.save_on_stop)
     watch.end_with_actors()
     _check_resources(needed, local, run)
     return result
 
 
 def _before_ray(run: flags.Invocation) -> None:
-    from bond_plugin.host import checks, identity
+    from bond_plugin.host import checkpoints, checks, identity
     from bond_plugin.offline import make_cache
 
     args = run.args
     assert args is not None
+    identified = None
     meant_for_cpu = args.bond.device == "cpu"
     args.bond.device = os.environ[DEVICE_VARIABLE]
     if args.reward.timeout is not None:
@@ -174,7 +175,9 @@ def _before_ray(run: flags.Invocation) -> None:
         wrong, seen = inputs.problems(args)
         problems, notes = wrong + checks.problems(args, run.given), notes + seen
         if args.ckpt.load_enable and not problems:
-            problems, told = identity.check(args)
+            identified = identity.of(args)
+            problems, told = identity.check(args, identified)
+            problems += checkpoints.problems(args)
             notes += told
         if args.bond.strict:
             problems += [f"{line} (--bond.strict)" for line in aside]
@@ -195,12 +198,13 @@ def _before_ray(run: flags.Invocation) -> None:
     if not problems and not run.dry_run and not run.caching:
         problems = _lock(args)
         if not problems and _keeps_checkpoints(args):
-            identity.write(args)
+            identity.write(args, identified or identity.of(args))
     flags.refuse(problems)
 
 
 def _keeps_checkpoints(args: SimpleNamespace) -> bool:
-    return args.ckpt.load_enable or args.ckpt.save_steps > 0 or bool(args.eval.dataset)
+    ckpt = args.ckpt
+    return ckpt.load_enable or ckpt.save_steps > 0 or ckpt.save_on_stop or bool(args.eval.dataset)
 
 
 def _lock(args: SimpleNamespace) -> list[str]:

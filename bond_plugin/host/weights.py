@@ -28,6 +28,10 @@ from bond_plugin.host import plan
 #: Weights that are compared at a time: at 12 bytes each what :meth:`Weights.anchor_distance` needs.
 _PIECE = 2**22
 
+#: Of a part, consecutive numbers that are one parameter's: (its name, where they begin in the part, where in the
+#: flattened parameter, how many).
+Piece = tuple[str, int, int, int]
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or does not hold what this run needs."""
@@ -134,34 +138,75 @@ class Weights:
                     parts[i] = moved.copy_(parts[i])
 
     def anchor_state(self) -> dict[str, Any]:
-        """This rank's part of the anchor, for a checkpoint."""
+        """This rank's part of the anchor, for a checkpoint, with what says where each of its numbers belongs."""
         return {
             "anchor": [part.cpu() for part in self._sets["anchor"]],
+            "pieces": self._sharded.pieces(),
             "eta": self.eta,
             "ranks": dist.get_world_size(),
             "zero_stage": self._engine.zero_optimization_stage(),
+            "tensor_parallel": self._tensor_parallel(),
         }
 
+    def _tensor_parallel(self) -> tuple[int, int]:
+        """(rank, size) of this rank's tensor-parallel group."""
+        size = self._engine.autotp_size()
+        return (self._engine.mpu.get_tensor_model_parallel_rank(), size) if size > 1 else (0, 1)
+
     @torch.no_grad()
-    def load_anchor_state(self, state: dict[str, Any], path: str) -> None:
-        """Take the anchor from a checkpoint.
+    def load_anchor(self, states: list[dict[str, Any]], folder: str) -> None:
+        """Take the anchor from what all ranks of a run wrote, however many they were and at which ZeRO stage.
+
+        Args:
+            states: of :meth:`anchor_state`, by rank. What is not this rank's is not read if they are mapped files.
+            folder: where they are, for errors.
 
         Raises:
-            CheckpointError: it was written with another number of ranks, ZeRO stage or model.
+            CheckpointError: it is of another model, or was written under another tensor parallelism.
         """
-        here = {"ranks": dist.get_world_size(), "zero_stage": self._engine.zero_optimization_stage()}
-        there = {name: state[name] for name in here}
-        shapes = [part.shape for part in state["anchor"]]
-        if there != here or shapes != [part.shape for part in self._sets["anchor"]]:
-            raise CheckpointError(
-                f"the anchor in {path} was written with {there['ranks']} ranks and ZeRO stage "
-                f"{there['zero_stage']}, this run has {here['ranks']} and {here['zero_stage']}"
-                + (": the model differs" if there == here else "")
-                + ". Resume with the same model, --actor.num_gpus_per_node and --ds.zero_stage"
-            )
-        for part, saved in zip(self._sets["anchor"], state["anchor"], strict=True):
-            part.copy_(saved)
+        mine, here = self._tensor_parallel(), self._sharded.pieces()
+        if "pieces" not in states[0]:
+            states = [{**self._as_written(states, folder), "pieces": here, "tensor_parallel": mine}]
+        states = [state for state in states if tuple(state["tensor_parallel"]) == mine]
+        if not states:
+            raise CheckpointError(f"the anchor in {folder} was written with another --ds.tensor_parallel_size")
+        there: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for state in states:
+            for part, held in zip(state["anchor"], state["pieces"], strict=True):
+                for name, place, start, length in held:
+                    there.setdefault(name, []).append((start, part.narrow(0, place, length)))
+        for part, held in zip(self._sets["anchor"], here, strict=True):
+            for name, place, start, length in held:
+                missing = length - _copy_overlaps(part.narrow(0, place, length), start, there.get(name, []))
+                if missing:
+                    raise CheckpointError(
+                        f"the anchor in {folder} lacks {missing} of {length} weights of {name}: it is another model's"
+                    )
         self._steps_seen = self._engine.global_steps
+
+    def _as_written(self, states: list[dict[str, Any]], folder: str) -> dict[str, Any]:
+        """This rank's part, if it was written before parts said where they belong: by the same ranks and stage."""
+        here = (dist.get_world_size(), self._engine.zero_optimization_stage())
+        there = (states[0]["ranks"], states[0]["zero_stage"])
+        own = states[min(dist.get_rank(), len(states) - 1)]
+        if here != there or [p.shape for p in own["anchor"]] != [p.shape for p in self._sets["anchor"]]:
+            raise CheckpointError(
+                f"the anchor in {folder} was written by openrlhf-bond 0.1 with {there[0]} ranks at ZeRO stage "
+                f"{there[1]}, and only they can read it; this run has {here[0]} at {here[1]}. Resume with the same "
+                "model, --actor.num_gpus_per_node and --ds.zero_stage; checkpoints from then on are free of this"
+            )
+        return own
+
+
+def _copy_overlaps(into: torch.Tensor, start: int, pieces: list[tuple[int, torch.Tensor]]) -> int:
+    """Fill what ``into`` holds of a flattened parameter, from ``start`` on; returns how many numbers were copied."""
+    copied = 0
+    for begin, values in pieces:
+        first, last = max(start, begin), min(start + len(into), begin + len(values))
+        if first < last:
+            into[first - start : last - start].copy_(values[first - begin : last - begin])
+            copied += last - first
+    return copied
 
 
 def _is_zero3(optimizer: Any) -> bool:
@@ -184,16 +229,29 @@ class _Zero12:
     def masters(self) -> list[torch.Tensor]:
         return list(self._optimizer.single_partition_of_fp32_groups)
 
+    def _held(self) -> Iterator[tuple[int, Any, Any]]:
+        """(part, parameter, DeepSpeed's mapping) of all of which this rank holds something in fp32."""
+        for group, params in enumerate(self._optimizer.bit16_groups):
+            for param in params:
+                mapping = getattr(param, "_hp_mapping", None)  # None: another data-parallel rank has it
+                if mapping is not None:
+                    yield group, param, mapping
+
+    def pieces(self) -> list[list[Piece]]:
+        found: list[list[Piece]] = [[] for _ in self._optimizer.bit16_groups]
+        for group, param, mapping in self._held():
+            of, at = mapping.lp_fragment_address, mapping.hp_fragment_address
+            found[group].append((self._optimizer.param_names[param], at.start, of.start, of.numel))
+        return found
+
     def replicated(self) -> Iterator[tuple[int, int, int]]:
         """(part, start, length) of what each rank of a tensor-parallel group has the same of."""
         from deepspeed.runtime.utils import is_model_parallel_parameter
 
-        for group, params in enumerate(self._optimizer.bit16_groups):
-            for param in params:
-                mapping = getattr(param, "_hp_mapping", None)  # None: another data-parallel rank has it
-                if mapping is not None and not is_model_parallel_parameter(param):
-                    place = mapping.get_hp_fragment_address()
-                    yield group, place.start, place.numel
+        for group, param, mapping in self._held():
+            if not is_model_parallel_parameter(param):
+                place = mapping.get_hp_fragment_address()
+                yield group, place.start, place.numel
 
     @torch.no_grad()
     def load(self, parts: list[torch.Tensor]) -> None:
@@ -222,6 +280,18 @@ class _Zero3:
 
     def masters(self) -> list[torch.Tensor]:
         return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def pieces(self) -> list[list[Piece]]:
+        return [list(self._in_group(params)) for params in self._optimizer.fp16_groups]
+
+    def _in_group(self, params: list[Any]) -> Iterator[Piece]:
+        place = 0  # in the part, where each parameter's share has the same length on every rank
+        for param in params:
+            share = param.partition_numel()
+            start = share * dist.get_rank(group=param.ds_process_group)
+            if start < param.ds_numel:
+                yield self._optimizer.param_names[param], place, start, min(share, param.ds_numel - start)
+            place += share
 
     @torch.no_grad()
     def load(self, parts: list[torch.Tensor]) -> None:
@@ -293,6 +363,15 @@ def restore_momentum_type(optimizer: Any) -> None:
     for state in getattr(getattr(optimizer, "optimizer", None), "state", {}).values():
         if "momentum_buffer" in state:
             state["momentum_buffer"] = state["momentum_buffer"].to(optimizer.gradient_accumulation_dtype)
+
+
+@contextmanager
+def decay_kept(optimizer: Any) -> Iterator[None]:
+    """Within it a universal checkpoint may be loaded, which under ZeRO-3 brings all groups the first one's decay."""
+    decays = [group["weight_decay"] for group in optimizer.optimizer.param_groups]
+    yield
+    for group, decay in zip(optimizer.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
 
 
 def save_model(original: Any, self: Any, model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:

@@ -150,7 +150,7 @@ def measure(stage: int, steps: int) -> dict:
     # A checkpoint, through what is attached to the host's strategy around DeepSpeed's own saving and loading.
     engine.bond_weights = weights
     strategy = SimpleNamespace(
-        args=None,
+        args=SimpleNamespace(ds=SimpleNamespace(use_universal_ckpt=False)),
         is_rank_0=lambda: dist.get_rank() == 0,
         print=print,
         _write_ckpt_metric=lambda *_, **__: None,
@@ -167,7 +167,7 @@ def measure(stage: int, steps: int) -> dict:
         part.zero_()
     load_ckpt(load, strategy, engine, folder)
     numbers["loaded"] = all(torch.equal(a, b) for a, b in zip(saved, weights._sets["anchor"], strict=True))
-    os.unlink(anchor_file(Path(folder, "step1")))
+    os.unlink(anchor_file(Path(folder, "step1"), dist.get_rank()))
     try:
         load_ckpt(load, strategy, engine, folder)
         numbers["without_anchor"] = "loaded"

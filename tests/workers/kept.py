@@ -157,7 +157,7 @@ def run(what: str, stage: int) -> dict:
     strategy.load_ckpt(engine, folder)
     found["loaded"] = all(torch.equal(a, b) for a, b in zip(saved, kept._sets["anchor"], strict=True))
     found["masters_loaded"] = same(before, masters())
-    found["files"] = os.path.exists(checkpoints.anchor_file(Path(folder, "step1")))
+    found["files"] = os.path.exists(checkpoints.anchor_file(Path(folder, "step1"), dist.get_rank()))
     return found
 
 
