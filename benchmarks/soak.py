@@ -27,16 +27,24 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from conftest import POOLED, make_tiny
+from conftest import POOLED, make_tiny, with_flags
 from running import Running, role
 
 RECORD = "soak.jsonl"  # one object each time it looks
+LOOKS = 6  # the fewest for a line
 START_SECONDS, STEP_SECONDS = 600, 300  # the longest that the first and any other step may take
 #: What a run of thousands of steps can bear: MB a step of one process, descriptors and files a step, and how much
 #: longer a step takes in the last third than in the first.
 LIMITS = {"uss": 0.05, "fds": 0.01, "threads": 0.01, "files": 0.1, "slower": 1.15}
 #: A rate too low to move the policy far, so that the last steps are as long as the first.
-STEADY = {**POOLED, "actor.adam.lr": 1e-6, "data.max_samples": 400, "ckpt.save_steps": 100, "ckpt.max_num": 2}
+STEADY = {
+    "algo.advantage.estimator": "jbond",
+    **POOLED,
+    "actor.adam.lr": 1e-6,
+    "ckpt.max_num": 2,
+    "ckpt.save_steps": 100,
+    "data.max_samples": 400,
+}
 STEPS_PER_EPISODE = 25
 
 
@@ -65,7 +73,7 @@ def soak(folder: Path, steps: int, every: int, flags: dict[str, Any]) -> int:
     """Train and record. Returns the run's exit status."""
     session = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))  # Ray's sockets have a limit on the path's length
     tiny = make_tiny(folder / "tiny")
-    wanted = {**STEADY, "train.num_episodes": -(-steps // STEPS_PER_EPISODE), **flags}
+    wanted = with_flags({**STEADY, "train.num_episodes": -(-steps // STEPS_PER_EPISODE)}, flags)
     try:
         with Running(tiny, folder, wanted, RAY_TMPDIR=str(session)) as run, (folder / RECORD).open("w") as record:
             after, changed = every, time.monotonic()
@@ -83,35 +91,36 @@ def soak(folder: Path, steps: int, every: int, flags: dict[str, Any]) -> int:
         shutil.rmtree(session, ignore_errors=True)
 
 
-def growth(steps: list[int], values: list[float]) -> float:
-    """The slope of a line through the last two thirds."""
-    start = len(steps) // 3
-    return linear_regression(steps[start:], values[start:]).slope
+def growth(found: list[tuple[int, float]]) -> float:
+    """The slope of a line through the last two thirds of (step, value)."""
+    return linear_regression(*zip(*found[len(found) // 3 :], strict=True)).slope
 
 
 def report(folder: Path) -> bool:
     """Print the table and the verdict. Returns whether everything is within its limit."""
     looks = [json.loads(line) for line in (folder / RECORD).read_text().splitlines()]
-    if len(looks) < 6:
+    if len(looks) < LOOKS:
         raise SystemExit(f"{len(looks)} looks are too few for a line: more --steps, or fewer steps between (--every)")
-    steps, beyond = [each["step"] for each in looks], []
+    beyond: list[str] = []
 
-    def row(name: str, kind: str, values: list[float], unit: str) -> None:
-        slope = growth(steps, values)
+    def row(name: str, kind: str, found: list[tuple[int, float]], unit: str) -> None:
+        slope = growth(found)
         wrong = slope > LIMITS.get(kind, float("inf"))
-        print(f"{name:34}{kind:>9}{values[0]:11.1f}{values[-1]:11.1f}{slope:13.4f} {unit}{'  BEYOND' * wrong}")
+        print(f"{name:34}{kind:>9}{found[0][1]:11.1f}{found[-1][1]:11.1f}{slope:13.4f} {unit}{'  BEYOND' * wrong}")
         if wrong:
             beyond.append(f"{name}: {kind} grows by {slope:.4f} {unit} a step, limit {LIMITS[kind]}")
 
-    print(f"{steps[-1]} steps\n{'':34}{'':9}{'first':>11}{'last':>11}{'a step':>13}")
-    for name in looks[-1]["processes"]:
-        found = [each["processes"].get(name) for each in looks]
-        if all(found) and len({each["pid"] for each in found}) == 1:
+    print(f"{looks[-1]['step']} steps\n{'':34}{'':9}{'first':>11}{'last':>11}{'a step':>13}")
+    for name, first in looks[0]["processes"].items():
+        found = [(each["step"], each["processes"].get(name)) for each in looks]
+        found = [(step, process) for step, process in found if process and process["pid"] == first["pid"]]
+        if len(found) >= LOOKS:
             for kind, unit in (("uss", "MB"), ("fds", ""), ("threads", "")):
-                row(name, kind, [each[kind] for each in found], unit)
-    row("Ray's session folder", "files", [each["files"] for each in looks], "")
-    row("Ray's session folder", "size", [each["size"] for each in looks], "MB")
-    row("Ray's object store", "resident", [each["store"] for each in looks], "MB")
+                row(name, kind, [(step, process[kind]) for step, process in found], unit)
+    for name, kind, what, unit in (("Ray's session folder", "files", "files", ""),
+                                   ("Ray's session folder", "size", "size", "MB"),
+                                   ("Ray's object store", "resident", "store", "MB")):  # fmt: skip
+        row(name, kind, [(each["step"], each[what]) for each in looks], unit)
     seconds = [json.loads(line)["timing/step_total"] for line in (folder / "out" / "metrics.jsonl").open()][1:]
     third = len(seconds) // 3
     first, last = median(seconds[:third]), median(seconds[-third:])

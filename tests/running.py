@@ -219,9 +219,10 @@ class Running:
         return int(folder.name.removeprefix("global_step"))
 
     def shared_memory(self) -> set[Path]:
-        """Files in /dev/shm that its processes have open or mapped, and that have a name."""
-        found: set[str] = set()
-        for pid in self.processes():
+        """Files in /dev/shm that its processes have open or mapped, or that are named for one of them."""
+        pids = self.processes()
+        found = {str(path) for path in Path("/dev/shm").iterdir() if {*map(str, pids)} & {*path.name.split("-")}}
+        for pid in pids:
             with suppress(psutil.Error, OSError):
                 found |= {part.path for part in psutil.Process(pid).memory_maps(grouped=False)}
                 found |= {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
