@@ -7,6 +7,8 @@ VENV ?= .venv
 DEMO ?= demo
 RUN ?= runs/jbond
 RECIPE ?= recipes/reviews/jbond-cpu.yaml
+COUNT ?= 50
+STEPS ?= 2000
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
@@ -16,10 +18,12 @@ export BOND_REVIEWS_DIR ?= $(abspath $(DEMO))
 NEEDS_PYTHON = test -n "$(PYTHON)" || \
   { echo "Python 3.10, 3.11 or 3.12 is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 
-.PHONY: help env train test wheel docs lint clean
+.PHONY: help env train test faults soak wheel docs lint clean
 help:
 	@echo "make train   train SmolLM2-135M with J-BOND on movie reviews (CPU), and show before and after"
 	@echo "make test    run all tests"
+	@echo "make faults  kill processes of COUNT runs (50) at random moments, resume, and compare: two minutes each"
+	@echo "make soak    train for STEPS steps (2000) and show what grows"
 	@echo "make env     make the environment in $(VENV) (both others do it when it is missing)"
 	@echo "make wheel   build the package into dist/, for machines without a clone"
 	@echo "make docs    make the tables of docs/flags.md anew from the code"
@@ -56,6 +60,13 @@ train: $(RUN)/config.json
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m e2e
+
+# Goes on where an earlier call stopped: each seed is done once.
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py --count $(COUNT)
+
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py --steps $(STEPS)
 
 # build/ is setuptools' own, and what lies there from an earlier build would go into the wheel.
 wheel:

@@ -64,3 +64,10 @@ def test_a_file_without_a_step_is_named(tmp_path: Path) -> None:
         read(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="no such file"):
         read(tmp_path / "none.jsonl")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    file = started(tmp_path)
+    file.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        file.write(1, {"loss": 1.0})

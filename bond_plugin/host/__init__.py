@@ -66,7 +66,12 @@ def load_plugins() -> None:
 def load_in_vllm() -> None:
     """The entry point of the group ``vllm.general_plugins``: load plugins in vLLM's own processes of a run."""
     if os.environ.get(ACTIVE_VARIABLE):
+        import threading
+
+        from tqdm import tqdm
+
         from bond_plugin.host import watch
 
         watch.end_with_parent()
+        tqdm.set_lock(threading.RLock())  # its own has a name in /dev/shm, which stays when the process is killed
         load_plugins()

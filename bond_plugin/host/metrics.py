@@ -72,12 +72,20 @@ class MetricsFile:
         write_whole(self.path, "".join(kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one step."""
+        """Append one step.
+
+        Raises:
+            OSError: the disk is full, or the like; it names the file.
+        """
         if not self._ready:
             self.resume(step - 1)
         numbers = {name: _number(value) for name, value in sorted(values.items()) if name != "generated_samples"}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # a write does not know it
+            raise
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
