@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bond_plugin.words import shorten
+from bond_plugin.offline.prompts import Columns, Lines, chat_template, tokenizer_of
 
 _INFINITY = math.inf
 #: Flags of the host, by the least and the largest value that make sense.
@@ -42,7 +42,6 @@ _ABOVE_ZERO = (
 )
 _STEPS = ("eval.steps", "ckpt.save_steps")  # -1 for never
 _MOST_BYTES = 2**28  # of a file of prompts that are read
-_ORDERS = 50  # of roles of conversations that are put into the chat template
 _SHOWN = 5  # faulty lines of a file that are named
 
 
@@ -63,13 +62,8 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
         found += _policy(args, Path(args.actor.model_name_or_path))
     template = _template(args) if not found else None
     for dest in ("data.prompt_dataset", "eval.dataset"):
-        lines = _Lines(args, template)
-        for name in (_value(args, dest) or "").split(","):
-            path = Path(name.partition("@")[0].strip())
-            if path.suffix == ".jsonl" and path.is_file():
-                wrong, twice = lines.read(path)
-                found += [f"--{dest} {line}" for line in wrong]
-                notes += [f"--{dest} {line}" for line in twice]
+        wrong, seen = _prompts(args, dest, template)
+        found, notes = found + wrong, notes + seen
     for dest in ("ckpt.output_dir", "ckpt.path"):
         found += [f"--{dest} {line}" for line in _folder(Path(_value(args, dest)))]
     return found, notes
@@ -79,10 +73,7 @@ def _template(args: SimpleNamespace) -> Callable[[list], str] | None:
     """The chat template of a tokenizer that is here, if the run wants it."""
     if not args.data.apply_chat_template or not Path(args.actor.model_name_or_path or "").is_dir():
         return None
-    from bond_plugin.offline.prompts import tokenizer_of
-
-    tokenizer = tokenizer_of(args)
-    return lambda chat: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return chat_template(tokenizer_of(args))
 
 
 def _value(args: SimpleNamespace, dest: str) -> Any:
@@ -213,93 +204,36 @@ def _policy(args: SimpleNamespace, folder: Path) -> Iterator[str]:
 # Prompts.
 
 
-class _Lines:
-    """What is wrong with the lines of files of prompts, which the host reads as one table."""
-
-    def __init__(self, args: SimpleNamespace, template: Callable[[list], str] | None) -> None:
-        self._args, self._template = args, template
-        self._kinds: dict[str, tuple[str, str]] = {}  # of each column: the kind of its values, and where it was seen
-        self._roles: set[tuple[str, ...]] = set()  # orders of roles that were put into the template
-
-    def read(self, path: Path) -> tuple[list[str], list[str]]:
-        """Problems, and whether prompts are there more than once."""
-        wrong: list[str] = []
-        count, seen = 0, Counter()
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if file.tell() > _MOST_BYTES:
-                        break
-                    if not line.strip():
-                        continue
-                    count += 1
-                    problem, prompt = self._line(line, f"{path}, line {number}")
-                    if problem:
-                        wrong.append(f"{path}, line {number} {problem}")
-                    seen[hash(prompt)] += 1
-        except OSError as error:
-            return [f"{path}: {error.strerror}"], []
-        if not count:
-            return [f"{path} is empty: it needs a line for each prompt"], []
-        twice = sum(times > 1 for times in seen.values())
-        notes = [f"{path}: {twice} of {len(seen)} prompts are there more than once"] if twice else []
+def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], str] | None) -> tuple[list, list]:
+    """Problems of the lines of a flag's files, and notes, each with the flag."""
+    data = args.data
+    flags = ("--data.input_key", "--data.label_key", "--data.apply_chat_template")
+    lines = Lines(Columns(data.input_key, data.label_key, data.apply_chat_template, flags), template, table=True)
+    found, notes = [], []
+    for path in _local(_value(args, dest)):
+        if path.suffix != ".jsonl":
+            continue
+        wrong, seen = [], Counter()
+        for row in lines.read(path, _MOST_BYTES):
+            if isinstance(row, str):
+                wrong.append(row)
+            else:
+                seen[hash(json.dumps(row["input"]))] += 1
         more = [f"{path}: and {len(wrong) - _SHOWN} more lines"] if len(wrong) > _SHOWN else []
-        return wrong[:_SHOWN] + more, notes
-
-    def _line(self, line: bytes, where: str) -> tuple[str | None, str]:
-        """What is wrong with a line, and its prompt as text."""
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            return "is not UTF-8", ""
-        except ValueError as error:
-            return f"is not JSON: {error}", ""
-        if not isinstance(row, dict):
-            return f"is no JSON object: {shorten(row, 40)}", ""
-        problem, prompt = _row(self._args.data, row)
-        return problem or self._other_kind(row, where) or self._no_template(row), prompt
-
-    def _other_kind(self, row: dict[str, Any], where: str) -> str | None:
-        for key, value in row.items():
-            kind = _KINDS.get(type(value))
-            if kind is None:  # null goes with every kind
-                continue
-            known, seen = self._kinds.setdefault(key, (kind, where))
-            if known != kind:
-                return f"has {kind} under '{key}', and {seen} has {known}: a column has values of one kind"
-        return None
-
-    def _no_template(self, row: dict[str, Any]) -> str | None:
-        chat = row[self._args.data.input_key]
-        roles = tuple(str(message["role"]) for message in chat) if isinstance(chat, list) else ("user",)
-        if self._template is None or roles in self._roles or len(self._roles) > _ORDERS:
-            return None
-        self._roles.add(roles)
-        try:
-            self._template(chat if isinstance(chat, list) else [{"role": "user", "content": chat}])
-        except Exception as error:
-            return f"does not fit the tokenizer's chat template (roles: {', '.join(roles)}): {error}"
-        return None
+        found += [f"--{dest} {line}" for line in wrong[:_SHOWN] + more]
+        twice = sum(times > 1 for times in seen.values())
+        if twice:
+            notes.append(f"--{dest} {path}: {twice} of {len(seen)} prompts are there more than once")
+    found += [f"--{dest} {line}" for line in lines.dates()]
+    return found, notes
 
 
-_KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
-
-
-def _row(data: SimpleNamespace, row: dict[str, Any]) -> tuple[str | None, str]:
-    """What is wrong with a row, and its prompt as text."""
-    for flag, key in (("--data.input_key", data.input_key), ("--data.label_key", data.label_key)):
-        if key is not None and key not in row:
-            return f"has no key '{key}' (it has {', '.join(map(repr, row))}): set {flag}", ""
-    prompt = row[data.input_key]
-    if isinstance(prompt, str):
-        return (None if prompt.strip() else f"has an empty '{data.input_key}'"), prompt
-    if not isinstance(prompt, list):
-        return f"has no text under '{data.input_key}', but {shorten(prompt, 40)}", ""
-    if not data.apply_chat_template:
-        return f"has a conversation under '{data.input_key}': set --data.apply_chat_template", ""
-    if not prompt or not all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in prompt):
-        return f"has a message under '{data.input_key}' without 'role' and 'content'", ""
-    return None, json.dumps(prompt, sort_keys=True)
+def _local(names: str | None) -> Iterator[Path]:
+    """What is here of the data sets that a flag names."""
+    for name in (names or "").split(","):
+        path = Path(name.partition("@")[0].strip())
+        if path.exists():
+            yield path
 
 
 # The reward.
