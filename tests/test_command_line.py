@@ -124,7 +124,7 @@ REFUSED = [
     ({"rollout.micro_batch_size": 32}, "host's own check of its flags"),
     ({"vllm.num_engines": 0}, "--vllm.num_engines must be at least 1"),
     ({"reward.remote_url": None}, "--reward.remote_url"),
-    ({"reward.remote_url": "./missing.py"}, "--reward.remote_url ./missing.py: No such file"),
+    ({"reward.remote_url": "./missing.py"}, "--reward.remote_url ./missing.py: no such file"),
     ({"actor.model_name_or_path": "./missing"}, "--actor.model_name_or_path ./missing: no such file or folder"),
     ({"data.prompt_dataset": "missing.jsonl"}, "--data.prompt_dataset missing.jsonl: no such file"),
     ({"bond.beta": 1.5}, "--bond.beta must lie in [0, 1]"),
