@@ -1,18 +1,54 @@
-"""Files that are there whole or not at all, and folders that one process writes."""
+"""Files that are there whole or not at all, JSON that says one thing, and folders that one process writes.
+
+Every error says which file it is about: one of the system in :attr:`OSError.filename`, one of a content in its text.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
+import math
 import os
+import re
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_DEEPEST = 50  # lists and objects in one another
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Busy(RuntimeError):
     """Another process writes the folder. The message says which."""
+
+
+class ContentError(ValueError):
+    """A file holds what it must not. The message begins with its name."""
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the system in here, such as a full disk, say that they are about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open an ordinary file for reading.
+
+    Raises:
+        OSError: it cannot be, or is a pipe or a device, which may never end.
+    """
+    if not path.is_file() and path.exists() and not path.is_dir():
+        raise OSError(errno.EINVAL, "not an ordinary file", os.fspath(path))
+    return path.open("rb")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -21,8 +57,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Who is stopped meanwhile leaves what was there before.
     """
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    try:
+        with named(path):
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -30,9 +72,84 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, ensure_ascii=False))
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, or ``None`` if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The content of a JSON file, an object or what ``kind`` says; ``None`` if there is no such file.
+
+    Raises:
+        ContentError: it is no JSON, or of another kind.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = parse_json(path.read_bytes(), finite=False)
+    except ValueError as error:
+        raise ContentError(f"{path} {error}") from error
+    if not isinstance(content, kind):
+        raise ContentError(f"{path} is JSON, but no {'object' if kind is dict else kind.__name__}")
+    return content
+
+
+def parse_json(content: bytes, finite: bool = True) -> Any:
+    """What JSON says, if it says it to every reader.
+
+    Args:
+        content: UTF-8, with or without a byte-order mark.
+        finite: numbers that JSON has no word for (NaN, infinity), or that do not fit into 64 bits, are errors.
+
+    Raises:
+        ValueError: it is another thing. The message goes after the name of the file and the line.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise _Refused(f"has '{next(name for name in names if names.count(name) > 1)}' twice")
+        return found
+
+    def number(text: str) -> float:
+        value = float(text)
+        if finite and not math.isfinite(value):
+            raise _Refused(f"has the number {text[:40]}, which is not finite")
+        return value
+
+    def whole(text: str) -> int:
+        if finite and len(text) > 18 and not -(2**63) <= int(text) < 2**63:
+            raise _Refused(f"has the number {text[:40]}, which does not fit into 64 bits")
+        return int(text)
+
+    hooks = {"parse_constant": number, "parse_float": number, "parse_int": whole}
+    try:
+        text = content.decode("utf-8-sig")
+        found = json.loads(text, object_pairs_hook=unique, **hooks)
+        if _deeper(found, _DEEPEST):
+            raise RecursionError
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except _Refused:
+        raise
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8; save the file in that encoding") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("has half of a surrogate pair (\\ud800 to \\udfff), which is no character") from error
+    except RecursionError as error:
+        raise ValueError(f"is nested deeper than {_DEEPEST} levels") from error
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    return found
+
+
+class _Refused(ValueError):
+    """Of :func:`parse_json`: what is JSON and has no one meaning."""
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested deeper than ``levels``."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return levels == 0 or any(_deeper(one, levels - 1) for one in value)
 
 
 def lock(folder: Path) -> IO[str]:
@@ -43,14 +160,17 @@ def lock(folder: Path) -> IO[str]:
         OSError: the folder cannot be written, or its file system knows no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".bond.lock").open("a+")
+    path = folder / ".bond.lock"
+    file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with named(path):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
         raise Busy(f"{file.read().strip() or 'another process'} writes to {folder}") from error
-    file.truncate(0)
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})")
-    file.flush()
+    with named(path):
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})")
+        file.flush()
     return file

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from bond_plugin.files import open_file
 from bond_plugin.options import last_value
-from bond_plugin.words import did_you_mean
+from bond_plugin.words import did_you_mean, reason
 
 #: Names of arguments whose values are nobody's to read: ``--logger.wandb.key``.
 _SECRET = ("key",)
@@ -33,11 +34,16 @@ _WITH_COMMAS = (
     "reward.model_name_or_path",
 )
 #: What YAML 1.1 takes for true and false.
-_SWITCH = {word: "true" for word in ("true", "yes", "on")} | {word: "false" for word in ("false", "no", "off")}
+_SWITCH = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
 
 class RecipeError(ValueError):
     """A recipe cannot be read, or holds a key that is no flag."""
+
+
+def is_on(value: Any) -> bool | None:
+    """Whether a switch that a recipe gives is on; ``None`` if that is no word for it."""
+    return _SWITCH.get(str(value).lower())
 
 
 def path_from(argv: list[str]) -> Path | None:
@@ -116,10 +122,10 @@ def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -
         if value is None:
             continue
         if action.nargs == 0:
-            on = _SWITCH.get(str(value).lower())
+            on = is_on(value)
             if on is None:
                 raise RecipeError(f"--recipe {path}: '{name}' is true or false, got {value}")
-            argv.append(f"{option}={on}")
+            argv.append(f"{option}={str(on).lower()}")
         elif isinstance(value, str):
             argv += [f"{option}={value}"] if value.startswith("-") else [option, value]
         elif name in _WITH_COMMAS and all(isinstance(one, str) for one in value):
@@ -209,14 +215,13 @@ def load(path: Path, typed: bool) -> Any:
     import yaml
 
     try:
-        if path.is_dir():
-            raise RecipeError("a folder, not a file")
-        if not path.is_file():
-            raise RecipeError("no such file; `bond recipes` prints those of the package")
-        with path.open("rb") as file:
+        with open_file(path) as file:
             content = file.read(_LARGEST + 1)
     except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror}") from error
+        hint = "; `bond recipes` prints those of the package" if isinstance(error, FileNotFoundError) else ""
+        raise RecipeError(f"{reason(error)}{hint}") from error
+    except ValueError as error:  # a null byte in its name
+        raise RecipeError(str(error)) from error
     if len(content) > _LARGEST:
         raise RecipeError("larger than 1 MiB, which is no file of flags")
     try:

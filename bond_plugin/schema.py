@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bond_plugin.files import ContentError, read_json
 from bond_plugin.words import did_you_mean, shorten
 
 
@@ -19,6 +21,22 @@ class Open(Strict):
     """Other keys are kept."""
 
     model_config = ConfigDict(extra="allow")
+
+
+_Model = TypeVar("_Model", bound=Strict)
+
+
+def read_model(path: Path, model: type[_Model]) -> _Model | None:
+    """The content of a JSON file as ``model`` has it; ``None`` if there is no such file.
+
+    Raises:
+        ContentError: it is something else. The message names the file and the place in it.
+    """
+    content = read_json(path)
+    try:
+        return None if content is None else model.model_validate(content)
+    except ValidationError as error:
+        raise ContentError(f"{path}: {explain(error, model)}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -17,3 +17,15 @@ def shorten(value: Any, width: int = 120) -> str:
     """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def reason(error: OSError) -> str:
+    """What the system has against a file, to follow its name."""
+    match error:
+        case FileNotFoundError():
+            return "no such file"
+        case IsADirectoryError():
+            return "a folder, not a file"
+        case NotADirectoryError():
+            return "a file is where a folder should be"
+    return error.strerror or str(error)

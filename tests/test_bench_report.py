@@ -667,7 +667,7 @@ def test_methods_with_one_label_are_told_apart(small: Path) -> None:
 def test_unreadable_files(small: Path) -> None:
     path = small / "results.jsonl"
     path.write_text(path.read_text() + '{"cell": "cut sh')
-    with pytest.raises(ResultsError, match=r"results\.jsonl: line 4 is not JSON .* remove it"):
+    with pytest.raises(ResultsError, match=r"results\.jsonl: line 4 is not JSON: .* remove it"):
         read_results(small)
     path.write_text("\n")
     with pytest.raises(ResultsError, match="has no cell"):

@@ -62,7 +62,7 @@ def test_a_file_without_a_step_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="no line with a step"):
         read(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(FileNotFoundError):
         read(tmp_path / "none.jsonl")
 
 

@@ -199,4 +199,4 @@ def test_another_template_than_that_of_the_training_is_refused(
     # A model without a template of its own.
     flags[1] = str(tiny.model)
     assert command.main(flags) == 2
-    assert "--prompts cannot be put into the tokenizer's chat template" in capsys.readouterr().err
+    assert "does not fit the tokenizer's chat template (roles: user)" in capsys.readouterr().err

@@ -144,7 +144,7 @@ def test_no_file(tmp_path: Path) -> None:
     for path, says in (
         (tmp_path / "gone.yaml", "no such file"),
         (tmp_path, "a folder, not a file"),
-        (tmp_path / ("x" * 300), "cannot be read: File name too long"),
+        (tmp_path / ("x" * 300), "File name too long"),
     ):
         with pytest.raises(RecipeError, match=says):
             recipe.read(path)
@@ -154,7 +154,7 @@ def test_no_file(tmp_path: Path) -> None:
 def test_a_file_without_permission(tmp_path: Path) -> None:
     path = write(tmp_path, "a: 1")
     path.chmod(0)
-    with pytest.raises(RecipeError, match="cannot be read: Permission denied"):
+    with pytest.raises(RecipeError, match="Permission denied"):
         recipe.read(path)
 
 

@@ -6,11 +6,10 @@ and the key. P is the number of held-out prompts, M the number of samples of the
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field, FiniteFloat, ValidationError, ValidationInfo, model_validator
@@ -18,7 +17,10 @@ from pydantic import Strict as StrictMode
 from torch import Tensor
 from typing_extensions import Self
 
+from bond_plugin.bench.matrix import Measuring
+from bond_plugin.files import ContentError, open_file, parse_json
 from bond_plugin.schema import Open, Strict, explain
+from bond_plugin.words import reason, shorten
 
 REFERENCE, RESULTS = "reference.json", "results.jsonl"
 #: Values of a policy that come one a prompt.
@@ -27,7 +29,7 @@ PER_PROMPT = ("reward", "win_rate", "kl", "quantile", "log_quantile", "entropy",
 CURVES = ("reward", "kl", "log_quantile")
 
 
-class ResultsError(ValueError):
+class ResultsError(ContentError):
     """A results folder that the report cannot use. The message names file, place and fix."""
 
 
@@ -35,7 +37,7 @@ def _numbers(value: Any) -> Tensor:
     """Nested lists of finite numbers."""
     try:
         found = torch.tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"must hold lists of numbers of one length: {error}") from error
     if not found.isfinite().all():
         raise ValueError("holds a number that is not finite")
@@ -213,25 +215,40 @@ def read_results(folder: Path) -> Results:
             one entry a prompt, a number is not finite, or two cells have one name.
     """
     path = folder / REFERENCE
-    content = _parse(_text(path), str(path))
-    prompts, levels = (content.get(key) if isinstance(content, dict) else None for key in ("prompts", "bon_levels"))
-    context = {"prompts": len(prompts or ()), "levels": levels or ()}
+    with _file(path) as file:
+        content = _parse(file.read(), str(path))
+    given = {key: content.get(key) if isinstance(content, dict) else None for key in ("prompts", "bon_levels")}
+    prompts, levels = (value if isinstance(value, list) else [] for value in given.values())
+    context = {"prompts": len(prompts), "levels": [n for n in levels if isinstance(n, int)]}
     reference = _checked(Reference, content, f"{path}:", context)
-    path = folder / RESULTS
+    with _file(folder / RESULTS) as file:
+        return Results(reference, _told_apart(_cells(folder / RESULTS, file, context)))
+
+
+def check(content: Any, where: str, prompts: int, measuring: Measuring) -> Result:
+    """One result, of so many prompts that were measured so; ``where`` it is begins the message.
+
+    Raises:
+        ResultsError: a key is missing, or has the wrong form.
+    """
+    return _checked(Result, content, where, {"prompts": prompts, "levels": measuring.bon_levels})
+
+
+def _cells(path: Path, file: IO[bytes], context: dict[str, Any]) -> list[Result]:
     cells: dict[str, Result] = {}
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         content, where = _parse(line, f"{path}: line {number}"), f"{path}: line {number}:"
         if isinstance(content, dict) and "cell" in content:
-            where = f"{where} cell {content['cell']!r}:"
+            where = f"{where} cell {shorten(content['cell'])}:"
         cell = _checked(Result, content, where, context)
         if cell.cell in cells:
             raise ResultsError(f"{path}: line {number}: a second cell {cell.cell!r}; remove one of the two lines")
         cells[cell.cell] = cell
     if not cells:
         raise ResultsError(f"{path} has no cell: run `bond bench` first")
-    return Results(reference, _told_apart(list(cells.values())))
+    return list(cells.values())
 
 
 def _told_apart(cells: list[Result]) -> tuple[Result, ...]:
@@ -255,16 +272,15 @@ def _checked(model: type[_Model], content: Any, where: str, context: dict[str, A
         raise ResultsError(f"{where} {explain(error, model)}") from error
 
 
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise ResultsError(f"{path}: no such file; give the --output-dir of a `bond bench` run")
-    return path.read_text(encoding="utf-8")
-
-
-def _parse(text: str, where: str) -> Any:
+def _file(path: Path) -> IO[bytes]:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ResultsError(
-            f"{where} is not JSON ({error}); remove it, and run the same `bond bench` again"
-        ) from error
+        return open_file(path)
+    except OSError as error:
+        raise ResultsError(f"{path}: {reason(error)}; give the --output-dir of a `bond bench` run") from error
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        return parse_json(content, finite=False)  # the models say where a number is not
+    except ValueError as error:
+        raise ResultsError(f"{where} {error}; remove it, and run the same `bond bench` again") from error

@@ -28,10 +28,10 @@ from typing import Any
 from bond_plugin import __version__
 from bond_plugin import recipe as recipes
 from bond_plugin.bench.matrix import Cell, Matrix
-from bond_plugin.files import Busy, lock, read_json, write_json, write_whole
+from bond_plugin.files import Busy, ContentError, lock, read_json, write_json, write_whole
 from bond_plugin.host import metrics, python
 from bond_plugin.offline import fingerprints
-from bond_plugin.offline.prompts import DataError, read_rows
+from bond_plugin.offline.prompts import Columns, DataError, Lines, read_rows
 
 _SAMPLES = "reference-samples.json"
 _ERROR_LINES = 12
@@ -203,7 +203,7 @@ class Runner:
         path = self.options.output / "checks" / f"{cell.folder}.json"
         key = fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
         known = read_json(path) or {}
-        if known.get("key") != key:
+        if known.get("key") != key or not isinstance(known.get("configuration"), dict):
             said = path.with_suffix(".run.json")
             try:
                 arguments = [*self._train(cell), "--dry-run", "--json", str(said)]
@@ -270,7 +270,7 @@ class Runner:
     def finished(self, cell: Cell, reference: str) -> dict[str, Any] | None:
         """The result of a cell, if it has one that was made with what it would be made with now."""
         found = read_json(self._folder(cell) / "result.json") or {}
-        if found.pop("key", None) == self._key(cell, reference) and found["status"] == "done":
+        if found.pop("key", None) == self._key(cell, reference) and found.get("status") == "done":
             return found | {"label": cell.label}  # another label needs no other run
         return None
 
@@ -289,7 +289,8 @@ class Runner:
         trained = folder / "trained.json"
         try:
             known = read_json(trained) or {}
-            if known.get("key") != self._training_key(cell) or not (folder / "policy").is_dir():
+            whole = "training" in known and (folder / "policy").is_dir()
+            if known.get("key") != self._training_key(cell) or not whole:
                 known = self._train_cell(cell, folder)
                 write_json(trained, known)
             found = self._measure(str(folder / "policy"), folder, self.configurations[cell.name])
@@ -398,9 +399,15 @@ class Runner:
 
         Raises:
             BenchError: it was stopped, or the reference cannot be measured.
+            ResultsError: a finished cell has another result than this version writes.
         """
+        from bond_plugin.bench import results as stored  # torch: not before anything is to be run
+
         reference, cells = self.reference(), self.matrix.cells
         results = {cell.name: self.finished(cell, reference) for cell in (*cells, *self.matrix.others)}
+        for cell in (*cells, *self.matrix.others):
+            if (found := results[cell.name]) is not None:
+                stored.check(found, f"{self._folder(cell) / 'result.json'}:", len(self.rows), self.matrix.evaluation)
         waiting = [cell for cell in cells if results[cell.name] is None]
         done = len(cells) - len(waiting)
         if done:
@@ -453,9 +460,11 @@ def opened(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
     Raises:
         BenchError: the held-out prompts are of no use, or another process writes the folder.
     """
-    given, keys = matrix.evaluation, ("evaluation.input_key", "evaluation.label_key")
+    given, template = matrix.evaluation, "data.apply_chat_template"
+    names = ("evaluation.input_key", "evaluation.label_key", f"{template} in 'common'")
+    chat = recipes.is_on(matrix.cells[0].flags.get(template))
     try:
-        rows = read_rows(Path(given.prompts), given.input_key, given.label_key, keys)
+        rows = read_rows(Path(given.prompts), Lines(Columns(given.input_key, given.label_key, chat, names)))
     except DataError as error:
         raise BenchError(f"evaluation.prompts {error}") from error
     with locked(options.output):
@@ -473,8 +482,10 @@ def _training(path: Path) -> dict[str, Any]:
     """What a run logged, as far as the report shows it."""
     try:
         lines = metrics.read(path)
-    except ValueError as error:
+    except FileNotFoundError as error:
         raise BenchError("the run logged no step: was there as much data as one rollout takes?") from error
+    except ContentError as error:
+        raise BenchError(f"the run logged no step that can be read: {error}") from error
 
     def column(*names: str) -> list[float | None]:
         found = []

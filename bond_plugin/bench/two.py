@@ -6,6 +6,7 @@ average over samples.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -20,7 +21,7 @@ from torch import Tensor
 from bond_plugin.bench.resampling import Estimate, Resampling
 from bond_plugin.bestofn.distribution import bon_kl_bound
 from bond_plugin.bestofn.estimates import expected_max
-from bond_plugin.files import read_json, write_json
+from bond_plugin.files import ContentError, read_json, write_json
 from bond_plugin.offline import engine, fingerprints, likelihood, scoring
 from bond_plugin.offline.measure import Scored, measure, read_samples, save_samples
 from bond_plugin.offline.prompts import Pairs
@@ -209,9 +210,9 @@ class Evaluation:
 
         A reward's content is part of the key; what it reads itself (a classifier, a server) cannot be.
         """
-        kept = read_json(path)
+        kept = read_json(path, list)
         if kept is not None:
-            values = torch.tensor(kept, dtype=torch.float64)
+            values = self.kept(kept, path)
             if self.still_hold(values, samples):
                 self.say(f"{name}: rewards reused from {path}")
                 return values
@@ -222,6 +223,18 @@ class Evaluation:
         self.say(f"{name}: {values.numel()} rewards in {seconds:.0f} s, mean {values.mean().item():.3f}")
         write_json(path, values.tolist())
         return values
+
+    def kept(self, values: list[Any], path: Path) -> Tensor:
+        """``[P, K]`` of what was kept.
+
+        Raises:
+            ContentError: it is something else.
+        """
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            found = torch.tensor(values, dtype=torch.float64)
+            if found.shape == (len(self.pairs), self.sampling.samples) and found.isfinite().all():
+                return found
+        raise ContentError(f"{path} has no {self.sampling.samples} finite rewards for each prompt; remove it")
 
     def still_hold(self, values: Tensor, samples: list[engine.PromptSamples]) -> bool:
         for place in range(0, values.numel(), max(1, values.numel() // _SPOT_CHECKS)):

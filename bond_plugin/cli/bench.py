@@ -106,7 +106,7 @@ def _report(output: Path) -> int:
 
     try:
         written = report.write_report(output)
-    except (results.ResultsError, OSError) as error:
+    except results.ResultsError as error:
         return _unusable(error)
     print(f"written: {', '.join(map(str, written))}", flush=True)
     return 0

@@ -6,7 +6,6 @@ Everything that can be wrong with the inputs is looked at first, since sampling 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -14,9 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pydantic import PositiveInt
+
 from bond_plugin import recipe
-from bond_plugin.files import read_json, write_whole
+from bond_plugin.files import ContentError, read_json, write_whole
+from bond_plugin.offline.prompts import CONFIGURATION, template_problem
 from bond_plugin.options import at_least
+from bond_plugin.schema import Open, read_model
+from bond_plugin.words import reason
 
 _DESCRIPTION = """\
 Sample two models on the same held-out prompts, score the samples with the reward of the training, and report
@@ -39,21 +43,43 @@ example:
     --reward recipes/reviews/reward.py --metrics runs/demo/metrics.jsonl --output-dir runs/demo/evaluation
 """
 
-#: What the host's code asks of a run's arguments, where the trained folder does not say.
-_DEFAULTS = recipe.nest({
-    "data.apply_chat_template": False,
-    "data.input_template": None,
-    "data.disable_fast_tokenizer": False,
-    "data.max_len": None,
-    "reward.normalize_enable": False,
-    "ds.attn_implementation": "sdpa",
-    "ds.experts_implementation": None,
-    "ds.param_dtype": "bf16",
-    "ds.load_in_4bit": False,
-    "ds.value_head_prefix": "score",
-    "rollout.micro_batch_size": 8,
-    "vllm.tensor_parallel_size": 1,
-})  # fmt: skip
+
+class _Data(Open):
+    apply_chat_template: bool = False
+    input_template: str | None = None
+    disable_fast_tokenizer: bool = False
+    max_len: PositiveInt | None = None
+
+
+class _Reward(Open):
+    normalize_enable: bool = False
+
+
+class _Ds(Open):
+    attn_implementation: str = "sdpa"
+    experts_implementation: str | None = None
+    param_dtype: str = "bf16"
+    load_in_4bit: bool = False
+    value_head_prefix: str = "score"
+
+
+class _Rollout(Open):
+    micro_batch_size: PositiveInt = 8
+
+
+class _VLLM(Open):
+    tensor_parallel_size: PositiveInt = 1
+
+
+class _Run(Open):
+    """What the host's code asks of a run's arguments, and what stands where the trained folder does not say."""
+
+    data: _Data = _Data()
+    reward: _Reward = _Reward()
+    ds: _Ds = _Ds()
+    rollout: _Rollout = _Rollout()
+    vllm: _VLLM = _VLLM()
+
 
 #: The sampling, by name: default, the least that makes sense, what stands for it, and its help.
 _NUMBERS = {
@@ -73,7 +99,7 @@ def main(argv: list[str]) -> int:
         run = arguments(args)
         pairs, score = inputs(args, run)
         args.output_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 2
 
@@ -160,8 +186,8 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
         raise ValueError(f"--kl-samples must be at most --samples = {args.samples}, got {args.kl_samples}")
     if not 0 < args.temperature < float("inf"):
         raise ValueError(f"--temperature must be above 0, got {args.temperature}")
-    if args.input_template is not None and "{}" not in args.input_template:
-        raise ValueError(f"--input-template needs {{}} where the prompt goes, got {args.input_template!r}")
+    if args.input_template is not None and (problem := template_problem(args.input_template)):
+        raise ValueError(f"--input-template {problem}")
     sizes = [_vocabulary("--before", args.before), _vocabulary("--after", args.after)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -176,8 +202,11 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
     try:
         return metrics.read(args.metrics)
-    except ValueError as error:
-        raise ValueError(f"--metrics {error}. It is the file in the run's output folder") from error
+    except OSError as error:
+        problem = f"{args.metrics}: {reason(error)}"
+    except ContentError as error:
+        problem = str(error)
+    raise ValueError(f"--metrics {problem}. It is the file in the run's output folder")
 
 
 def arguments(args: argparse.Namespace) -> SimpleNamespace:
@@ -186,10 +215,8 @@ def arguments(args: argparse.Namespace) -> SimpleNamespace:
     Raises:
         ValueError: what is not as in the training, or a reward that is nowhere.
     """
-    from bond_plugin.offline.prompts import CONFIGURATION
-
-    trained = read_json(args.after / CONFIGURATION) or {}
-    found = {name: {**group, **trained.get(name, {})} for name, group in _DEFAULTS.items()}
+    trained = read_model(args.after / CONFIGURATION, _Run)
+    found = (trained or _Run()).model_dump(include=set(_Run.model_fields))
     for name, value in (("apply_chat_template", args.apply_chat_template), ("input_template", args.input_template)):
         if trained and value not in (None, found["data"][name]):
             raise ValueError(
@@ -226,9 +253,12 @@ def inputs(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
     from bond_plugin.host.rewards import RewardError
     from bond_plugin.offline import prompts, scoring
 
+    flags = ("--input-key", "--label-key", "--apply-chat-template")
+    columns = prompts.Columns(args.input_key, args.label_key, run.data.apply_chat_template, flags)
     try:
-        rows = prompts.read_rows(args.prompts, args.input_key, args.label_key)
         tokenizer = prompts.tokenizer_of(run)
+        template = prompts.chat_template(tokenizer) if columns.chat else None
+        rows = prompts.read_rows(args.prompts, prompts.Lines(columns, template))
         pairs = prompts.held_out(rows, run.data, tokenizer, "--apply-chat-template")
     except prompts.DataError as error:
         raise ValueError(f"--prompts {error}") from error
@@ -252,7 +282,8 @@ def _vocabulary(flag: str, folder: Path) -> int | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"{flag} {folder} has no tokenizer: copy tokenizer* from the initial policy's folder")
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} {config} is not JSON ({error}): was the model saved completely?") from error
-    return content.get("vocab_size", content.get("text_config", {}).get("vocab_size"))
+        content = read_json(config) or {}
+    except ContentError as error:
+        raise ValueError(f"{flag} {error}: was the model saved completely?") from error
+    inner = content.get("text_config")
+    return content.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 
 from bond_plugin import __version__
-from bond_plugin.words import did_you_mean
+from bond_plugin.files import ContentError
+from bond_plugin.words import did_you_mean, reason
 
 #: Subcommand: (module with ``main(argv) -> int``, one line of help).
 COMMANDS = {
@@ -39,6 +42,30 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status (2 for a wrong command line)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("bond: stopped by SIGINT", file=sys.stderr)
+        return 130
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            raise
+        _nothing_more_to_print()  # `bond recipes | head` has seen enough
+        return 0
+    except OSError as error:
+        if type(error).__module__.startswith("ray."):  # of a worker: Ray has put that one's traceback into it
+            raise
+        said = f"{_file_of(error)}{reason(error)}"
+    except ContentError as error:
+        said = str(error)
+    print(f"bond {' '.join(argv[:1])}: error: {said}", file=sys.stderr)
+    return 1
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
@@ -49,9 +76,17 @@ def main(argv: list[str] | None = None) -> int:
         hint = did_you_mean(f"bond {argv[0]}", [f"bond {name}" for name in COMMANDS])
         print(f"bond: error: unknown command '{argv[0]}'{hint} (see bond --help)", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[argv[0]]
-    try:
-        return importlib.import_module(module).main(argv[1:])
-    except KeyboardInterrupt:
-        print("bond: stopped by SIGINT", file=sys.stderr)
-        return 130
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+def _file_of(error: OSError) -> str:
+    """Which file an error of the system is about. All of ours are named; a full disk without a name is stdout's."""
+    if error.filename is None and error.errno == errno.ENOSPC:
+        _nothing_more_to_print()
+        return "the standard output: "
+    return "" if error.filename is None else f"{error.filename}: "
+
+
+def _nothing_more_to_print() -> None:
+    """Else Python tries once more as it leaves, and fails with a message of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,6 @@ import argparse
 import ast
 import difflib
 import importlib.resources
-import os
 import re
 import sys
 from pathlib import Path
@@ -60,11 +59,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this file; .yaml may be left out")
     parser.add_argument("--path", action="store_true", help="print the folder that holds them")
     args = parser.parse_args(argv)
-    try:
-        return run(args.name, args.path)
-    except BrokenPipeError:  # `bond recipes | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return run(args.name, args.path)
 
 
 def run(wanted: str | None, path: bool) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 from bond_plugin import registry
@@ -63,6 +63,12 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     if args.ckpt.load_enable and not args.bond.require_checkpoint and not identity.has_checkpoint(args):
         notes.append(f"--ckpt.load_enable: {args.ckpt.path} holds no whole checkpoint, so the run starts at step 0")
     run = plan.of(args)
+    samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    if run.algorithm is None and samples % args.train.batch_size:
+        notes.append(
+            f"a rollout of {samples} samples is no multiple of --train.batch_size {args.train.batch_size}: the host "
+            "carries what is left over, an unfinished gradient, into the next one"
+        )
     if run.transform is not None:
         name = args.reward.transform
         if run.transform.kl_coefficient is not None:
@@ -200,7 +206,7 @@ def impediments(args: SimpleNamespace) -> list[str]:
 
 def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
-    found = [*_files(args), *_groups(args), *_host_cannot(args)]
+    found = [*_files(args), *_groups(args), *_together(args), *_host_cannot(args)]
     if args.bond.require_checkpoint and not args.ckpt.load_enable:
         found.append("--bond.require_checkpoint is about resuming: add --ckpt.load_enable")
     elif args.bond.require_checkpoint and not identity.has_checkpoint(args):
@@ -217,6 +223,8 @@ def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
         found += _own_loss(args, loss)
     if run.algorithm is not None:
         found += _own_estimator(args, run)
+    else:
+        found += _micro_batches(args, args.train.batch_size)
     if run.transform is not None:
         found += _transform(args, run.transform)
     if args.ref.update != "none":
@@ -256,7 +264,7 @@ def _groups(args: SimpleNamespace) -> list[str]:
         sizes["critic"] = args.critic
     if args.algo.kl.init_coef > 0 and not plan.of(args).moving_reference:
         sizes["ref"] = args.ref
-    copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
+    copies = _copies(args)
     samples = args.rollout.batch_size * plan.of(args).rows.all
     found = []
     for group, node in sizes.items():
@@ -271,6 +279,37 @@ def _groups(args: SimpleNamespace) -> list[str]:
                 f"{args.rollout.micro_batch_size} cannot be dealt evenly to {ranks} data-parallel ranks, and under "
                 "--ds.zero_stage 3 the run would hang: change one of them, or use --ds.zero_stage 2"
             )
+    return found
+
+
+def _together(args: SimpleNamespace) -> list[str]:
+    """Groups that share GPUs and must be of one size."""
+    train, found = args.train, []
+    actors, copies = args.actor.num_nodes * args.actor.num_gpus_per_node, _copies(args)
+    if actors % copies:
+        found.append(
+            f"--actor.num_nodes x --actor.num_gpus_per_node = {actors} must be a multiple of --ds.ring_attn_size x "
+            f"--ds.tensor_parallel_size = {copies}"
+        )
+
+    def alike(flag: str, one: str, other: str) -> None:
+        sizes = [(getattr(args, group).num_nodes, getattr(args, group).num_gpus_per_node) for group in (one, other)]
+        if sizes[0] != sizes[1]:
+            found.append(
+                f"{flag}: --{one}.num_nodes and --{one}.num_gpus_per_node must be those of --{other}.*, got "
+                f"{sizes[0][0]} x {sizes[0][1]} and {sizes[1][0]} x {sizes[1][1]}"
+            )
+
+    if args.algo.kl.init_coef > 0 and (train.colocate_actor_ref or train.colocate_all):
+        alike("--train.colocate_all" if train.colocate_all else "--train.colocate_actor_ref", "ref", "actor")
+    if train.colocate_critic_reward and args.critic.model_name_or_path and not args.reward.remote_url:
+        alike("--train.colocate_critic_reward", "critic", "reward")
+    engines = args.vllm.num_engines
+    if train.colocate_all and not train.async_enable and actors != engines * args.vllm.tensor_parallel_size:
+        found.append(
+            f"--train.colocate_all: --vllm.num_engines x --vllm.tensor_parallel_size must be as many as the "
+            f"{actors} GPUs of --actor.*, got {engines} x {args.vllm.tensor_parallel_size}"
+        )
     return found
 
 
@@ -370,11 +409,24 @@ def _penalties(args: SimpleNamespace) -> dict[str, tuple[bool, str]]:
     }
 
 
+#: Of names of files, and of none on a hub.
+_ENDINGS = (".json", ".jsonl", ".py", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".zst", ".xz")
+
+
+def _may_be_on_a_hub(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        return True
+    return False
+
+
 def _files(args: SimpleNamespace) -> list[str]:
     found = []
 
-    def looks_local(path: str) -> bool:
-        return path.startswith((".", "/", "~")) or path.endswith((".json", ".jsonl", ".py", ".csv", ".parquet"))
+    def local(path: str) -> bool:
+        return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_ENDINGS)
 
     if not args.actor.model_name_or_path:
         found.append("--actor.model_name_or_path is missing: a model's name or folder")
@@ -392,15 +444,18 @@ def _files(args: SimpleNamespace) -> list[str]:
     for dest, paths in named.items():
         for path in paths:
             path = (path or "").strip().partition("@")[0]
-            if path and looks_local(path) and not Path(path).expanduser().exists():
+            if path and not os.path.exists(os.path.expanduser(path)) and (local(path) or not _may_be_on_a_hub(path)):
                 found.append(f"--{dest} {path}: no such file or folder")
     for url in [] if args.train.agent_func_path else args.reward.remote_url or []:
         found += [f"--reward.remote_url {url}: {problem}" for problem in inputs.reward(url)]
-    if not args.reward.remote_url and not args.reward.model_name_or_path:
-        found.append(
-            "no reward: give --reward.remote_url (a Python file with reward_func, or a server), or "
-            "--reward.model_name_or_path"
-        )
+    urls = [] if args.train.agent_func_path else args.reward.remote_url or []
+    if len(urls) > 1 and any(url.endswith(".py") for url in urls):
+        found.append(f"--reward.remote_url {','.join(urls)}: of several the host takes servers alone; give one file")
+    if not urls and "," in (args.reward.model_name_or_path or ""):
+        found.append(f"--reward.model_name_or_path {args.reward.model_name_or_path}: the host takes one reward model")
+    agent = args.train.agent_func_path
+    if agent and not agent.endswith(".py"):
+        found.append(f"--train.agent_func_path {agent}: name a Python file (.py)")
     return found
 
 
@@ -439,8 +494,6 @@ def _own_estimator(args: SimpleNamespace, run: plan.Run) -> list[str]:
             f"--rollout.top_p cannot be used with {name}: samples must come from the policy itself, not from its "
             "truncated distribution; use 1.0"
         )
-    if not args.vllm.num_engines:
-        found.append("--vllm.num_engines must be at least 1: samples come from vLLM")
     n = args.rollout.n_samples_per_prompt
     if n < needs.least:
         found.append(
@@ -508,12 +561,32 @@ def _drawing(args: SimpleNamespace, needs: Needs) -> list[str]:
     return found
 
 
+def _ranks(args: SimpleNamespace) -> int:
+    """Data-parallel ranks of the policy."""
+    return max(1, args.actor.num_nodes * args.actor.num_gpus_per_node // _copies(args))
+
+
+def _copies(args: SimpleNamespace) -> int:
+    """Ranks that share one sample."""
+    return args.ds.ring_attn_size * args.ds.tensor_parallel_size
+
+
+def _micro_batches(args: SimpleNamespace, rows: int, beside: str = "") -> list[str]:
+    """An optimiser step that is not a whole number of micro-batches on each rank: DeepSpeed refuses it."""
+    micro, ranks = 1 if args.train.dynamic_batch_enable else args.train.micro_batch_size, _ranks(args)
+    if rows % (ranks * micro) == 0:
+        return []
+    return [
+        f"an optimiser step trains on {rows} responses{beside}, which must be a multiple of "
+        f"--train.micro_batch_size {micro} x {ranks} data-parallel ranks"
+    ]
+
+
 def _sizes(args: SimpleNamespace, selected: int) -> list[str]:
     """Batches that do not come out even, which the host would meet in the middle of a step."""
     n, batch = args.rollout.n_samples_per_prompt, args.train.batch_size
     samples = args.rollout.batch_size * n
-    copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
-    ranks = max(1, args.actor.num_nodes * args.actor.num_gpus_per_node // copies)
+    ranks = _ranks(args)
     dynamic = args.train.dynamic_batch_enable
     found = []
     if batch % n and args.actor.policy_loss_type not in HOST_LOSSES:
@@ -527,13 +600,8 @@ def _sizes(args: SimpleNamespace, selected: int) -> list[str]:
             f"samples must be a multiple of --train.batch_size {batch}"
         )
     rows = batch // n * (n + selected) if selected else batch
-    micro = 1 if dynamic else args.train.micro_batch_size
-    if rows % (ranks * micro):
-        beside = f" ({batch} samples of the policy and {rows - batch} source samples)" if selected else ""
-        found.append(
-            f"an optimiser step trains on {rows} responses{beside}, which must be a multiple of "
-            f"--train.micro_batch_size {micro} x {ranks} data-parallel ranks"
-        )
+    beside = f" ({batch} samples of the policy and {rows - batch} source samples)" if selected else ""
+    found += _micro_batches(args, rows, beside)
     forward = args.rollout.batch_size * (n + selected)
     micro = 1 if dynamic else args.rollout.micro_batch_size
     if forward % (ranks * micro):

@@ -112,6 +112,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         _add_choices(parser, ESTIMATOR, list(estimators), registry.ADVANTAGE_ESTIMATORS)
         _add_choices(parser, POLICY_LOSS, list(losses), registry.POLICY_LOSSES)
         _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
+        _limit_choices(parser)
         if caching:
             _add_cache_flags(parser)
 
@@ -204,7 +205,7 @@ def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespa
     if _current is not None and hasattr(args, ESTIMATOR[2:]):
         _current.args = nested
         _current.critic = nested.critic.model_name_or_path
-        refuse(list(inputs.numbers(nested, _current.given)))
+        refuse([*inputs.numbers(nested, _current.given), *inputs.stumbles(nested)])
     return nested
 
 
@@ -232,6 +233,24 @@ def _complete_older_hosts(args: SimpleNamespace) -> None:
     ):
         if not hasattr(node, name):
             setattr(node, name, value)
+
+
+def _limit_choices(parser: argparse.ArgumentParser) -> None:
+    """Names that the host would look up when its workers run already."""
+    from deepspeed.runtime.config import DtypeEnum
+    from torch.distributed import Backend
+    from transformers.trainer_utils import SchedulerType
+
+    # The two that are left out want a metric at each step, which the host does not give.
+    schedulers = [one.value for one in SchedulerType if one.value not in ("reduce_lr_on_plateau", "greedy")]
+    for option, choices in {
+        "--actor.lr_scheduler": schedulers,
+        "--critic.lr_scheduler": schedulers,
+        "--ds.grad_accum_dtype": [name for name in DtypeEnum._value2member_map_ if isinstance(name, str)],
+        "--vllm.sync_backend": [name for name in Backend.backend_list if name != Backend.UNDEFINED],
+    }.items():
+        action = parser._option_string_actions[option]
+        action.choices, action.metavar = choices, action.metavar or "NAME"
 
 
 def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str], group: str) -> None:
@@ -414,6 +433,8 @@ def _settle_output(values: dict[str, Any]) -> None:
     if read in values:
         values[read] = values[read] or values[output]
     at_least(values, {"cache.samples": 1, "cache.seed": 0, "cache.chunk": 0})
+    if values["cache.seed"] >= 2**32:
+        raise ValueError(f"--cache.seed must be below 2^32, got {values['cache.seed']}")
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, options: dict[str, Field]) -> None:

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from bond_plugin import recipe as recipes
-from bond_plugin.files import read_json, write_json
+from bond_plugin.files import ContentError, write_json
 from bond_plugin.offline import fingerprints
+from bond_plugin.schema import Open, read_model
 
 _FILE = "bond_run.json"
 #: Flags that say at which prompt a run is after so many steps.
@@ -32,6 +33,15 @@ _DATA = (
 _TOLD = ("algo", "bond", "actor.adam", "actor.policy_loss_type", "reward", "rollout", "train.batch_size")
 #: Flags among these that change nothing of a run.
 _NOTHING = ("bond.strict", "bond.require_checkpoint", "bond.device", "reward.timeout")
+
+
+class _Run(Open):
+    """What :func:`write` says of a run."""
+
+    flags: dict[str, Any]
+    prompts: dict[str, str | None]
+    model: dict[str, str | None]
+    rewards: dict[str, str | None]
 
 
 def of(args: SimpleNamespace) -> dict[str, Any]:
@@ -59,9 +69,13 @@ def has_checkpoint(args: SimpleNamespace) -> bool:
 def check(args: SimpleNamespace, now: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Why a resumed run, ``now``, cannot go on with the checkpoints in ``--ckpt.path``, and what else differs."""
     path = Path(args.ckpt.path, _FILE)
-    then = read_json(path)
-    if then is None or not has_checkpoint(args):
+    try:
+        known = read_model(path, _Run) if has_checkpoint(args) else None
+    except ContentError as error:
+        return [f"--ckpt.load_enable: {error}; remove it if these are checkpoints of this run"], []
+    if known is None:
         return [], []
+    then = known.model_dump()
     problems, notes = [], []
     for name in sorted({*then["flags"], *now["flags"]}):
         before, after = then["flags"].get(name), now["flags"].get(name)

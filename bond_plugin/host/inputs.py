@@ -1,21 +1,29 @@
-"""What can be seen of a run's inputs without starting it: numbers in their range, a model's files, the prompts.
+"""What can be seen of a run's inputs without starting it: numbers in their range, prompts, rewards, folders.
 
-Hub names, servers and tables other than JSON lines are not looked at.
+:func:`unseen` lists what is not looked at. :mod:`bond_plugin.host.models` looks at the models.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import itertools
 import json
 import math
 import os
+import re
+import tempfile
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bond_plugin.words import shorten
+from bond_plugin.files import open_file
+from bond_plugin.host import models
+from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem
+from bond_plugin.words import did_you_mean, reason
 
 _INFINITY = math.inf
 #: Flags of the host, by the least and the largest value that make sense.
@@ -25,24 +33,49 @@ _RANGES: dict[tuple[float, float], str] = {
     "ds.tensor_parallel_size train.batch_size train.micro_batch_size train.max_epochs train.num_episodes "
     "train.max_tokens_per_gpu train.async_queue_size rollout.batch_size rollout.micro_batch_size "
     "rollout.vllm_generate_batch_size rollout.max_tokens_per_gpu rollout.max_new_tokens rollout.n_samples_per_prompt "
-    "data.max_len data.max_samples logger.logging_steps ckpt.max_num eval.n_samples_per_prompt",
+    "data.max_len data.max_samples logger.logging_steps ckpt.max_num eval.n_samples_per_prompt ds.zpg "
+    "ds.ring_attn_head_stride algo.kl.horizon actor.muon.ns_steps critic.muon.ns_steps",
     (0, _INFINITY): "vllm.num_engines actor.adam.lr critic.adam.lr actor.adam.eps critic.adam.eps actor.max_norm "
     "critic.max_norm actor.adam.weight_decay critic.adam.weight_decay actor.eps_clip critic.value_clip "
-    "algo.kl.init_coef ds.lora.rank eval.temperature data.max_images_per_prompt",
+    "algo.kl.init_coef ds.lora.rank ds.lora.alpha eval.temperature data.max_images_per_prompt "
+    "data.dataloader_num_workers actor.muon.lr critic.muon.lr actor.aux_loss_coef actor.entropy_coef "
+    "reward.overlong_penalty_factor",
     (0, 1): "rollout.top_p algo.advantage.gamma algo.advantage.lambd actor.lr_warmup_ratio critic.lr_warmup_ratio "
     "actor.min_lr_ratio critic.min_lr_ratio train.ema_beta vllm.gpu_memory_utilization ds.lora.dropout",
     (0, 3): "ds.zero_stage",
+    (0, 2**32 - 1): "train.seed",
+    (-1, _INFINITY): "critic.freezing_steps",
+    (-_INFINITY, 1): "reward.stop_properly_penalty_coef",
 }
+#: Of these infinity is a value: no limit.
+_UNLIMITED = (
+    "actor.max_norm",
+    "critic.max_norm",
+    "actor.eps_clip",
+    "critic.value_clip",
+    "ckpt.max_mem",
+    "reward.timeout",
+    "reward.clip_range",
+    "algo.dynamic_filtering_range",
+    "algo.advantage.is_correction_threshold",
+)
 _ABOVE_ZERO = (
     "rollout.temperature",
     "rollout.top_p",
     "ckpt.max_mem",
     "vllm.gpu_memory_utilization",
     "reward.timeout",
+    "algo.kl.target",
+    "reward.overlong_buffer_len",
 )
+#: Flags of two numbers, the lower one first; and below what the lower one must not be.
+_PAIRS = {
+    "reward.clip_range": -_INFINITY,
+    "algo.dynamic_filtering_range": -_INFINITY,
+    "algo.advantage.is_correction_threshold": 0.0,
+}
 _STEPS = ("eval.steps", "ckpt.save_steps")  # -1 for never
 _MOST_BYTES = 2**28  # of a file of prompts that are read
-_ORDERS = 50  # of roles of conversations that are put into the chat template
 _SHOWN = 5  # faulty lines of a file that are named
 
 
@@ -56,35 +89,52 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     """Everything that is wrong with the files of a run, each with the flag; and notes."""
     found, notes = [], []
     for dest in ("actor", "critic", "ref", "reward"):
-        for name in (getattr(args, dest).model_name_or_path or "").split(","):
-            if name and Path(name).is_dir():
-                found += [f"--{dest}.model_name_or_path {name}: {line}" for line in _model(Path(name))]
-    if args.actor.model_name_or_path and Path(args.actor.model_name_or_path).is_dir():
-        found += _policy(args, Path(args.actor.model_name_or_path))
-    if not found:
-        found += _other_vocabulary(args)
-    template = _template(args) if not found else None
+        name = getattr(args, dest).model_name_or_path or ""
+        if os.path.isfile(name):
+            found.append(f"--{dest}.model_name_or_path {name} is a file: name the model's folder")
+        elif os.path.isdir(name) and not (dest == "reward" and args.reward.remote_url):
+            found += [
+                f"--{dest}.model_name_or_path {name}: {line}" for line in models.files(Path(name), dest == "actor")
+            ]
+    tokenizer = None
+    if not found and os.path.isdir(args.actor.model_name_or_path or ""):
+        tokenizer, wrong = models.policy(args)
+        found += wrong
+    template = chat_template(tokenizer) if args.data.apply_chat_template and tokenizer and not found else None
+    found += _data_sets(args)
     for dest in ("data.prompt_dataset", "eval.dataset"):
-        lines = _Lines(args, template)
-        for name in (_value(args, dest) or "").split(","):
-            path = Path(name.partition("@")[0].strip())
-            if path.suffix == ".jsonl" and path.is_file():
-                wrong, twice = lines.read(path)
-                found += [f"--{dest} {line}" for line in wrong]
-                notes += [f"--{dest} {line}" for line in twice]
-    for dest in ("ckpt.output_dir", "ckpt.path"):
-        found += [f"--{dest} {line}" for line in _folder(Path(_value(args, dest)))]
+        wrong, seen = _prompts(args, dest, template)
+        found, notes = found + wrong, notes + seen
+    for dest in ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir"):
+        if _value(args, dest) is not None:
+            found += [f"--{dest} {line}" for line in _folder(_value(args, dest))]
     return found, notes
 
 
-def _template(args: SimpleNamespace) -> Callable[[list], str] | None:
-    """The chat template of a tokenizer that is here, if the run wants it."""
-    if not args.data.apply_chat_template or not Path(args.actor.model_name_or_path or "").is_dir():
-        return None
-    from bond_plugin.offline.prompts import tokenizer_of
-
-    tokenizer = tokenizer_of(args)
-    return lambda chat: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+def unseen(args: SimpleNamespace) -> list[str]:
+    """What of a run's inputs was not looked at, so that a run may still end at it."""
+    found = []
+    for dest in ("actor", "critic", "reward"):
+        name = getattr(args, dest).model_name_or_path
+        if name and not os.path.isdir(name) and not (dest == "reward" and args.reward.remote_url):
+            found.append(f"--{dest}.model_name_or_path {name}: a name on a hub")
+    for dest in ("data.prompt_dataset", "eval.dataset"):
+        for name in filter(None, (_value(args, dest) or "").split(",")):
+            path = Path(name.partition("@")[0].strip())
+            if not path.exists():
+                found.append(f"--{dest} {name}: a name on a hub")
+            elif not _has_lines(path):
+                found.append(f"--{dest} {name}: not JSON lines")
+            elif path.stat().st_size > _MOST_BYTES:
+                found.append(f"--{dest} {name}: what comes after {_MOST_BYTES // 2**20} MiB")
+    for url in args.reward.remote_url or []:
+        what = "what it does when it is imported and called" if url.endswith(".py") else "a server"
+        found.append(f"--reward.remote_url {url}: {what}")
+    if args.train.agent_func_path:
+        found.append(
+            f"--train.agent_func_path {args.train.agent_func_path}: what it does when it is imported and called"
+        )
+    return [*found, "memory, ports, and the packages for a GPU"]
 
 
 def _value(args: SimpleNamespace, dest: str) -> Any:
@@ -105,25 +155,42 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
             value = _value(args, dest)
             if value is None or low <= value <= high:
                 continue
-            bound = f"at least {low}" if high == _INFINITY else f"from {low} to {high}"
+            bound = f"from {low} to {high}"
+            if _INFINITY in (high, -low):
+                bound = f"at least {low}" if high == _INFINITY else f"at most {high}"
             yield f"--{dest} must be {bound}, got {value}"
     for dest in _ABOVE_ZERO:
         value = _value(args, dest)
         if value is not None and not value > 0:
             yield f"--{dest} must be above 0, got {value}"
+    for dest, low in _PAIRS.items():
+        values = _value(args, dest)
+        if not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values)):
+            yield f"--{dest} takes LOW and HIGH, LOW below HIGH, got {' '.join(map(str, values))}"
+    if args.actor.eps_clip_low_high is not None and not min(args.actor.eps_clip_low_high) >= 0:
+        yield f"--actor.eps_clip_low_high must be at least 0, got {' '.join(map(str, args.actor.eps_clip_low_high))}"
+    if args.actor.dual_clip is not None and not args.actor.dual_clip > 1:
+        yield f"--actor.dual_clip must be above 1, got {args.actor.dual_clip}"
     for dest in _STEPS:
         value = _value(args, dest)
         if value is not None and value < 1 and value != -1:
             yield f"--{dest} must be at least 1, or -1 for never, got {value}"
-    for dest in ("actor.adam.betas", "critic.adam.betas"):
-        if not all(0 <= beta < 1 for beta in _value(args, dest)):
-            yield f"--{dest} must lie in [0, 1), got {' '.join(map(str, _value(args, dest)))}"
+    for dest in ("actor.adam.betas", "critic.adam.betas", "actor.muon.momentum", "critic.muon.momentum"):
+        values = _value(args, dest)
+        values = values if isinstance(values, list | tuple) else [values]
+        if not all(0 <= beta < 1 for beta in values):
+            yield f"--{dest} must lie in [0, 1), got {' '.join(map(str, values))}"
     for dest in sorted(given):
         value = _value(args, dest)
-        values = value if isinstance(value, (list, tuple)) else [value]
+        values = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(one, float) and math.isnan(one) for one in values):
             yield f"--{dest} is not a number: {value}"
+        elif dest not in _UNLIMITED and any(isinstance(one, int | float) and abs(one) >= 2**63 for one in values):
+            yield f"--{dest} is too large: {value}"
     new = args.rollout.max_new_tokens
+    buffer = args.reward.overlong_buffer_len
+    if None not in (new, buffer) and buffer > new:
+        yield f"--reward.overlong_buffer_len {buffer:g} is more than --rollout.max_new_tokens {new}"
     if new is not None and args.data.max_len <= new:
         yield (
             f"--data.max_len {args.data.max_len} leaves no room for a prompt before --rollout.max_new_tokens {new}: "
@@ -131,196 +198,110 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
         )
 
 
-# A model's folder.
+def stumbles(args: SimpleNamespace) -> Iterator[str]:
+    """What the host's own look at its flags would trip over, or pass over in silence, before ours comes."""
+    if not args.vllm.num_engines:
+        yield "--vllm.num_engines must be at least 1: samples come from vLLM"
+    if not (args.reward.remote_url or args.reward.model_name_or_path or args.train.agent_func_path):
+        yield (
+            "no reward: give --reward.remote_url (a Python file with reward_func, or a server), or "
+            "--reward.model_name_or_path"
+        )
+    if args.data.input_template and (problem := template_problem(args.data.input_template)):
+        yield f"--data.input_template {problem}"
+    if not args.ds.value_head_prefix:
+        yield "--ds.value_head_prefix is empty: name the head of the reward model, such as score"
+    if args.use_ms and importlib.util.find_spec("modelscope") is None:
+        yield "--use_ms needs the package modelscope: install it, or drop the flag"
+    if (problem := _attention(args.ds.attn_implementation)) is not None:
+        yield f"--ds.attn_implementation {problem}"
 
 
-def _model(folder: Path) -> Iterator[str]:
-    """What is wrong with the files of a model."""
-    config = _json(folder / "config.json")
-    if isinstance(config, str):
-        yield config
-        return
-    index = next(iter(sorted(folder.glob("*.index.json"))), None)
-    if index is not None:
-        content = _json(index)
-        if isinstance(content, str):
-            yield content
-            return
-        files = [folder / name for name in sorted(set(content.get("weight_map", {}).values()))]
-    else:
-        files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    if not files and not any(folder.glob("*.bin")):
-        yield "it has no weights (*.safetensors or *.bin)"
-    for file in files:
-        problem = _weights(file)
-        if problem:
-            yield f"{file.name} {problem}"
+def _attention(name: str) -> str | None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-
-def _json(path: Path) -> Any:
-    """An object of a JSON file, or what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"it has no {path.name}; is it a model's folder?"
-    except OSError as error:
-        return f"{path.name}: {error.strerror}"
-    except ValueError as error:
-        return f"{path.name} is not JSON: {error}"
-    return content if isinstance(content, dict) else f"{path.name} is no JSON object"
-
-
-def _weights(file: Path) -> str | None:
-    """What is wrong with a file of weights: it is not there, a pointer of Git LFS, or cut short."""
-    if not file.is_file():
-        return "is missing"
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        if start.startswith(b"version "):
-            return "is a pointer of Git LFS and not the weights: `git lfs pull` brings them"
-        if file.suffix != ".safetensors":
-            return None if size else "is empty"
-        length = int.from_bytes(start, "little")
-        if length + 8 > size:
-            return f"is cut short ({size:,} bytes)"
-        try:
-            header = json.loads(opened.read(length))
-            end = max((part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "has no header of safetensors"
-    return None if 8 + length + end <= size else f"is cut short ({size:,} of {8 + length + end:,} bytes)"
-
-
-def _policy(args: SimpleNamespace, folder: Path) -> Iterator[str]:
-    """What of a policy's folder does not fit the run."""
-    flag = f"--actor.model_name_or_path {folder}"
-    config, tokenizer = _json(folder / "config.json"), _json(folder / "tokenizer_config.json")
-    if isinstance(config, str):
-        return
-    positions = (config.get("text_config") or config).get("max_position_embeddings")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    if isinstance(positions, int) and not scaled and args.data.max_len > positions:
-        yield f"--data.max_len {args.data.max_len} is more than the {positions} positions of {folder}"
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    if not any((folder / name).is_file() for name in known) and isinstance(tokenizer, str):
-        yield f"{flag}: it has no tokenizer ({', '.join(known[:3])} …)"
-        return
-    templated = any(folder.glob("chat_template*")) or "chat_template" in tokenizer
-    if args.data.apply_chat_template and not templated:
-        yield f"--data.apply_chat_template: the tokenizer of {folder} has no chat template; drop the flag"
-
-
-def _other_vocabulary(args: SimpleNamespace) -> Iterator[str]:
-    """Whether the tokens of ``--ref.model_name_or_path`` mean something else than the policy's."""
-    from bond_plugin.offline.prompts import tokenizer_of
-
-    mine, other = args.actor.model_name_or_path, args.ref.model_name_or_path
-    if not all(name and Path(name).is_dir() for name in (mine, other)):  # to Path "" is this folder
-        return
-    there = SimpleNamespace(actor=SimpleNamespace(model_name_or_path=other), data=args.data)
-    ours, theirs = (tokenizer_of(one).get_vocab() for one in (args, there))
-    for token, place in sorted(ours.items(), key=lambda item: item[1]):
-        if theirs.get(token) != place:
-            found = f"{theirs[token]} there" if token in theirs else "not there"
-            yield (
-                f"--ref.model_name_or_path {other} has another vocabulary than the policy: {token!r} is {place} in "
-                f"{mine} and {found}"
-            )
-            return
+    known = ["eager", *(one for one in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in one)]
+    if name in known or "/" in name:  # the latter a kernel on a hub
+        return None
+    return f"{name} is none of {', '.join(sorted(known))}{did_you_mean(name, known)}"
 
 
 # Prompts.
 
 
-class _Lines:
-    """What is wrong with the lines of files of prompts, which the host reads as one table."""
-
-    def __init__(self, args: SimpleNamespace, template: Callable[[list], str] | None) -> None:
-        self._args, self._template = args, template
-        self._kinds: dict[str, tuple[str, str]] = {}  # of each column: the kind of its values, and where it was seen
-        self._roles: set[tuple[str, ...]] = set()  # orders of roles that were put into the template
-
-    def read(self, path: Path) -> tuple[list[str], list[str]]:
-        """Problems, and whether prompts are there more than once."""
-        wrong: list[str] = []
-        count, seen = 0, Counter()
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if file.tell() > _MOST_BYTES:
-                        break
-                    if not line.strip():
-                        continue
-                    count += 1
-                    problem, prompt = self._line(line, f"{path}, line {number}")
-                    if problem:
-                        wrong.append(f"{path}, line {number} {problem}")
-                    seen[hash(prompt)] += 1
-        except OSError as error:
-            return [f"{path}: {error.strerror}"], []
-        if not count:
-            return [f"{path} is empty: it needs a line for each prompt"], []
-        twice = sum(times > 1 for times in seen.values())
-        notes = [f"{path}: {twice} of {len(seen)} prompts are there more than once"] if twice else []
+def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], str] | None) -> tuple[list, list]:
+    """Problems of the lines of a flag's files, and notes, each with the flag."""
+    data = args.data
+    flags = ("--data.input_key", "--data.label_key", "--data.apply_chat_template")
+    lines = Lines(Columns(data.input_key, data.label_key, data.apply_chat_template, flags), template, table=True)
+    found, notes, count = [], [], 0
+    for path in _local(_value(args, dest)):
+        if not _has_lines(path):
+            count += args.rollout.batch_size  # or more: it is not looked at
+            continue
+        wrong, seen = [], Counter()
+        for row in lines.read(path, _MOST_BYTES):
+            if isinstance(row, str):
+                wrong.append(row)
+            else:
+                seen[hash(json.dumps(row["input"]))] += 1
         more = [f"{path}: and {len(wrong) - _SHOWN} more lines"] if len(wrong) > _SHOWN else []
-        return wrong[:_SHOWN] + more, notes
-
-    def _line(self, line: bytes, where: str) -> tuple[str | None, str]:
-        """What is wrong with a line, and its prompt as text."""
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            return "is not UTF-8", ""
-        except ValueError as error:
-            return f"is not JSON: {error}", ""
-        if not isinstance(row, dict):
-            return f"is no JSON object: {shorten(row, 40)}", ""
-        problem, prompt = _row(self._args.data, row)
-        return problem or self._other_kind(row, where) or self._no_template(row), prompt
-
-    def _other_kind(self, row: dict[str, Any], where: str) -> str | None:
-        for key, value in row.items():
-            kind = _KINDS.get(type(value))
-            if kind is None:  # null goes with every kind
-                continue
-            known, seen = self._kinds.setdefault(key, (kind, where))
-            if known != kind:
-                return f"has {kind} under '{key}', and {seen} has {known}: a column has values of one kind"
-        return None
-
-    def _no_template(self, row: dict[str, Any]) -> str | None:
-        chat = row[self._args.data.input_key]
-        roles = tuple(str(message["role"]) for message in chat) if isinstance(chat, list) else ("user",)
-        if self._template is None or roles in self._roles or len(self._roles) > _ORDERS:
-            return None
-        self._roles.add(roles)
-        try:
-            self._template(chat if isinstance(chat, list) else [{"role": "user", "content": chat}])
-        except Exception as error:
-            return f"does not fit the tokenizer's chat template (roles: {', '.join(roles)}): {error}"
-        return None
+        found += [f"--{dest} {line}" for line in wrong[:_SHOWN] + more]
+        twice = sum(times > 1 for times in seen.values())
+        if twice:
+            notes.append(f"--{dest} {path}: {twice} of {len(seen)} prompts are there more than once")
+        count += min(seen.total(), args.data.max_samples)
+    found += [f"--{dest} {line}" for line in lines.dates()]
+    count = min(count, args.data.max_samples)
+    if dest == "data.prompt_dataset" and 0 < count < args.rollout.batch_size:
+        notes.append(
+            f"{count} prompts are fewer than --rollout.batch_size {args.rollout.batch_size}: no step is taken"
+        )
+    return found, notes
 
 
-_KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+def _has_lines(path: Path) -> bool:
+    """Whether a data set is a file of JSON lines (``.json`` may also be one list)."""
+    if path.suffix == ".json" and path.is_file():
+        with open_file(path) as file:
+            return not file.read(1024).lstrip(b"\xef\xbb\xbf \n\r\t").startswith(b"[")
+    return path.suffix == ".jsonl"
 
 
-def _row(data: SimpleNamespace, row: dict[str, Any]) -> tuple[str | None, str]:
-    """What is wrong with a row, and its prompt as text."""
-    for flag, key in (("--data.input_key", data.input_key), ("--data.label_key", data.label_key)):
-        if key is not None and key not in row:
-            return f"has no key '{key}' (it has {', '.join(map(repr, row))}): set {flag}", ""
-    prompt = row[data.input_key]
-    if isinstance(prompt, str):
-        return (None if prompt.strip() else f"has an empty '{data.input_key}'"), prompt
-    if not isinstance(prompt, list):
-        return f"has no text under '{data.input_key}', but {shorten(prompt, 40)}", ""
-    if not data.apply_chat_template:
-        return f"has a conversation under '{data.input_key}': set --data.apply_chat_template", ""
-    if not prompt or not all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in prompt):
-        return f"has a message under '{data.input_key}' without 'role' and 'content'", ""
-    return None, json.dumps(prompt, sort_keys=True)
+_TABLES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+
+
+def _data_sets(args: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the names of data sets, their splits and their shares."""
+    for dest, split in (("data.prompt_dataset", "data.prompt_split"), ("eval.dataset", "eval.split")):
+        names = [name.partition("@")[0].strip() for name in (_value(args, dest) or "").split(",")]
+        if len(names) > 1 and "" in names:
+            yield f"--{dest} {_value(args, dest)}: a name is missing between its commas"
+        for name in filter(os.path.isfile, names):
+            if not name.endswith(_TABLES):
+                yield f"--{dest} {name}: the host reads files of the kinds {', '.join(_TABLES)}"
+            elif _value(args, split) != "train":
+                yield f"--{split} {_value(args, split)}: the only split of the file {name} is train"
+    if args.data.prompt_probs is not None:
+        yield from _shares(args.data.prompt_probs, (args.data.prompt_dataset or "").count(",") + 1)
+
+
+def _shares(text: str, names: int) -> Iterator[str]:
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) == names and all(share > 0 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-8):
+        return
+    yield f"--data.prompt_probs {text} must be {names} numbers above 0 with commas, one a data set, together 1"
+
+
+def _local(names: str | None) -> Iterator[Path]:
+    """What is here of the data sets that a flag names."""
+    for name in (names or "").split(","):
+        path = Path(name.partition("@")[0].strip())
+        if path.exists():
+            yield path
 
 
 # The reward.
@@ -331,14 +312,16 @@ def reward(url: str) -> Iterator[str]:
     if not url.endswith(".py"):
         if not url.startswith(("http://", "https://")):
             yield "is neither a Python file (.py) nor the address of a server (http://… or https://…)"
+        elif problem := _address(url):
+            yield problem
         return
     try:
         tree = ast.parse(Path(url).read_bytes(), filename=url)  # bytes: a BOM and a coding line are Python's to read
     except OSError as error:
-        yield error.strerror or str(error)
+        yield reason(error)
         return
-    except (SyntaxError, ValueError) as error:
-        yield str(error)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        yield str(error) or repr(error)
         return
     nodes = list(ast.walk(tree))
     own = [node for node in nodes if getattr(node, "name", None) == _FUNCTION and isinstance(node, _DEFINITIONS)]
@@ -357,6 +340,18 @@ def reward(url: str) -> Iterator[str]:
         yield f"it defines no {_FUNCTION}(queries, prompts, labels)"
 
 
+def _address(url: str) -> str | None:
+    """What is wrong with the address of a server."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"is no address: {error}"
+    if not parts.hostname or port == 0 or re.search(r"[\s\x00-\x1f]", url):
+        return "is no address: it needs a host, like http://localhost:5000/score"
+    return None
+
+
 _FUNCTION = "reward_func"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -371,11 +366,21 @@ def _takes_three(arguments: ast.arguments) -> bool:
 # Output.
 
 
-def _folder(path: Path) -> Iterator[str]:
+def _folder(name: str) -> Iterator[str]:
     """Why a folder cannot be written."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    if not path.is_dir():
-        yield f"{path}: a file is where the folder should be"
-    elif not os.access(path, os.W_OK):
-        yield f"{path}: this folder cannot be written"
+    if not name or "\0" in name:
+        yield f"{name!r} is no name of a folder"
+        return
+    path = Path(name)
+    try:
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        if path.is_symlink() and not path.exists():
+            yield f"{path}: a link that leads nowhere is where the folder should be"
+        elif not path.is_dir():
+            yield f"{path}: a file is where the folder should be"
+        else:
+            with tempfile.TemporaryFile(dir=path):
+                return
+    except OSError as error:
+        yield f"{path}: this folder cannot be written: {reason(error)}"

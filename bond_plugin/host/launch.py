@@ -298,7 +298,7 @@ def _check_resources(needed: dict[str, int], local: bool, run: flags.Invocation)
 
 
 def describe(args: SimpleNamespace) -> dict[str, Any]:
-    """The final configuration, the versions, the hooks, and how many of Ray's GPUs each part takes."""
+    """The final configuration, the versions, the hooks, the GPUs of each part, and what could not be checked."""
 
     def version(name: str) -> str:
         try:
@@ -312,4 +312,5 @@ def describe(args: SimpleNamespace) -> dict[str, Any]:
         "versions": {name: found for name in packages if (found := version(name)) != "not installed"},
         "hooks": dict(hooks.states()),
         "gpu_slots": gpu_slots(args),
+        "not_looked_at": inputs.unseen(args),
     }

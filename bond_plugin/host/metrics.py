@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from bond_plugin import recipe as recipes
-from bond_plugin.files import write_json, write_whole
+from bond_plugin.files import ContentError, named, open_file, parse_json, write_json, write_whole
 from bond_plugin.host import state
 from bond_plugin.offline.prompts import CONFIGURATION
 
@@ -62,14 +64,8 @@ class MetricsFile:
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
             self.path.rename(_unused(self.path.with_name(f"metrics.{stamp}.jsonl")))
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue  # a line that a kill cut short
-        write_whole(self.path, "".join(kept))
+        kept = [line for number, line in _lines(self.path) if number <= step]
+        write_whole(self.path, b"".join(kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one step.
@@ -80,33 +76,49 @@ class MetricsFile:
         if not self._ready:
             self.resume(step - 1)
         numbers = {name: _number(value) for name, value in sorted(values.items()) if name != "generated_samples"}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
-        except OSError as error:
-            error.filename = str(self.path)  # a write does not know it
-            raise
+        with named(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a ``metrics.jsonl``, by step; a line cut short by a kill is left out.
+    """The numbers of each line of a ``metrics.jsonl``, by step; a line cut short by a kill is left out.
 
     Raises:
-        ValueError: no such file, or no line of it has a step.
+        ContentError: another line is no JSON, or none has a step.
+        OSError: it cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    by_step: dict[float, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            values = json.loads(line)
-            by_step[values["step"]] = values
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+    by_step = {
+        step: {name: _number(value) for name, value in parse_json(line, finite=False).items() if _is_number(value)}
+        for step, line in _lines(path)
+    }
     if not by_step:
-        raise ValueError(f"{path} has no line with a step: did the run log one?")
+        raise ContentError(f"{path} has no line with a step: did the run log one?")
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Steps, and lines as they are in the file, without a last one that a kill cut short.
+
+    Raises:
+        ContentError: another line is no JSON.
+        OSError: it cannot be read.
+    """
+    with open_file(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or not line.strip():
+                continue
+            try:
+                values = parse_json(line, finite=False)
+            except ValueError as error:
+                raise ContentError(f"{path}, line {number} {error}") from error
+            step = values.get("step") if isinstance(values, dict) else None
+            if isinstance(step, int) and not isinstance(step, bool):
+                yield step, line
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _unused(path: Path) -> Path:
@@ -119,9 +131,7 @@ def _unused(path: Path) -> Path:
 def _number(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, float) and value != value:
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def train_step(original: Any, self: Any, rollout_samples: Any, global_step: int) -> tuple[dict, int]:

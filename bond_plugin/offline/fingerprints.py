@@ -105,13 +105,18 @@ def _weight_files(folder: Path) -> list[Path]:
     """All of them, or none if the copy is not complete."""
     for pattern in ("*.safetensors", "*.bin"):
         for index in sorted(folder.glob(f"{pattern}.index.json")):
-            listed: dict[str, str] = read_json(index).get("weight_map", {})
-            files = [folder / name for name in sorted(set(listed.values()))]
+            files = [folder / name for name in indexed(read_json(index))]
             return files if all(path.is_file() for path in files) else []
         files = sorted(folder.glob(pattern))
         if files:
             return files
     return []
+
+
+def indexed(index: dict[str, Any] | None) -> list[str]:
+    """The files of weights that the index of a model names; none if it is no index."""
+    listed = (index or {}).get("weight_map")
+    return sorted({name for name in listed.values() if isinstance(name, str)}) if isinstance(listed, dict) else []
 
 
 def _short(digest: Any) -> str:

@@ -21,8 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bond_plugin.files import read_json, write_json
+from pydantic import model_validator
+from typing_extensions import Self
+
+from bond_plugin.files import write_json
 from bond_plugin.offline.engine import PromptSamples
+from bond_plugin.schema import Open, read_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +58,26 @@ def save_samples(path: Path, samples: Sequence[PromptSamples], **more: Any) -> N
 
 def read_samples(path: Path) -> tuple[list[PromptSamples], dict[str, Any]] | None:
     """What :func:`save_samples` kept, or ``None`` if there is no such file; the responses' texts are not kept."""
-    found = read_json(path)
+    found = read_model(path, _Samples)
     if found is None:
         return None
-    columns = [found.pop(column) for column in _COLUMNS]
-    return [PromptSamples(*one, responses=[]) for one in zip(*columns, strict=True)], found
+    columns = [getattr(found, column) for column in _COLUMNS]
+    return [PromptSamples(*one, responses=[]) for one in zip(*columns, strict=True)], found.model_extra or {}
+
+
+class _Samples(Open):
+    """What :func:`save_samples` writes: a prompt's tokens, those of each of its responses, and their queries."""
+
+    prompt_ids: list[list[int]]
+    response_ids: list[list[list[int]]]
+    queries: list[list[str]]
+
+    @model_validator(mode="after")
+    def _of_the_same_responses(self) -> Self:
+        shapes = [[len(texts) for texts in column] for column in (self.response_ids, self.queries)]
+        if shapes[0] != shapes[1] or len(self.prompt_ids) != len(shapes[0]):
+            raise ValueError("'prompt_ids', 'response_ids' and 'queries' differ in length")
+        return self
 
 
 def measure(

@@ -7,12 +7,18 @@ beside it, "" without a label.
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bond_plugin.words import shorten
+from bond_plugin.files import open_file, parse_json
+from bond_plugin.words import reason, shorten
 
 Pairs = list[tuple[str, Any]]
 CONFIGURATION = "run.json"
@@ -24,10 +30,17 @@ class DataError(ValueError):
 
 
 def tokenizer_of(args: SimpleNamespace) -> Any:
-    """The policy's tokenizer, loaded as the host's trainer does."""
+    """The policy's tokenizer, loaded as the host's trainer does: once, as long as its files stay as they are."""
+    name = args.actor.model_name_or_path
+    stamps = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(Path(name).glob("*")))
+    return _tokenizer(name, not args.data.disable_fast_tokenizer, stamps)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(name: str, fast: bool, stamps: tuple) -> Any:
     from openrlhf.utils import get_tokenizer
 
-    return get_tokenizer(args.actor.model_name_or_path, None, "left", use_fast=not args.data.disable_fast_tokenizer)
+    return get_tokenizer(name, None, "left", use_fast=fast)
 
 
 def training_prompts(args: SimpleNamespace, tokenizer: Any) -> Pairs:
@@ -81,46 +94,169 @@ def held_out(rows: list[dict[str, Any]], data: SimpleNamespace, tokenizer: Any, 
     return _texts(dataset, chat_flag)
 
 
-def read_rows(
-    path: Path, key: str, label_key: str | None, flags: tuple[str, str] = ("--input-key", "--label-key")
-) -> list[dict[str, Any]]:
-    """Prompts, without a template yet, and labels of a file of JSON lines.
+@dataclass(frozen=True)
+class Columns:
+    """What a command wants of each line of a file of prompts, and what it calls the flags that say so.
+
+    Attributes:
+        prompt, label: the keys.
+        chat: whether a chat template is applied, so that a prompt may be a conversation.
+        flags: of the two keys, and of the chat template.
+    """
+
+    prompt: str
+    label: str | None
+    chat: bool
+    flags: tuple[str, str, str]
+
+
+class Lines:
+    """Reads files of prompts, JSON lines in UTF-8, and says of each line what is wrong with it.
 
     Args:
-        path: the file; empty lines are passed over.
-        key, label_key: the keys of prompt and label.
-        flags: where these two are set, for the messages.
+        columns: what is wanted.
+        template: makes text of a conversation; each order of roles is tried once.
+        table: the host reads the files, as one table: a column has values of one kind.
+    """
 
-    Returns:
-        Rows with ``input`` and ``label`` ("" without a ``label_key``).
+    def __init__(
+        self, columns: Columns, template: Callable[[list[Any]], str] | None = None, table: bool = False
+    ) -> None:
+        self._columns, self._template, self._table = columns, template, table
+        self._kinds: dict[str, tuple[str, str]] = {}  # of each column: the kind of its values, and where it was seen
+        self._roles: set[tuple[str, ...]] = set()  # orders of roles that were put into the template
+        self._no_dates: set[str] = set()  # columns with a text that the host does not take for a date
+
+    def read(self, path: Path, most: float = math.inf) -> Iterator[dict[str, Any] | str]:
+        """Of each line the row, ``input`` and ``label`` ("" without a key for it); or what is wrong with it.
+
+        Args:
+            path: the file. Empty lines are passed over.
+            most: bytes after which nothing more is read.
+        """
+        count = 0
+        try:
+            with open_file(path) as file:
+                for number, line in enumerate(file, start=1):
+                    if file.tell() > most:
+                        break
+                    if line.strip():
+                        count += 1
+                        where = f"{path}, line {number}"
+                        try:
+                            yield self._row(line, where)
+                        except ValueError as error:
+                            yield f"{where} {error}"
+        except OSError as error:
+            yield f"{path}: {reason(error)}"
+        else:
+            if not count:
+                yield f'{path} is empty: it needs a line for each prompt, like {{"{self._columns.prompt}": "..."}}'
+
+    def dates(self) -> Iterator[str]:
+        """After all files: columns of prompts or labels whose texts are all dates, which the host makes times of."""
+        for key in {self._columns.prompt, self._columns.label} & self._kinds.keys() - self._no_dates:
+            kind, where = self._kinds[key]
+            if kind == "a text":
+                yield (
+                    f"{where}: every '{key}' is a date, and the host would make times of them: put a word before "
+                    "each, or give another key"
+                )
+
+    def _row(self, line: bytes, where: str) -> dict[str, Any]:
+        columns, item = self._columns, parse_json(line)
+        if not isinstance(item, dict):
+            raise ValueError(f"is no JSON object: {shorten(item, 40)}")
+        for flag, key in zip(columns.flags, (columns.prompt, columns.label), strict=False):
+            if key is not None and key not in item:
+                raise ValueError(f"has no key '{key}' (it has {', '.join(map(repr, item)) or 'none'}): set {flag}")
+        prompt = item[columns.prompt]
+        self._check_prompt(prompt)
+        if self._table:
+            self._check_kinds(item, where)
+        if self._template is not None:
+            self._try_template(prompt, self._template)
+        return {"input": prompt, "label": "" if columns.label is None else item[columns.label]}
+
+    def _check_prompt(self, prompt: Any) -> None:
+        key, chat = self._columns.prompt, self._columns.flags[2]
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError(f"has an empty '{key}'; a prompt is a non-empty text")
+        elif not isinstance(prompt, list):
+            raise ValueError(f"has no text under '{key}', but {shorten(prompt, 40)}")
+        elif not self._columns.chat:
+            raise ValueError(f"has a conversation under '{key}': set {chat}; the chat template makes it text")
+        elif not prompt or not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in prompt):
+            raise ValueError(f"has a message under '{key}' without 'role' and 'content'")
+        else:
+            for one in prompt:
+                if not isinstance(one["role"], str) or not isinstance(one["content"], str | list | None):
+                    raise ValueError(
+                        f"has a message under '{key}' whose 'role' is no text, or whose 'content' is neither text "
+                        f"nor a list of parts: {shorten(one, 60)}"
+                    )
+
+    def _check_kinds(self, item: dict[str, Any], where: str) -> None:
+        for key, value in item.items():
+            kind = _KINDS.get(type(value))
+            if kind is None:  # null goes with every kind
+                continue
+            known, seen = self._kinds.setdefault(key, (kind, where))
+            if known != kind:
+                raise ValueError(f"has {kind} under '{key}', and {seen} has {known}: a column has values of one kind")
+            if key not in self._no_dates and not (isinstance(value, str) and _DATE.fullmatch(value)):
+                self._no_dates.add(key)
+
+    def _try_template(self, prompt: str | list, template: Callable[[list[Any]], str]) -> None:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        roles = tuple(message["role"] for message in chat)
+        if roles in self._roles or len(self._roles) > _ORDERS:
+            return
+        self._roles.add(roles)
+        try:
+            template(chat)
+        except Exception as error:
+            raise ValueError(
+                f"does not fit the tokenizer's chat template (roles: {', '.join(roles)}): {error}"
+            ) from error
+
+
+_ORDERS = 50  # of roles of conversations that are put into the chat template
+_KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+#: What the host's reader of tables takes for a point in time.
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d(:\d\d(:\d\d)?)?(Z|[+-]\d\d(:?\d\d)?)?)?")
+
+
+def chat_template(tokenizer: Any) -> Callable[[list[Any]], str]:
+    """How the host makes text of a conversation."""
+    return lambda chat: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def read_rows(path: Path, lines: Lines) -> list[dict[str, Any]]:
+    """The rows of a file, all of them.
 
     Raises:
-        DataError: the first line that is no use.
+        DataError: the first line that is no use, and how many others are not.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    found = list(lines.read(path))
+    wrong = [row for row in found if isinstance(row, str)]
+    if wrong:
+        raise DataError(wrong[0] + (f" (and {len(wrong) - 1} more lines)" if len(wrong) > 1 else ""))
+    return found
+
+
+def template_problem(template: str) -> str | None:
+    """Why the host cannot put a prompt into an ``--data.input_template``, or would leave the template out."""
+    if "{}" not in template:
+        return f"needs {{}} where the prompt goes, got {template!r}"
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8; save it in that encoding") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-        for flag, wanted in zip(flags, (key, label_key), strict=True):
-            if wanted is not None and (not isinstance(item, dict) or wanted not in item):
-                has = f"it has {', '.join(map(repr, item))}" if isinstance(item, dict) else "it is no object"
-                raise DataError(f"{path}, line {number} has no key '{wanted}' ({has}): set {flag}")
-        if not item[key]:
-            raise DataError(f"{path}, line {number}: '{key}' must be a non-empty text")
-        rows.append({"input": item[key], "label": "" if label_key is None else item[label_key]})
-    if not rows:
-        raise DataError(f'{path} is empty: it needs at least one line like {{"{key}": "..."}}')
-    return rows
+        if "\0" in template.format("\0"):
+            return None
+        said = "{{}} is no place for the prompt"
+    except (LookupError, ValueError, AttributeError) as error:
+        said = repr(error)
+    return f"may have braces only in {{}}, where the prompt goes, and doubled elsewhere, got {template!r}: {said}"
 
 
 def label_text(label: Any) -> str | None:

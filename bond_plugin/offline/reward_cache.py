@@ -28,11 +28,12 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from bond_plugin.files import named, open_file, parse_json
 from bond_plugin.offline.engine import PromptSamples
 from bond_plugin.offline.prompts import Pairs, label_text
 from bond_plugin.offline.scoring import Score
 from bond_plugin.schema import Open, explain
-from bond_plugin.words import shorten
+from bond_plugin.words import reason, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,8 +192,8 @@ class Cache(dict[str, Entry]):
 
 def cached_responses(path: str | Path) -> list[str]:
     """The texts of all samples in a file that :func:`read_cache` takes; the files of others may have none."""
-    with open(path, encoding="utf-8") as file:
-        items = [json.loads(line) for line in file if line.strip()]
+    with open_file(Path(path)) as file:
+        items = [parse_json(line) for line in file if line.strip()]
     return [text for item in items for text in item.get("responses", [item["text"]] if "text" in item else [])]
 
 
@@ -204,10 +205,11 @@ def read_cache(path: str | Path) -> Cache:
         PromptError: a reward that is no finite number, or a prompt with contradicting lines, named with the line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CacheError(f"{path}: no such file")
-    with path.open("rb") as file:
-        cache = _read(path, file, unfinished=False)[0]
+    try:
+        with open_file(path) as file:
+            cache = _read(path, file, unfinished=False)[0]
+    except OSError as error:
+        raise CacheError(f"{path}: {reason(error)}") from error
     if not cache:
         raise CacheError(f"{path} has no rewards in it")
     return cache
@@ -223,14 +225,14 @@ def _read(path: Path, file: IO[bytes], unfinished: bool) -> tuple[Cache, int, in
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line, finite=False)  # of a reward `add` says which prompt it is of
         except ValueError as error:
             if not line.endswith(b"\n") and cache.record is not None:
                 raise CacheError(
                     f"{path}, line {number} is unfinished: `bond cache` was stopped while it wrote. Start it again "
                     "with the same flags, and it goes on there"
                 ) from error
-            raise CacheError(f"{path}, line {number} is not JSON: {error}") from error
+            raise CacheError(f"{path}, line {number} {error}") from error
         if number == 1 and isinstance(item, dict) and _MARK in item:
             if item[_MARK] != VERSION:
                 raise CacheError(
@@ -334,9 +336,10 @@ class Writer(contextlib.AbstractContextManager):
         self._write(item)
 
     def _write(self, item: Any) -> None:
-        self._file.write(json.dumps(item, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with named(self.path):
+            self._file.write(json.dumps(item, ensure_ascii=False, default=str).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._lines += 1
 
     def _resume(self) -> Cache:

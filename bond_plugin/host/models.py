@@ -1,0 +1,160 @@
+"""What can be seen of the models of a run without loading them: their files, their configurations, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from bond_plugin.files import parse_json
+from bond_plugin.offline import fingerprints
+from bond_plugin.offline.prompts import tokenizer_of
+from bond_plugin.words import reason
+
+
+def files(folder: Path, policy: bool) -> Iterator[str]:
+    """What is wrong with the files of a model, which is the policy or another one."""
+    config = _json(folder / "config.json")
+    if isinstance(config, str):
+        yield config
+        return
+    yield from _known(config, folder, policy)
+    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    if index is not None:
+        content = _json(index)
+        if isinstance(content, str):
+            yield content
+            return
+        files = [folder / name for name in fingerprints.indexed(content)]
+        if not files:
+            yield f"{index.name} has no 'weight_map' of files"
+            return
+    else:
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    if not files and not any(folder.glob("*.bin")):
+        yield "it has no weights (*.safetensors or *.bin)"
+    for file in files:
+        problem = _weights(file)
+        if problem:
+            yield f"{file.name} {problem}"
+
+
+def _known(config: dict[str, Any], folder: Path, policy: bool) -> Iterator[str]:
+    """What transformers has against a configuration, and whether a policy is a language model."""
+    from transformers import AutoConfig
+
+    if "auto_map" in config:  # a model with code of its own
+        return
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of any model's class
+        yield f"config.json is none that transformers reads: {_first(error)}"
+    names = config.get("architectures")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    if policy and names and all(name.endswith(_NO_LANGUAGE) for name in names):
+        yield f"it is a {names[0]} by its config.json, and no language model"
+
+
+_NO_LANGUAGE = ("Classification", "ForMaskedLM", "ForQuestionAnswering", "ForMultipleChoice")
+
+
+def _json(path: Path) -> Any:
+    """An object of a JSON file, or what is wrong with it."""
+    try:
+        content = parse_json(path.read_bytes(), finite=False)
+    except FileNotFoundError:
+        return f"it has no {path.name}; is it a model's folder?"
+    except OSError as error:
+        return f"{path.name}: {reason(error)}"
+    except ValueError as error:
+        if path.read_bytes().startswith(_LFS):
+            return f"{path.name} {_POINTER}"
+        return f"{path.name} {error}"
+    return content if isinstance(content, dict) else f"{path.name} is no JSON object"
+
+
+def _first(error: Exception) -> str:
+    """The first line of an error of a library."""
+    return str(error).strip().partition("\n")[0] or repr(error)
+
+
+_LFS = b"version https://git-lfs"
+_POINTER = "is a pointer of Git LFS and not the file: `git lfs pull` brings it"
+
+
+def _weights(file: Path) -> str | None:
+    """What is wrong with a file of weights: it is not there, a pointer of Git LFS, or cut short."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        if start.startswith(_LFS[:8]):
+            return _POINTER
+        if file.suffix != ".safetensors":
+            return None if size else "is empty"
+        length = int.from_bytes(start, "little")
+        if length + 8 > size:
+            return f"is cut short ({size:,} bytes)"
+        try:
+            header = json.loads(opened.read(length))
+            end = max((part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return "has no header of safetensors"
+    return None if 8 + length + end <= size else f"is cut short ({size:,} of {8 + length + end:,} bytes)"
+
+
+def policy(args: SimpleNamespace) -> tuple[Any, list[str]]:
+    """The policy's tokenizer, from a folder that :func:`files` found whole, and what does not fit the run."""
+    flag = f"--actor.model_name_or_path {args.actor.model_name_or_path}"
+    try:
+        tokenizer = tokenizer_of(args)
+    except Exception as error:  # of any of the libraries that read tokenizers
+        return None, [f"{flag}: it has no tokenizer that can be loaded: {_first(error)}"]
+    return tokenizer, list(_misfits(args, Path(args.actor.model_name_or_path), tokenizer, flag))
+
+
+def _misfits(args: SimpleNamespace, folder: Path, tokenizer: Any, flag: str) -> Iterator[str]:
+    text = _text_of(_json(folder / "config.json"))
+    positions, embedded = text.get("max_position_embeddings"), text.get("vocab_size")
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    scaled = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) != "default"
+    if isinstance(positions, int) and not scaled and args.data.max_len > positions:
+        yield f"--data.max_len {args.data.max_len} is more than the {positions} positions of {folder}"
+    if tokenizer.eos_token_id is None:
+        yield f"{flag}: its tokenizer has no eos_token, so no response would end: name it in tokenizer_config.json"
+    for name in ("eos_token", "pad_token"):
+        token = getattr(tokenizer, f"{name}_id")
+        if isinstance(embedded, int) and isinstance(token, int) and token >= embedded:
+            yield f"{flag}: the {name} of its tokenizer is {token}, and the model has {embedded} embeddings"
+    if args.data.apply_chat_template and not tokenizer.chat_template:
+        yield f"--data.apply_chat_template: the tokenizer of {folder} has no chat template; drop the flag"
+    others = {dest: getattr(args, dest).model_name_or_path for dest in ("critic", "ref")}
+    others["reward"] = None if args.reward.remote_url else args.reward.model_name_or_path
+    for dest, name in others.items():
+        if os.path.isdir(name or "") and (problem := _other_tokens(folder, Path(name), embedded, len(tokenizer))):
+            yield f"--{dest}.model_name_or_path {name}: it gets the policy's tokens, and {problem}"
+
+
+def _text_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a model of several kinds of input the part that is about text."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) and text else config
+
+
+def _other_tokens(policy: Path, other: Path, embedded: Any, tokens: int) -> str | None:
+    """Why a model cannot read the policy's tokens."""
+    config = _json(other / "config.json")
+    size = None if isinstance(config, str) else _text_of(config).get("vocab_size")
+    needed = min(embedded, tokens) if isinstance(embedded, int) else tokens
+    if isinstance(size, int) and size < needed:
+        return f"has {size} embeddings for {needed}"
+    words = []
+    for folder in (policy, other):
+        content = _json(folder / "tokenizer.json")
+        model = content.get("model") if isinstance(content, dict) else None
+        words.append(model.get("vocab") if isinstance(model, dict) else None)
+    return "its own tokenizer has another vocabulary" if None not in words and words[0] != words[1] else None
