@@ -9,11 +9,12 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import POOLED, Tiny, clean_environment, recipe_for, to_argv, with_flags
+from conftest import POOLED, Run, Tiny, clean_environment, recipe_for, to_argv, with_flags
 
 #: Seconds within which a run ends after a fault.
 SOON = 60
@@ -22,7 +23,7 @@ SOON = 60
 class Running:
     """A run of many steps. All its processes are found by a variable in their environment."""
 
-    def __init__(self, tiny: Tiny, folder: Path) -> None:
+    def __init__(self, tiny: Tiny, folder: Path, more: dict[str, Any]) -> None:
         self.mark, self.folder = uuid.uuid4().hex, folder
         flags = {
             "train.num_episodes": 1000,
@@ -31,7 +32,7 @@ class Running:
             "ckpt.output_dir": str(folder / "out"),
             "ckpt.path": str(folder / "ckpt"),
         }
-        argv = to_argv(with_flags(recipe_for(tiny), {**POOLED, **flags}))
+        argv = to_argv(with_flags(recipe_for(tiny), {**flags, **more}))
         folder.mkdir(exist_ok=True)
         self.log = folder / "log.txt"
         with self.log.open("w") as log:
@@ -70,10 +71,11 @@ class Running:
         return self.log.read_text(errors="replace")
 
 
-@pytest.fixture
-def running(tiny: Tiny, tmp_path: Path) -> Iterator[Running]:
-    run = Running(tiny, tmp_path)
-    metrics = tmp_path / "out" / "metrics.jsonl"
+@contextmanager
+def training(tiny: Tiny, folder: Path, more: dict[str, Any]) -> Iterator[Running]:
+    """A run that has made three steps; nothing of it is left afterwards."""
+    run = Running(tiny, folder, more)
+    metrics = folder / "out" / "metrics.jsonl"
     try:
         run.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 300, "no step was made")
         yield run
@@ -82,6 +84,12 @@ def running(tiny: Tiny, tmp_path: Path) -> Iterator[Running]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         run.process.wait()
+
+
+@pytest.fixture
+def running(tiny: Tiny, tmp_path: Path) -> Iterator[Running]:
+    with training(tiny, tmp_path, POOLED) as run:
+        yield run
 
 
 @pytest.mark.e2e
@@ -106,3 +114,81 @@ def test_a_killed_process_ends_the_run_and_leaves_nothing(
     running.wait_for(lambda: not running.processes(), 90, "processes are left")
     latest = running.folder / "ckpt" / "_actor" / "latest"
     assert (latest.parent / latest.read_text() / "mp_rank_00_model_states.pt").is_file()
+
+
+def ended(run: Running, status: int) -> None:
+    run.wait_for(lambda: run.process.poll() is not None, SOON, "the run does not end")
+    assert run.process.returncode == status, run.output[-5000:]
+    run.wait_for(lambda: not run.processes(), 90, "processes are left")
+
+
+def saved_step(run: Running) -> int:
+    """The last step of the metrics, after which the run was saved."""
+    step = len((run.folder / "out" / "metrics.jsonl").read_text().splitlines())
+    tag = (run.folder / "ckpt" / "_actor" / "latest").read_text()
+    assert tag == f"global_step{step}"
+    assert f"bond: saved {tag}: --ckpt.load_enable goes on from it" in run.output
+    return step
+
+
+@pytest.mark.e2e
+def test_saved_on_stop_and_resumed_as_if_undisturbed(tiny: Tiny, bond: Callable[..., Run], tmp_path: Path) -> None:
+    """Algorithm 2, whose samples a resumed run draws again; twelve steps."""
+    flags = {"data.max_samples": 48, "bond.eta": 0.1, "train.num_episodes": 4, "ckpt.save_steps": -1}
+    with training(tiny, tmp_path, {**flags, "ckpt.save_on_stop": True}) as run:
+        os.kill(run.find("bond_plugin train"), signal.SIGTERM)
+        ended(run, 143)
+        step = saved_step(run)
+        assert "bond: SIGTERM: the step that runs is finished and a checkpoint is saved" in run.output
+        assert "bond: stopped by SIGTERM" in run.output
+    assert 3 <= step < 12
+    resumed = bond(tmp_path, {**flags, "ckpt.load_enable": True})
+    undisturbed = bond(tmp_path / "undisturbed", flags)
+    assert [one["step"] for one in resumed.metrics] == list(range(1, 13))
+    for mine, theirs in zip(resumed.metrics, undisturbed.metrics, strict=True):
+        for name in ("reward/policy", "reward/anchor", "bond/loss", "bond/kl_anchor", "bond/anchor_distance",
+                     "actor_grad_norm", "bond/kl_ref", "bond/win_rate"):  # fmt: skip
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+
+
+@pytest.mark.e2e
+def test_ctrl_c_saves_an_asynchronous_run(tiny: Tiny, tmp_path: Path) -> None:
+    """Which a terminal sends to every process of the group."""
+    flags = {**POOLED, "train.async_enable": True, "ckpt.save_on_stop": True, "ckpt.save_steps": -1}
+    with training(tiny, tmp_path, flags) as run:
+        os.killpg(run.process.pid, signal.SIGINT)
+        ended(run, 130)
+        saved_step(run)
+
+
+SLOW = """
+import os
+import time
+
+import torch
+
+
+def reward_func(queries, prompts, labels):
+    while os.path.exists({wait!r}):
+        time.sleep(0.1)
+    return {{"rewards": torch.rand(len(queries)), "scores": torch.zeros(len(queries))}}
+"""
+
+
+@pytest.mark.e2e
+def test_a_second_signal_ends_at_once(tiny: Tiny, tmp_path: Path) -> None:
+    wait, reward = tmp_path / "wait", tmp_path / "reward.py"
+    reward.write_text(SLOW.format(wait=str(wait)))
+    flags = {**POOLED, "reward.remote_url": str(reward), "ckpt.save_on_stop": True, "ckpt.save_steps": -1}
+    with training(tiny, tmp_path, flags) as run:
+        wait.touch()  # from here on no step ends
+        command = run.find("bond_plugin train")
+        time.sleep(2)
+        os.kill(command, signal.SIGINT)
+        run.wait_for(lambda: "a second signal ends it at once" in run.output, 5, "no line")
+        time.sleep(2)
+        assert run.process.poll() is None
+        os.kill(command, signal.SIGTERM)
+        ended(run, 143)
+        assert "bond: saved" not in run.output
+        assert not (tmp_path / "ckpt" / "_actor").exists()
