@@ -257,6 +257,21 @@ def test_the_anchor_of_halves_is_read_by_as_many_halves(written: tuple[Checkpoin
     assert "another --ds.tensor_parallel_size" in found["error"]
 
 
+def test_an_anchor_of_0_1_is_read_by_the_same_ranks_at_the_same_stage(written: tuple[Checkpoints, dict]) -> None:
+    made, saved = written
+    for path in (made.folder / "2-adam-2" / "global_step3").glob("bond_anchor*"):
+        state = torch.load(path, weights_only=True)
+        del state["pieces"], state["tensor_parallel"]
+        older = made.folder / "older" / "global_step3" / path.name
+        older.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, older)
+    found = made.launch(2, "anchor:adam:2:older", "anchor:adam:3:older")
+    assert equal(found["anchor:adam:2:older"], saved["2-adam-2"], "anchor")
+    alone = made.launch(1, "anchor:adam:2:older")
+    for other in (found["anchor:adam:3:older"], alone["anchor:adam:2:older"]):
+        assert "was written by openrlhf-bond 0.1 with 2 ranks at ZeRO stage 2" in other["error"]
+
+
 def test_a_converted_checkpoint_resumes_with_other_ranks(written: tuple[Checkpoints, dict]) -> None:
     """By DeepSpeed's own conversion, and by the host's loading with --ds.use_universal_ckpt."""
     made, saved = written

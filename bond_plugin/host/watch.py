@@ -107,6 +107,8 @@ def end_on_signals(save: bool = False) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, by)
 
+    if save:
+        asked_to_stop()  # if Ray's store does not answer, it fails now and not when it is needed
     if threading.current_thread() is threading.main_thread():
         handle(ask if save else stop)
 
