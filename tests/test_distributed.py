@@ -9,8 +9,10 @@ import json
 import shutil
 import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,15 +24,23 @@ from bond_plugin.host import checkpoints
 WORKERS = Path(__file__).parent / "workers"
 
 
-def launch(
+def launch(script: str, ranks: int, *arguments: object, **options: Any) -> None:
+    """Run a worker as :func:`start` does, and wait for all its processes."""
+    children = start(script, ranks, *arguments, **options)
+    outputs = [child.communicate(timeout=300)[0] for child in children]
+    for child, output in zip(children, outputs, strict=True):
+        assert child.returncode == 0, output[-4000:]
+
+
+def start(
     script: str,
     ranks: int,
     *arguments: object,
     device: str = "cpu",
     forks: dict[str, str] | None = None,
     **environment: str,
-) -> None:
-    """Run a worker in ``ranks`` processes and wait for all; with ``cuda`` each has a GPU of its own.
+) -> list[subprocess.Popen]:
+    """Start a worker in ``ranks`` processes; with ``cuda`` each has a GPU of its own.
 
     ``forks`` is the fixture of that name: the processes are copies of one that has the host's imports.
     """
@@ -38,7 +48,7 @@ def launch(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [
+    return [
         subprocess.Popen(
             [python_of(forks), str(WORKERS / script), *map(str, arguments)],
             env=clean_environment(
@@ -58,9 +68,6 @@ def launch(
         )
         for rank in range(ranks)
     ]
-    outputs = [child.communicate(timeout=300)[0] for child in children]
-    for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output[-4000:]
 
 
 ANCHORS = {1: ["2:500", "3:40"], 2: ["2:40", "3:40"]}
@@ -250,6 +257,21 @@ def test_the_anchor_of_halves_is_read_by_as_many_halves(written: tuple[Checkpoin
     assert "another --ds.tensor_parallel_size" in found["error"]
 
 
+def test_an_anchor_of_0_1_is_read_by_the_same_ranks_at_the_same_stage(written: tuple[Checkpoints, dict]) -> None:
+    made, saved = written
+    for path in (made.folder / "2-adam-2" / "global_step3").glob("bond_anchor*"):
+        state = torch.load(path, weights_only=True)
+        del state["pieces"], state["tensor_parallel"]
+        older = made.folder / "older" / "global_step3" / path.name
+        older.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, older)
+    found = made.launch(2, "anchor:adam:2:older", "anchor:adam:3:older")
+    assert equal(found["anchor:adam:2:older"], saved["2-adam-2"], "anchor")
+    alone = made.launch(1, "anchor:adam:2:older")
+    for other in (found["anchor:adam:3:older"], alone["anchor:adam:2:older"]):
+        assert "was written by openrlhf-bond 0.1 with 2 ranks at ZeRO stage 2" in other["error"]
+
+
 def test_a_converted_checkpoint_resumes_with_other_ranks(written: tuple[Checkpoints, dict]) -> None:
     """By DeepSpeed's own conversion, and by the host's loading with --ds.use_universal_ckpt."""
     made, saved = written
@@ -283,3 +305,27 @@ def test_what_a_cut_short_checkpoint_left_is_in_no_other(written: tuple[Checkpoi
     made.convert("1-adam-3")
     found = made.launch(2, "resume:adam:3:1-adam-3")["resume:adam:3:1-adam-3"]
     assert equal(found, again, "masters", "exp_avg", "exp_avg_sq", "module", "anchor")
+
+
+def test_a_save_that_is_killed_leaves_one_that_is_whole(written: tuple[Checkpoints, dict]) -> None:
+    """Both ranks are killed in the middle of a save, at several moments; only the newest checkpoint is kept."""
+    made, _ = written
+    cut = 0
+    for kill in range(5):
+        folder = made.folder / f"killed{kill}"
+        asked = (made.argv, made.folder / "out.pt", made.folder, f"loop:adam:2:{folder.name}")
+        children = start("resume.py", 2, *asked, forks=made.forks)
+        latest = folder / "latest"
+        deadline = time.monotonic() + 120
+        while not (latest.is_file() and len(list(folder.glob("global_step*"))) > 1):
+            assert time.monotonic() < deadline and all(child.poll() is None for child in children)
+        time.sleep(0.01 * kill)
+        for child in children:
+            child.kill()
+        for child in children:
+            child.communicate()
+        cut += [path.name for path in folder.glob("global_step*")] != [latest.read_text()]
+    assert cut > 0
+    for what, found in made.launch(2, *(f"again:adam:2:killed{kill}" for kill in range(5))).items():
+        assert found["told"] == found["digest"], what
+        assert found["steps"][0] == found["steps"][1] > 0

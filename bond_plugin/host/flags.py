@@ -312,6 +312,12 @@ def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) ->
         help="with --ckpt.load_enable: stop if --ckpt.path holds no whole checkpoint, instead of starting at step 0",
     )
     group.add_argument(
+        "--ckpt.save_on_stop",
+        action="store_true",
+        help="on Ctrl-C or SIGTERM to this command finish the step, save a checkpoint, and only then end; a second "
+        "one ends at once",
+    )
+    group.add_argument(
         "--ref.model_name_or_path",
         help="another model than the initial policy for the reference: of the host's own estimators their KL is to "
         "it, and algorithms that ask for a teacher have it there. Of any size, with the policy's vocabulary",

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bond_plugin import recipe as recipes
 from bond_plugin.files import ContentError, named, open_file, parse_json, write_json, write_whole
-from bond_plugin.host import state
+from bond_plugin.host import state, watch
 from bond_plugin.offline.prompts import CONFIGURATION
 
 _SHOWN = {
@@ -150,9 +150,17 @@ def rollout_stats(original: Any, self: Any, experiences: list[Any]) -> dict:
 def save_logs_and_checkpoints(
     original: Any, self: Any, global_step: int, logs_dict: Any = None, client_states: Any = None
 ) -> None:
-    """Write the step's line, then let the host log and save."""
+    """Write the step's line, then let the host log and save; and stop here if the run is to end with a checkpoint."""
     logs = dict(logs_dict or {}) | state.of(self).timings
     _latest.clear()
     _latest.update({name: value for name, value in logs.items() if isinstance(value, (int, float))})
     state.of(self).log.write(global_step, logs)
+    ckpt = self.args.ckpt
+    stops = ckpt.save_on_stop and watch.asked_to_stop()
+    if stops:
+        ckpt.save_steps = 1  # so the host saves this one too
     original(self, global_step, logs, client_states)
+    if stops:
+        for logger in filter(None, (self.wandb_logger, self.tensorboard_logger)):
+            logger.close()
+        watch.stop_at(f"global_step{global_step}")

@@ -167,6 +167,7 @@ def measure(stage: int, steps: int) -> dict:
         part.zero_()
     load_ckpt(load, strategy, engine, folder)
     numbers["loaded"] = all(torch.equal(a, b) for a, b in zip(saved, weights._sets["anchor"], strict=True))
+    dist.barrier()  # each rank reads the files of all
     os.unlink(anchor_file(Path(folder, "step1"), dist.get_rank()))
     try:
         load_ckpt(load, strategy, engine, folder)

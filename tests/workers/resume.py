@@ -3,11 +3,14 @@
 usage: resume.py FLAGS.json OUT.pt FOLDER WHAT ...
 
 WHAT is save:KIND:STAGE, which trains a policy and writes FOLDER/RANKS-KIND-STAGE; anchor:KIND:STAGE:NAME, which takes
-the anchor alone of what is saved under that name; or resume:KIND:STAGE:NAME, the whole of it, by the host's universal
-path. KIND is adam, or tp: Adam under tensor parallelism of all ranks. OUT holds for each WHAT what then is whole, by
-parameter: the masters, Adam's moments and the anchor; or the error.
+the anchor alone of what is saved under that name; resume:KIND:STAGE:NAME, the whole of it, by the host's universal
+path; loop:KIND:STAGE:NAME, which saves under that name after each step and keeps one checkpoint; or
+again:KIND:STAGE:NAME, which reads that by as many ranks. KIND is adam, or tp: Adam under tensor parallelism of all
+ranks. OUT holds for each WHAT what then is whole, by parameter: the masters, Adam's moments and the anchor; or the
+error.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -68,10 +71,15 @@ def whole(actor: Actor) -> dict:
     return found
 
 
-def train(strategy: DeepspeedStrategy, actor: Actor, micro: int) -> None:
+def digest(found: dict) -> str:
+    parts = (found[what][name] for what in ("masters", "exp_avg", "anchor") for name in sorted(found[what]))
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+def train(strategy: DeepspeedStrategy, actor: Actor, micro: int, steps: int = STEPS) -> None:
     data = torch.Generator().manual_seed(0)
     place = dist.get_rank() * micro % ROWS
-    for _ in range(STEPS):
+    for _ in range(steps):
         ids = torch.randint(2, 28, (ROWS, 16), generator=data)[place : place + micro].to(DEVICE)
         strategy.backward(actor.model(input_ids=ids, labels=ids).loss, actor, None)
         strategy.optimizer_step(None, actor, None)
@@ -85,6 +93,10 @@ def run(what: str, kind: str, stage: str, name: str = "") -> dict:
         folder = root / f"{ranks}-{kind}-{stage}"
         strategy.save_ckpt(actor.model, str(folder), "global_step3", 3, 1000, {"told": 3})
         return whole(actor)
+    while what == "loop":  # until it is killed
+        train(strategy, actor, micro, 1)
+        told = {"told": digest(whole(actor))}
+        strategy.save_ckpt(actor.model, str(root / name), f"global_step{actor.model.global_steps}", 1, 1000, told)
     for part in kept._sets["anchor"]:
         part.fill_(float("nan"))
     try:
@@ -93,7 +105,8 @@ def run(what: str, kind: str, stage: str, name: str = "") -> dict:
             kept.load_anchor(checkpoints._anchor_states(folder), str(folder))
             return whole(actor)
         _, states = strategy.load_ckpt(actor.model, str(root / name))
-        return {**whole(actor), "told": states["told"]}
+        found = whole(actor)
+        return {**found, "told": states["told"], "digest": digest(found)}
     except weights.CheckpointError as error:
         return {"error": str(error)}
 
