@@ -153,7 +153,7 @@ def test_output_where_nothing_can_be_written(dry: Callable[..., Any], tmp_path: 
         pytest.skip("root can write everywhere")
     (tmp_path / "closed").mkdir(mode=0o500)
     found = dry({"ckpt.path": str(tmp_path / "closed" / "ckpt")})
-    assert found.status == 2 and "this folder cannot be written" in found.text
+    assert found.status == 2 and "nothing can be written into this folder" in found.text
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +184,9 @@ def test_resuming_where_nothing_is(dry: Callable[..., Any], tmp_path: Path) -> N
     assert dry({"bond.require_checkpoint": True}).status == 2
     (tmp_path / "ckpt" / "_actor").mkdir(parents=True)
     (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step1")
+    found = dry({**flags, "bond.require_checkpoint": True})
+    assert found.status == 2 and "latest names global_step1, which is not there" in found.text
+    (tmp_path / "ckpt" / "_actor" / "global_step1").mkdir()
     assert dry({**flags, "bond.require_checkpoint": True}).status == 0
 
 
@@ -256,7 +259,7 @@ def test_checkpoints_of_another_run(dry: Callable[..., Any], tiny: Tiny, tmp_pat
     prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "ckpt"
     shutil.copy(tiny.prompts, prompts)
     flags = {"ckpt.load_enable": True, "ckpt.path": str(folder), "data.prompt_dataset": str(prompts)}
-    (folder / "_actor").mkdir(parents=True)
+    (folder / "_actor" / "global_step1").mkdir(parents=True)
     (folder / "_actor" / "latest").write_text("global_step1")
     assert dry(flags).status == 0
     identity.write(flags_module.current().args)

@@ -115,7 +115,7 @@ class Measuring(Strict):
     quantile_samples: Annotated[int, Field(ge=2)] = 32
     bon_levels: Annotated[list[Annotated[int, Field(ge=2)]], AfterValidator(_different)] = Field(default=[4, 8, 16])
     forward_samples: Least = 4
-    seed: Count = 1000
+    seed: Annotated[int, Field(ge=0, lt=2**32 - 1)] = 1000
     examples: Count = 4
 
     @model_validator(mode="after")

@@ -175,6 +175,7 @@ def _before_ray(run: flags.Invocation) -> None:
         problems, notes = wrong + checks.problems(args, run.given), notes + seen
         if args.ckpt.load_enable and not problems:
             problems, told = identity.check(args)
+            problems += _checkpoint(args)
             notes += told
         if args.bond.strict:
             problems += [f"{line} (--bond.strict)" for line in aside]
@@ -197,6 +198,22 @@ def _before_ray(run: flags.Invocation) -> None:
         if not problems and _keeps_checkpoints(args):
             identity.write(args)
     flags.refuse(problems)
+
+
+def _checkpoint(args: SimpleNamespace) -> list[str]:
+    """Why the run cannot resume from what --ckpt.path says is the latest checkpoint."""
+    from bond_plugin.host import checkpoints
+
+    folders = [
+        Path(args.ckpt.path, "_actor"),
+        *([Path(args.ckpt.path, "_critic")] * bool(args.critic.model_name_or_path)),
+    ]
+    try:
+        for folder in folders:
+            checkpoints.latest(args, folder)
+    except checkpoints.CheckpointError as error:
+        return [f"--ckpt.load_enable: {error}"]
+    return []
 
 
 def _keeps_checkpoints(args: SimpleNamespace) -> bool:
