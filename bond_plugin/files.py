@@ -13,10 +13,13 @@ import math
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from bond_plugin.words import reason
 
 _DEEPEST = 50  # lists and objects in one another
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -51,6 +54,27 @@ def open_file(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
+def unwritable(name: str | os.PathLike[str]) -> str | None:
+    """Why a folder that is there or is to be made cannot be written, with its name; ``None`` if it can."""
+    name = os.fspath(name)
+    if not name or "\0" in name:
+        return f"{name!r} is no name of a folder"
+    path = Path(name)
+    try:
+        while not path.exists() and not path.is_symlink() and path != path.parent:
+            path = path.parent
+        if not path.exists():
+            return f"{path}: a link that leads nowhere is where the folder should be"
+        if not path.is_dir():
+            return f"{path}: a file is where the folder should be"
+        with tempfile.TemporaryFile(dir=path):
+            return None
+    except FileNotFoundError:  # of /proc and its like
+        return f"{path}: nothing can be written into this folder"
+    except OSError as error:
+        return f"{path}: nothing can be written into this folder: {reason(error)}"
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write ``content`` (text as UTF-8) under a temporary name beside ``path``, then rename it to ``path``.
 
@@ -58,12 +82,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with named(path):
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-            os.replace(partial, path)
-    except OSError:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)  # a full disk needs the room
+        error.filename, error.filename2 = os.fspath(path), None
         raise
 
 

@@ -26,6 +26,6 @@ def reason(error: OSError) -> str:
             return "no such file"
         case IsADirectoryError():
             return "a folder, not a file"
-        case NotADirectoryError():
-            return "a file is where a folder should be"
+        case NotADirectoryError() | FileExistsError():
+            return "a file is where the folder should be"
     return error.strerror or str(error)

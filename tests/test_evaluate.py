@@ -132,7 +132,10 @@ MISTAKES: dict[str, tuple[Callable[[Tiny, Path], dict[str, Any]], Sequence[str]]
     "no prompts": (lambda t, p: {"prompts": write(p / "x.jsonl", "\n")}, ["--prompts", "empty", '"input"']),
     "no such reward": (lambda t, p: {"reward": p / "no.py"}, ["--reward", "no such file"]),
     "reward no Python": (lambda t, p: {"reward": write(p / "r.txt", "")}, ["--reward", "Python file"]),
-    "reward cannot load": (lambda t, p: {"reward": write(p / "r.py", "1 / 0")}, ["--reward", "ZeroDivision"]),
+    "reward cannot load": (
+        lambda t, p: {"reward": write(p / "r.py", f"1 / 0\n{NOT_A_NUMBER}")},
+        ["--reward", "ZeroDivision"],
+    ),
     "no reward_func": (lambda t, p: {"reward": write(p / "r.py", "x = 1")}, ["--reward", "reward_func"]),
     "reward raises": (lambda t, p: {"reward": write(p / "r.py", RAISES)}, ["--reward", "the judge is out"]),
     "reward NaN": (lambda t, p: {"reward": write(p / "r.py", NOT_A_NUMBER)}, ["--reward", "nan"]),

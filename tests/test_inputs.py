@@ -154,7 +154,7 @@ def test_output_where_nothing_can_be_written(dry: Callable[..., Any], tmp_path: 
         pytest.skip("root can write everywhere")
     (tmp_path / "closed").mkdir(mode=0o500)
     found = dry({"ckpt.path": str(tmp_path / "closed" / "ckpt")})
-    assert found.status == 2 and "this folder cannot be written" in found.text
+    assert found.status == 2 and "nothing can be written into this folder" in found.text
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +186,9 @@ def test_resuming_where_nothing_is(dry: Callable[..., Any], tmp_path: Path) -> N
     assert dry({"bond.require_checkpoint": True}).status == 2
     (tmp_path / "ckpt" / "_actor" / "global_step1").mkdir(parents=True)
     (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step1")
+    found = dry({**flags, "bond.require_checkpoint": True})
+    assert found.status == 2 and "latest names global_step1, which is not there" in found.text
+    (tmp_path / "ckpt" / "_actor" / "global_step1").mkdir()
     assert dry({**flags, "bond.require_checkpoint": True}).status == 0
 
 

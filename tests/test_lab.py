@@ -507,8 +507,8 @@ ERRORS = [
     (["--bond.beta", "1"], "add --algorithm NAME"),
     (["--algorithm", "bond", "--reward", "none"], "invalid choice: 'none'"),
     (["surplus"], "unexpected argument 'surplus'"),
-    (["--output-dir", "file"], "--output-dir file is a file"),
-    (["--output-dir", "file/in"], "--output-dir file/in is a file, or lies in one"),
+    (["--output-dir", "file"], "--output-dir file: a file is where the folder should be"),
+    (["--output-dir", "file/in"], "--output-dir file: a file is where the folder should be"),
     (["--output-dir", "taken"], "has a lab.json that `bond lab` did not write"),
 ]  # fmt: skip
 

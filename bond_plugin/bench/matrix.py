@@ -42,6 +42,7 @@ from typing_extensions import Self
 
 from bond_plugin import recipe as recipes
 from bond_plugin.schema import Strict, explain
+from bond_plugin.words import shorten
 
 #: What the runner sets for each cell.
 RESERVED = ("ckpt.output_dir", "ckpt.path", "train.seed", "logger.tensorboard_dir")
@@ -76,7 +77,7 @@ def _points(node: Any) -> list[dict[str, Any]]:
     lists = _flat(node)
     for name, values in lists.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"'{name}' must be a list of values, got {values!r}")
+            raise ValueError(f"'{name}' must be a list of values, got {shorten(values, 60)}")
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
@@ -115,7 +116,7 @@ class Measuring(Strict):
     quantile_samples: Annotated[int, Field(ge=2)] = 32
     bon_levels: Annotated[list[Annotated[int, Field(ge=2)]], AfterValidator(_different)] = Field(default=[4, 8, 16])
     forward_samples: Least = 4
-    seed: Count = 1000
+    seed: Annotated[int, Field(ge=0, lt=2**32 - 1)] = 1000
     examples: Count = 4
 
     @model_validator(mode="after")

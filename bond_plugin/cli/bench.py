@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from bond_plugin.bench import matrix
+from bond_plugin.files import unwritable, write_whole
 
 _DESCRIPTION = """\
 Compare algorithms by what they reach: reward and win rate against KL to the reference, on the same model, prompts,
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> int:
         if args.report:
             return _report(args.output_dir)
         output, command = args.output_dir.resolve(), shlex.join(["bond", "bench", *argv])
+        if problem := unwritable(output):
+            raise runner.BenchError(f"--output-dir {problem}; name another folder")
         output.mkdir(parents=True, exist_ok=True)
         options = runner.Options(output, args.parallel, args.keep_policies, command)
         with runner.opened(wanted, options, say) as bench:
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> int:
             if args.check:
                 print("\n".join(cell.name for cell in wanted.cells))
                 return 0
-            (output / "matrix.yaml").write_text(args.matrix.read_text(encoding="utf-8"), encoding="utf-8")
+            write_whole(output / "matrix.yaml", args.matrix.read_bytes())
             failed = bench.run()
     except (matrix.MatrixError, runner.BenchError) as error:
         return _unusable(error)

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import PositiveInt
 
 from bond_plugin import recipe
-from bond_plugin.files import ContentError, read_json, write_whole
+from bond_plugin.files import ContentError, read_json, unwritable, write_whole
 from bond_plugin.offline.prompts import CONFIGURATION, template_problem
 from bond_plugin.options import at_least
 from bond_plugin.schema import Open, read_model
@@ -194,8 +194,10 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
             f"--after {args.after} has a vocabulary of {sizes[1]} tokens and --before one of {sizes[0]}: "
             "give the model that --after was trained from"
         )
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise ValueError(f"--output-dir {args.output_dir} is a file: name a folder")
+    if problem := unwritable(args.output_dir):
+        raise ValueError(f"--output-dir {problem}; name another folder")
+    if args.seed >= 2**32 - 1:  # the trained policy has the next one
+        raise ValueError(f"--seed must be below 2^32 - 1, got {args.seed}")
     if args.metrics is None:
         return None
     from bond_plugin.host import metrics
@@ -215,6 +217,8 @@ def arguments(args: argparse.Namespace) -> SimpleNamespace:
     Raises:
         ValueError: what is not as in the training, or a reward that is nowhere.
     """
+    from bond_plugin.host.inputs import reward as reward_problems
+
     trained = read_model(args.after / CONFIGURATION, _Run)
     found = (trained or _Run()).model_dump(include=set(_Run.model_fields))
     for name, value in (("apply_chat_template", args.apply_chat_template), ("input_template", args.input_template)):
@@ -236,9 +240,11 @@ def arguments(args: argparse.Namespace) -> SimpleNamespace:
             f"--reward {args.reward}: name a Python file that defines reward_func, a server's http://..., or the "
             "folder of a reward model"
         )
-    if args.reward.endswith(".py") and not Path(args.reward).is_file():
-        raise ValueError(f"--reward {args.reward}: no such file")
-    found["reward"]["remote_url"] = args.reward.split(",") if remote else None
+    urls = args.reward.split(",") if remote else []
+    for url in urls:
+        if problem := next(reward_problems(url), None):
+            raise ValueError(f"--reward {url}: {problem}")
+    found["reward"]["remote_url"] = urls or None
     found["reward"]["model_name_or_path"] = args.reward
     found["actor"] = {"model_name_or_path": str(args.before)}
     return recipe.namespace(found)
@@ -250,9 +256,13 @@ def inputs(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
     Raises:
         ValueError: either is of no use.
     """
+    from bond_plugin.host import models
     from bond_plugin.host.rewards import RewardError
     from bond_plugin.offline import prompts, scoring
 
+    for flag, folder in (("--before", args.before), ("--after", args.after)):
+        if problem := next(models.files(folder, policy=True), None):
+            raise ValueError(f"{flag} {folder}: {problem}")
     flags = ("--input-key", "--label-key", "--apply-chat-template")
     columns = prompts.Columns(args.input_key, args.label_key, run.data.apply_chat_template, flags)
     try:

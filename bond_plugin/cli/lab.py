@@ -12,7 +12,7 @@ from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bond_plugin.files import write_whole
+from bond_plugin.files import unwritable, write_whole
 from bond_plugin.options import add_flag, last_value
 from bond_plugin.words import did_you_mean
 
@@ -184,11 +184,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--n must be at most 10000, got {args.n}")
 
     folder = args.output_dir
-    parts = (folder.resolve(), *folder.resolve().parents)
-    if any(part.exists() and not part.is_dir() for part in parts):
-        raise ValueError(f"--output-dir {folder} is a file, or lies in one: name a folder")
-    if not os.access(next(part for part in parts if part.exists()), os.W_OK):
-        raise ValueError(f"--output-dir {folder} cannot be written: name another folder")
+    if problem := unwritable(folder):
+        raise ValueError(f"--output-dir {problem}; name another folder")
     files = [path for path in (folder / "lab.json", folder / "lab.png") if path.exists()]
     if files and not _is_ours(folder / "lab.json"):
         raise ValueError(

@@ -7,6 +7,7 @@ folder each, with a ``latest`` each; a run resumes from the newest checkpoint th
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -65,10 +66,12 @@ def save_ckpt(
         if self.is_rank_0():
             self._write_ckpt_metric(str(folder), metric_value, metric_key=metric_key)
     except (OSError, RuntimeError) as error:
-        if shutil.disk_usage(save_dir).free < _FULL:
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(save_dir).free < _FULL:
             raise CheckpointError(
-                f"no space left on the disk of {save_dir}: {tag} was not saved. Checkpoints saved before are whole"
+                f"{folder}: No space left on device, so it was not saved. Checkpoints saved before are whole"
             ) from error
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(folder)
         raise
     dist.barrier()
     if self.is_rank_0():
@@ -145,7 +148,8 @@ def _named(args: Any, folder: Path, file: str) -> list[str]:
     folders = {folder}
     if folder.name in _FOLDERS and args.critic.model_name_or_path:
         folders |= {folder.with_name(name) for name in _FOLDERS}
-    return [path.read_text().strip() for each in folders if (path := each / file).is_file()]
+    files = [path for each in folders if (path := each / file).is_file()]
+    return [path.read_text(encoding="utf-8", errors="replace").strip() for path in files]
 
 
 def _kept(args: Any, folder: Path) -> list[str]:
@@ -169,12 +173,12 @@ def latest(args: Any, folder: Path, universal: bool = False) -> str | None:
         return None
     named = sorted(_named(args, folder, file), key=_step)
     for tag in named:
-        if (folder / tag).is_dir():
+        if tag.strip(".") and os.sep not in tag and os.path.isdir(folder / tag):
             return tag
     there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
     raise CheckpointError(
-        f"{folder / file} names {named[0]}, which is not there (there are: {there}). Write the name of a whole "
-        "checkpoint into that file, or start without --ckpt.load_enable"
+        f"{folder / file} names {named[0][:80]}, which is not there (there are: {there}). Write the name of a "
+        "whole checkpoint into that file, or start without --ckpt.load_enable"
     )
 
 
@@ -193,7 +197,7 @@ def problems(args: Any) -> list[str]:
         try:
             found += _misfits(args, Path(args.ckpt.path, name), part)
         except CheckpointError as error:
-            found.append(str(error))
+            found.append(f"--ckpt.load_enable: {error}")
     return found
 
 

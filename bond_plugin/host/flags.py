@@ -246,8 +246,12 @@ def _limit_choices(parser: argparse.ArgumentParser) -> None:
     for option, choices in {
         "--actor.lr_scheduler": schedulers,
         "--critic.lr_scheduler": schedulers,
-        "--ds.grad_accum_dtype": [name for name in DtypeEnum._value2member_map_ if isinstance(name, str)],
-        "--vllm.sync_backend": [name for name in Backend.backend_list if name != Backend.UNDEFINED],
+        "--ds.grad_accum_dtype": [
+            name for name in DtypeEnum._value2member_map_ if isinstance(name, str) and "int" not in name
+        ],
+        "--vllm.sync_backend": [
+            name for name in Backend.backend_list if name in ("nccl", "gloo", "xccl", "ucc", "mpi")
+        ],
     }.items():
         action = parser._option_string_actions[option]
         action.choices, action.metavar = choices, action.metavar or "NAME"

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bond_plugin.files import open_file
+from bond_plugin.files import open_file, unwritable
 from bond_plugin.host import models
 from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem
 from bond_plugin.words import did_you_mean, reason
@@ -107,7 +106,7 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
         found, notes = found + wrong, notes + seen
     for dest in ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir"):
         if _value(args, dest) is not None:
-            found += [f"--{dest} {line}" for line in _folder(_value(args, dest))]
+            found += [f"--{dest} {line}" for line in filter(None, [unwritable(_value(args, dest))])]
     return found, notes
 
 
@@ -293,7 +292,7 @@ def _shares(text: str, names: int) -> Iterator[str]:
         shares = []
     if len(shares) == names and all(share > 0 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-8):
         return
-    yield f"--data.prompt_probs {text} must be {names} numbers above 0 with commas, one a data set, together 1"
+    yield f"--data.prompt_probs {text}: for each data set ({names}) one number above 0, with commas, together 1"
 
 
 def _local(names: str | None) -> Iterator[Path]:
@@ -361,26 +360,3 @@ def _takes_three(arguments: ast.arguments) -> bool:
     least = most - len(arguments.defaults)
     named = [default for default in arguments.kw_defaults if default is None]
     return not named and least <= 3 and (most >= 3 or arguments.vararg is not None)
-
-
-# Output.
-
-
-def _folder(name: str) -> Iterator[str]:
-    """Why a folder cannot be written."""
-    if not name or "\0" in name:
-        yield f"{name!r} is no name of a folder"
-        return
-    path = Path(name)
-    try:
-        while not path.exists() and path != path.parent:
-            path = path.parent
-        if path.is_symlink() and not path.exists():
-            yield f"{path}: a link that leads nowhere is where the folder should be"
-        elif not path.is_dir():
-            yield f"{path}: a file is where the folder should be"
-        else:
-            with tempfile.TemporaryFile(dir=path):
-                return
-    except OSError as error:
-        yield f"{path}: this folder cannot be written: {reason(error)}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from bond_plugin.files import unwritable
 from bond_plugin.host import flags, plan
 from bond_plugin.host.rewards import RewardError
 from bond_plugin.offline import engine, fingerprints, reward_cache, scoring
@@ -89,7 +90,13 @@ def refused(args: SimpleNamespace) -> list[str]:
     }
     for name in ("overlong_buffer_len", "stop_properly_penalty_coef"):
         table[f"reward.{name}"] = (getattr(args.reward, name) is not None, "penalties are not cached")
-    return [f"--{dest} cannot be used with {flags.CACHE}: {why}" for dest, (on, why) in table.items() if on]
+    found = [f"--{dest} cannot be used with {flags.CACHE}: {why}" for dest, (on, why) in table.items() if on]
+    path = os.path.expanduser(args.cache.output)
+    if os.path.isdir(path):
+        found.append(f"--cache.output {path}: a folder, not a file")
+    elif problem := unwritable(os.path.dirname(os.path.abspath(path))):
+        found.append(f"--cache.output {problem}")
+    return found
 
 
 def problems(args: SimpleNamespace) -> list[str]:
@@ -188,7 +195,7 @@ def make(args: SimpleNamespace) -> int:
                 )
                 return 130
             print(f"\n{path}: {reward_cache.summary(writer.cache, [prompt for prompt, _ in pairs])}", flush=True)
-    except (RewardError, reward_cache.CacheError, DataError, engine.SamplingError, OSError) as error:
+    except (RewardError, reward_cache.CacheError, DataError, engine.SamplingError) as error:
         if isinstance(error, RewardError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(f"{flags.CACHE}: error: {error}", file=sys.stderr, flush=True)

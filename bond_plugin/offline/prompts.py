@@ -164,7 +164,7 @@ class Lines:
                 )
 
     def _row(self, line: bytes, where: str) -> dict[str, Any]:
-        columns, item = self._columns, parse_json(line)
+        columns, item = self._columns, parse_json(line.rstrip())
         if not isinstance(item, dict):
             raise ValueError(f"is no JSON object: {shorten(item, 40)}")
         for flag, key in zip(columns.flags, (columns.prompt, columns.label), strict=False):

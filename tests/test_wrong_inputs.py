@@ -1,0 +1,257 @@
+"""Wrong inputs of every kind and command, each with the first line of its error; Ray never starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Tiny, recipe_for, to_argv, with_flags
+
+from bond_plugin.cli.main import main
+
+RLOO = {"algo.advantage.estimator": "rloo", "rollout.n_samples_per_prompt": 2}
+GAE = {"algo.advantage.estimator": "gae", "bond.n_anchor_samples": None}
+REWARD_MODEL = {"reward.remote_url": None, "reward.num_gpus_per_node": 1}
+DATE = '"2024-05-01"'
+
+#: Files that a case names as {folder}/NAME.
+FILES: dict[str, str | bytes] = {
+    "twice.jsonl": '{"input": "a", "input": "b"}\n',
+    "nan.jsonl": '{"input": "a", "x": NaN}\n',
+    "huge.jsonl": '{"input": "a", "x": 1e999}\n',
+    "long.jsonl": '{"input": "a", "x": 123456789012345678901}\n',
+    "half.jsonl": '{"input": "\\ud800"}\n',
+    "deep.jsonl": '{"input": "a", "x": ' + "[" * 99 + "]" * 99 + "}\n",
+    "deeper.jsonl": "[" * 100_000 + "\n",
+    "nul.jsonl": b'{"input": "a\x00"}\n',
+    "latin.jsonl": b'{"input": "\xe9"}\n',
+    "utf16.jsonl": '{"input": "a"}\n'.encode("utf-16"),
+    "empty.jsonl": "\n\n",
+    "list.jsonl": '[{"input": "a"}]\n',
+    "cut.jsonl": '{"input": "a"}\n{"input": "b',
+    "two.jsonl": '{"input": "a"}{"input": "b"}\n',
+    "bom.jsonl": b'{"input": "a"}\n\xef\xbb\xbf\xef\xbb\xbf{"input": "b"}\n',
+    "text.jsonl": "a\n",
+    "other.jsonl": '{"prompt": "a"}\n',
+    "none.jsonl": "{}\n",
+    "blank.jsonl": '{"input": " \\t"}\n',
+    "null.jsonl": '{"input": null}\n',
+    "object.jsonl": '{"input": {"a": 1}}\n',
+    "true.jsonl": '{"input": true}\n',
+    "chat.jsonl": '{"input": [{"role": "user", "content": "a"}]}\n',
+    "nochat.jsonl": '{"input": []}\n',
+    "role.jsonl": '{"input": [{"role": 1, "content": "a"}]}\n',
+    "content.jsonl": '{"input": [{"role": "user", "content": 5}]}\n',
+    "dates.jsonl": f'{{"input": {DATE}}}\n' * 2,
+    "labels.jsonl": f'{{"input": "a", "label": {DATE}}}\n' * 2,
+    "mixed.jsonl": '{"input": "a", "label": 1}\n{"input": "b", "label": "1"}\n',
+    "good.jsonl": '{"input": "a"}\n',
+    "prompts.txt": "a\n",
+    "prompts.json": '{"input": "a"}\n{"input": 1}\n',
+    "async.py": "async def reward_func(q, p, l): ...\n",
+    "one.py": "def reward_func(q): ...\n",
+    "no.py": "x = 1\n",
+    "syntax.py": "def reward_func(q, p, l)\n",
+    "tab.py": "def reward_func(q, p, l):\n\treturn 1\n        return 2\n",
+    "raises.py": "def reward_func(q, p, l):\n    raise KeyError('x')\n",
+    "import.py": "import no_such_module\ndef reward_func(q, p, l): ...\n",
+    "nan.py": "def reward_func(q, p, l):\n    return {'rewards': float('nan')}\n",
+    "pair.py": "def reward_func(q, p, l):\n    return {'rewards': [1, 2]}\n",
+    "list.py": "def reward_func(q, p, l):\n    return [1.0]\n",
+    "logs.py": "def reward_func(q, p, l):\n    return {'rewards': [1.0], 'extra_logs': {'a': 'b'}}\n",
+    "key.yaml": "bond: {bta: 1}\n",
+    "twice.yaml": "bond: {beta: 1}\nbond.beta: 2\n",
+    "list.yaml": "- a\n",
+    "open.yaml": "a: [\n",
+    "tab.yaml": "bond:\n\tbeta: 1\n",
+    "latin.yaml": b"a: \xe9\n",
+    "switch.yaml": "train: {colocate_all: 2}\n",
+    "many.yaml": "train: {seed: [1, 2]}\n",
+    "none.yaml": "",
+    "tag.yaml": "a: !!python/name:os.system x\n",
+    "cache-text.jsonl": "x\n",
+    "cache-nan.jsonl": '{"prompt": "a", "rewards": [NaN]}\n',
+    "cache-none.jsonl": "\n",
+    "cache-both.jsonl": '{"prompt": "a", "rewards": [1], "reward": 1}\n',
+    "cache-version.jsonl": '{"bond_cache": 7}\n',
+    "cache-other.jsonl": '{"prompt": "zz", "rewards": [1]}\n',
+    "cache-short.jsonl": '{"prompt": "a", "responses": ["x"], "rewards": [1, 2]}\n',
+    "metrics-none.jsonl": "{}\n",
+    "metrics-bad.jsonl": '{"step": 1}\nx\n{"step": 2}\n',
+    "file": "",
+}  # fmt: skip
+MATRIX = {
+    "common": {"actor": {"model_name_or_path": "m"}},
+    "evaluation": {"prompts": "{folder}/good.jsonl"},
+    "methods": {"jbond": {"flags": {"algo.advantage.estimator": "jbond"}}},
+}
+
+
+def config(**changes: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def tokenizer(name: str, **changes: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        found = json.loads(path.read_text())
+        for key, value in changes.items():
+            if value is None:
+                found.pop(key)
+            else:
+                found[key] = value
+        path.write_text(json.dumps(found))
+
+    return change
+
+
+def without(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def other_words(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text())
+    vocabulary = found["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(found))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+#: Copies of the tiny model that a case names as {folder}/NAME.
+MODELS: dict[str, Callable[[Path], Any]] = {
+    "m-config": without("config.json"),
+    "m-list": written("config.json", b"[]"),
+    "m-type": config(model_type="lama"),
+    "m-layers": config(num_hidden_layers="two"),
+    "m-class": config(architectures=["LlamaForSequenceClassification"]),
+    "m-weights": without("model.safetensors"),
+    "m-lfs": written("model.safetensors", LFS),
+    "m-lfs-config": written("config.json", LFS),
+    "m-lfs-tokenizer": written("tokenizer.json", LFS),
+    "m-empty": written("model.safetensors", b""),
+    "m-header": written("model.safetensors", b"\xff" * 100),
+    "m-index": written("model.safetensors.index.json", b'{"weight_map": 3}'),
+    "m-part": written("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
+    "m-tokenizer": written("tokenizer.json", b'{"version": '),
+    "m-eos": tokenizer("tokenizer_config.json", eos_token=None),
+    "m-embeddings": config(vocab_size=1),
+    "m-positions": config(max_position_embeddings=31),
+    "m-few": config(vocab_size=20),
+    "m-words": other_words,
+}
+
+BASES = {"RLOO": RLOO, "GAE": GAE, "REWARD_MODEL": REWARD_MODEL}
+
+
+def filled(value: Any, names: dict[str, Any]) -> Any:
+    """``value`` with what stands for a folder or a file in its texts."""
+    if isinstance(value, dict):
+        return {key: filled(one, names) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [filled(one, names) for one in value]
+    for name, path in names.items() if isinstance(value, str) else ():
+        value = value.replace(f"{{{name}}}", str(path))
+    return value
+
+
+def make(text: str, folder: Path, tiny: Tiny) -> None:
+    """The files that ``text`` names."""
+    for name, content in FILES.items():
+        if f"{folder}/{name}" in text:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name, spoil in MODELS.items():
+        if f"{folder}/{name}" in text:
+            shutil.copytree(tiny.model, folder / name, dirs_exist_ok=True)
+            spoil(folder / name)
+    (folder / "broken").symlink_to("/nowhere")
+    for name in ("folder.jsonl", "folder.py"):
+        (folder / name).mkdir()
+
+
+def command_line(command: str, given: Any, folder: Path, tiny: Tiny) -> list[str]:
+    if command == "bench":
+        path = Path(given) if isinstance(given, str) else folder / "matrix.yaml"
+        if not isinstance(given, str):
+            path.write_text(json.dumps(given))
+        return [command, str(path), "--output-dir", str(folder / "out"), "--check"]
+    if command == "evaluate":
+        base = {"before": tiny.model, "after": tiny.model, "prompts": tiny.prompts, "reward": tiny.reward}
+        return [command, *to_argv({**base, "output-dir": folder / "out", **given})]
+    base, given = (BASES[given[0]], given[1]) if isinstance(given, list) else ({}, given)
+    recipe = [token for name in ("--recipe",) if name in given for token in (name, given[name])]
+    if command == "cache":
+        base = {"algo.advantage.estimator": "bond", "cache.output": str(folder / "r.jsonl"), **base}
+    wanted = with_flags(recipe_for(tiny), {**base, **{key: one for key, one in given.items() if key != "--recipe"}})
+    return [command, *to_argv(wanted), *recipe]
+
+
+def first_line(text: str) -> str:
+    """Of what a command printed the first line that says what is wrong."""
+    lines = [line for line in text.splitlines() if "error: " in line or line.startswith("  - ")]
+    return next(line for line in lines if not line.endswith("this run cannot start:")).strip().removeprefix("- ")
+
+
+def refused(command: str, given: Any, tiny: Tiny, folder: Path, capfd: Any) -> tuple[int, str]:
+    """The status and the first line of the error."""
+    import ray
+
+    names = {"folder": folder, "model": tiny.model, "prompts": tiny.prompts, "reward": tiny.reward}
+    if command == "bench" and isinstance(given, dict):
+        given = {**MATRIX, **given}
+    given = filled(given, names)
+    make(json.dumps(given, default=str), folder, tiny)
+    argv = command_line(command, given, folder, tiny)
+    capfd.readouterr()
+    try:
+        status = main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    printed = capfd.readouterr()
+    assert not ray.is_initialized()
+    assert "Traceback" not in printed.out + printed.err, printed.err[-3000:]
+    assert status in (1, 2), printed.out[-2000:]
+    line = first_line(printed.out + printed.err)
+    for name, path in names.items():
+        line = line.replace(str(path), f"{{{name}}}")
+    return status, line
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BOND_DEVICE", "cpu")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("logging.raiseExceptions", False)  # of handlers that have the stream of another test
+
+
+#: A case a line: the command, what is given to it, and the first line of the error, which ends with … where Python or
+#: a library goes on in its own words.
+CASES = [json.loads(line) for line in Path(__file__).with_name("wrong_inputs.jsonl").read_text().splitlines()]
+
+
+def test_every_command_is_in_the_table() -> None:
+    counts = Counter(command for command, _, _ in CASES)
+    assert counts["train"] > 180 and min(counts[name] for name in ("cache", "evaluate", "bench")) > 15, counts
+
+
+@pytest.mark.parametrize(("command", "given", "says"), CASES, ids=lambda value: str(value)[:60])
+def test_a_wrong_input_has_one_clear_error(
+    command: str, given: Any, says: str, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], on_cpu: None
+) -> None:
+    status, line = refused(command, given, tiny, tmp_path, capfd)
+    assert status == 2
+    assert line == says if not says.endswith("…") else line.startswith(says[:-1]), line
