@@ -272,6 +272,13 @@ def test_an_anchor_of_0_1_is_read_by_the_same_ranks_at_the_same_stage(written: t
         assert "was written by openrlhf-bond 0.1 with 2 ranks at ZeRO stage 2" in other["error"]
 
 
+def test_stage_1_and_2_resume_each_others(written: tuple[Checkpoints, dict]) -> None:
+    made, saved = written
+    for what, found in made.launch(2, "again:adam:1:2-adam-2", "again:adam:2:2-adam-1").items():
+        parts = ("masters", "exp_avg", "exp_avg_sq", "module", "anchor")
+        assert equal(found, saved[what.rpartition(":")[2]], *parts), what
+
+
 def test_a_converted_checkpoint_resumes_with_other_ranks(written: tuple[Checkpoints, dict]) -> None:
     """By DeepSpeed's own conversion, and by the host's loading with --ds.use_universal_ckpt."""
     made, saved = written
