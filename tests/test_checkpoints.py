@@ -95,21 +95,6 @@ def test_a_first_checkpoint_that_was_cut_short_is_none(tmp_path: Path) -> None:
     assert checkpoints.latest(POLICY, folder_of(tmp_path, {"global_step1": None})) is None
 
 
-def test_a_full_disk_is_named_with_the_checkpoint(tmp_path: Path) -> None:
-    class Engine:
-        global_steps = 3
-
-        def save_checkpoint(self, *_: Any, **__: Any) -> None:
-            Path("/dev/full").write_bytes(b"x")
-
-    folder = folder_of(tmp_path, {"global_step1": None}, "global_step1")
-    with pytest.raises(
-        CheckpointError, match=rf"{folder}/global_step3: No space left on device, .* before are whole"
-    ):
-        checkpoints.save_ckpt(None, POLICY, Engine(), str(folder))
-    assert checkpoints.latest(POLICY, folder) == "global_step1"
-
-
 def test_a_latest_that_is_gone_is_an_error(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, {"global_step1": None}, "global_step2")
     with pytest.raises(CheckpointError, match=r"names global_step2, which is not there.*global_step1"):

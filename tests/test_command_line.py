@@ -284,6 +284,8 @@ def test_shipped_recipes_and_matrices_are_accepted(
         prompts = [json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()]
         rows = [{"prompt": prompt, "rewards": list(range(32))} for prompt in sorted(set(prompts))]
         flags["bond.reward_cache"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if flat.get("critic.model_name_or_path"):
+        flags["critic.model_name_or_path"] = tiny.model
     if flat.get("data.label_key"):
         flags["data.label_key"] = "input"
     path = tmp_path / "recipe.yaml"

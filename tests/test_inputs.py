@@ -184,7 +184,7 @@ def test_resuming_where_nothing_is(dry: Callable[..., Any], tmp_path: Path) -> N
     found = dry({**flags, "bond.require_checkpoint": True})
     assert found.status == 2 and "--bond.require_checkpoint: --ckpt.path" in found.text
     assert dry({"bond.require_checkpoint": True}).status == 2
-    (tmp_path / "ckpt" / "_actor" / "global_step1").mkdir(parents=True)
+    (tmp_path / "ckpt" / "_actor").mkdir(parents=True)
     (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step1")
     found = dry({**flags, "bond.require_checkpoint": True})
     assert found.status == 2 and "latest names global_step1, which is not there" in found.text
