@@ -463,7 +463,7 @@ CACHE_REFUSED = [
     ({"cache.output": "r.jsonl", "data.max_len": 10}, "10 leaves no room for a prompt"),
     ({"cache.output": "r.jsonl", "reward.overlong_buffer_len": 2}, "--reward.overlong_buffer_len cannot be used"),
     ({"cache.output": "r.jsonl", "rollout.top_p": 0.9}, "--rollout.top_p cannot be used with bond cache"),
-    ({"cache.output": "r.jsonl", "reward.remote_url": "./none.py"}, "--reward.remote_url ./none.py: No such file"),
+    ({"cache.output": "r.jsonl", "reward.remote_url": "./none.py"}, "--reward.remote_url ./none.py: no such file"),
 ]  # fmt: skip
 
 
