@@ -235,6 +235,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BOND_DEVICE", "cpu")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(tmp_path)
+
+    def started(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it was accepted")
+
+    # What a wrong input that is accepted would come to, so that a test that fails does so at once.
+    for name in ("host.launch._runtime_env", "offline.engine.stream", "offline.engine.sample"):
+        monkeypatch.setattr(f"bond_plugin.{name}", started)
     monkeypatch.setattr("logging.raiseExceptions", False)  # of handlers that have the stream of another test
 
 
