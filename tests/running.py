@@ -74,7 +74,6 @@ FAULTS = (
     _actor("RewardModelActor"),
     _actor("PPOTrainer"),
     Fault("raylet", signal.SIGKILL, 1, "[Rr]aylet"),
-    Fault("gcs_server", signal.SIGKILL, 1, "GCS"),
 )
 
 
@@ -147,7 +146,7 @@ class Running:
     """
 
     def __init__(self, tiny: Tiny, folder: Path, flags: dict[str, Any], **environment: str) -> None:
-        self.mark, self.folder = uuid.uuid4().hex, folder
+        self.mark, self.folder, self.started = uuid.uuid4().hex, folder, time.time()
         folders = {"ckpt.output_dir": str(folder / "out"), "ckpt.path": str(folder / "ckpt")}
         argv = to_argv(with_flags(recipe_for(tiny), folders | flags))
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +225,8 @@ class Running:
             with suppress(psutil.Error, OSError):
                 found |= {part.path for part in psutil.Process(pid).memory_maps(grouped=False)}
                 found |= {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
-        return {path for name in found if name.startswith("/dev/shm/") and (path := Path(name)).exists()}
+        here = {path for name in found if name.startswith("/dev/shm/") and (path := Path(name)).exists()}
+        return {path for path in here if path.stat().st_mtime > self.started}  # another's process had the number too
 
     @property
     def output(self) -> str:
