@@ -22,6 +22,7 @@ _LOOK_EVERY = 5.0  # seconds
 _LOOK_FOR_SAVED = 0.2
 _NAMESPACE = b"bond"
 _GRACE = 15.0  # seconds in which the main thread can end the run with the cause's traceback
+_HEARD = 1.0  # seconds until Ray has heard of a death, of which a collective's peers know at once
 
 
 def end_with_parent() -> None:
@@ -43,10 +44,21 @@ def end_with_parent() -> None:
 
 
 def end_with_actors() -> None:
-    """In the launching process, once Ray runs: end the run when one of its actors has died."""
+    """In the launching process, once Ray runs: end the run when one of its actors has died, and name it."""
 
     over = threading.Event()
-    atexit.register(over.set)  # after Ray is imported, so that it comes before Ray ends its actors
+
+    def end() -> None:
+        over.set()
+        if hasattr(sys, "last_value"):  # an exception ends the run: a broken connection, if a peer saw it first
+            time.sleep(_HEARD)
+            name(_dead_actors())
+
+    def name(dead: list[dict[str, Any]]) -> None:
+        for actor in dead:
+            print(f"bond: error: {_died(actor)}", file=sys.stderr)
+
+    atexit.register(end)  # after Ray is imported, so that it comes before Ray ends its actors
 
     def look() -> None:
         dead: list[dict[str, Any]] = []
@@ -54,8 +66,7 @@ def end_with_actors() -> None:
             dead = _dead_actors()
         if over.wait(_GRACE):
             return
-        for actor in dead:
-            print(f"bond: error: {_died(actor)}", file=sys.stderr)
+        name(dead)
         print("bond: error: the run ends; --ckpt.load_enable resumes from its last checkpoint", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
