@@ -137,6 +137,25 @@ def clean_environment(**extra: str) -> dict[str, str]:
 POOLED = {"bond.n_anchor_samples": 0, "rollout.n_samples_per_prompt": 4, "train.batch_size": 64}
 
 
+def without(name: str) -> Callable[[Path], Any]:
+    """What takes a file of a folder away."""
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name: str, content: bytes) -> Callable[[Path], Any]:
+    """What writes a file of a folder anew."""
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def other_words(folder: Path) -> None:
+    """Exchange two words of a model's tokenizer."""
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text())
+    vocabulary = found["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(found))
+
+
 def with_flags(base: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """``base`` with other flags; its own of an algorithm that they replace are dropped."""
     estimator = "algo.advantage.estimator"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import POOLED, REPOSITORY, clean_environment, nested, recipe_for
+from conftest import POOLED, REPOSITORY, clean_environment, nested, other_words, recipe_for
 
 from bond_plugin import recipe
 from bond_plugin.bench import matrix
@@ -458,11 +458,7 @@ def other_letters(tiny: Any, tmp_path: Path) -> Path:
     """The tiny model with two of its letters exchanged."""
     folder = tmp_path / "other"
     shutil.copytree(tiny.model, folder)
-    path = folder / "tokenizer.json"
-    found = json.loads(path.read_text())
-    vocabulary = found["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    path.write_text(json.dumps(found))
+    other_words(folder)
     return folder
 
 

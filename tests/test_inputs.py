@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Tiny
+from conftest import Tiny, without, written
 
 from bond_plugin.files import lock
 from bond_plugin.host import flags as flags_module
@@ -91,14 +91,6 @@ def test_prompts_in_another_encoding_without_labels_and_twice(dry: Callable[...,
     assert found.status == 0 and f"{path}: 1 of 2 prompts are there more than once" in found.text
 
 
-def _without(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def _write(name: str, content: bytes) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
 def _cut(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -110,15 +102,15 @@ def _positions(folder: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (_without("config.json"), "it has no config.json; is it a model's folder?"),
-    "config cut": (_write("config.json", b'{"a": '), "config.json is not JSON"),
-    "no weights": (_without("model.safetensors"), "it has no weights"),
+    "no config": (without("config.json"), "it has no config.json; is it a model's folder?"),
+    "config cut": (written("config.json", b'{"a": '), "config.json is not JSON"),
+    "no weights": (without("model.safetensors"), "it has no weights"),
     "weights cut": (_cut, "model.safetensors is cut short"),
-    "no header": (_write("model.safetensors", b"\x05" + b"\0" * 7 + b"abcdefgh"), "has no header of safetensors"),
-    "empty": (_write("model.safetensors", b""), "model.safetensors is cut short (0 bytes)"),
-    "Git LFS": (_write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
+    "no header": (written("model.safetensors", b"\x05" + b"\0" * 7 + b"abcdefgh"), "has no header of safetensors"),
+    "empty": (written("model.safetensors", b""), "model.safetensors is cut short (0 bytes)"),
+    "Git LFS": (written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
     "a part is missing": (
-        _write("model.safetensors.index.json", b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+        written("model.safetensors.index.json", b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
         "model-00001-of-00002.safetensors is missing",
     ),
     "positions": (_positions, "--data.max_len 32 is more than the 16 positions of"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Tiny, recipe_for, to_argv, with_flags
+from conftest import Tiny, other_words, recipe_for, to_argv, with_flags, without, written
 
 from bond_plugin.cli.main import main
 
@@ -112,22 +112,6 @@ def tokenizer(name: str, **changes: Any) -> Callable[[Path], Any]:
         path.write_text(json.dumps(found))
 
     return change
-
-
-def without(name: str) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).unlink()
-
-
-def written(name: str, content: bytes) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def other_words(folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    found = json.loads(path.read_text())
-    vocabulary = found["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    path.write_text(json.dumps(found))
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -126,7 +126,8 @@ class Pool:
     @classmethod
     def of(cls, batch: AdvantageInputs, anchor: Source) -> Pool:
         """Of a batch with all samples of the anchor, in their order; ``anchor`` names its weights."""
-        log_ratio = batch.log_ratios(anchor).sum(dim=-1)
+        log_ratios = batch.log_ratios(anchor)
+        log_ratio = log_ratios.sum(dim=-1)
         moved = torch.zeros_like(log_ratio)
         if "behaviour" in batch.under:
             moved[:, : batch.n] = batch.log_ratio("behaviour")
@@ -136,7 +137,7 @@ class Pool:
             n=batch.n,
             rewards=torch.cat([batch.rewards, batch.source_rewards], dim=-1),
             log_probs=batch.log_probs,
-            log_ratios=batch.log_ratios(anchor),
+            log_ratios=log_ratios,
             reference_log_ratios=batch.log_ratios("reference") if "reference" in batch.under else None,
             weights=weights,
             own_anchor=own_anchor,
