@@ -1,10 +1,12 @@
-"""What a step costs: pooled J-BOND beside the host's REINFORCE++ with a reference model, on the same samples.
+"""What a step costs: pooled J-BOND beside the host's REINFORCE++ with a reference model, on as many samples.
 
     .venv/bin/python benchmarks/step_time.py --recipe recipes/reviews/jbond-cpu.yaml
 
-Both are `bond train` with the recipe's model, prompts, reward and sizes, in turn, several rounds, so that a machine
-that gets slower meets both. The first step of a run (caches, compilation) does not count. Prints the median seconds
-of each part of a step and the ratio of the medians, with the smallest and the largest ratio of a round.
+All are `bond train` with the recipe's model, prompts, reward and sizes, in turn, several rounds, so that a machine
+that gets slower meets all of them; the first with the host's own way to log-probabilities (`--bond.logits_mb 0`). The
+first step of a run (caches, compilation) does not count. Prints the median seconds of each part of a step, the ratio
+of the medians with the smallest and the largest ratio of a round, and the most memory that all processes together
+took (their proportional set size, looked at twice a second).
 """
 
 from __future__ import annotations
@@ -13,18 +15,26 @@ import argparse
 import json
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
+import psutil
+
 HOST = ["--algo.advantage.estimator", "reinforce_baseline", "--algo.kl.init_coef", "0.01"]
+AS_IT_IS = ["--bond.logits_mb", "0"]
 OURS = ["--algo.advantage.estimator", "jbond", "--bond.eta", "0.1"]
 METHODS = {
-    "REINFORCE++ with a reference model": HOST,
+    "REINFORCE++ with a reference": [*HOST, *AS_IT_IS],
+    "the same, our log-probabilities": HOST,
     "J-BOND": OURS,
-    "J-BOND, gamma_ref": [*OURS, "--bond.gamma_ref", "0.1"],
-    "J-BOND, bond/kl_ref not reported": [*OURS, "--no-bond.kl_ref"],
+    "J-BOND, the host's": [*OURS, *AS_IT_IS],
+    "J-BOND with gamma_ref": [*OURS, "--bond.gamma_ref", "0.1"],
+    "J-BOND without bond/kl_ref": [*OURS, "--no-bond.kl_ref"],
 }
 FIRST = next(iter(METHODS))
+MEMORY = "memory"
 PARTS = ("timing/step_total", "timing/generation", "timing/make_experience", "timing/ppo_train", "timing/broadcast")
 
 
@@ -40,18 +50,31 @@ def without_algorithm(recipe: Path, folder: Path) -> Path:
     return path
 
 
+def memory(process: psutil.Process) -> float:
+    """GB of a process and all that it started, memory that they share counted once."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        with suppress(psutil.Error):
+            total += each.memory_full_info().pss
+    return total / 1e9
+
+
 def run(name: str, flags: list[str], recipe: Path, folder: Path, steps: int, batch: int) -> dict[str, list[float]]:
-    """The parts of the steps of one run but its first, in seconds."""
+    """The parts of the steps of one run but its first, in seconds, and its peak memory."""
     sizes = ["--data.max_samples", str(steps * batch), "--train.num_episodes", "1"]
     output = ["--ckpt.output_dir", str(folder), "--ckpt.path", str(folder / "checkpoints")]
     command = [sys.executable, "-m", "bond_plugin", "train", "--recipe", str(recipe), *flags, *sizes, *output]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
-    if status:
-        raise SystemExit(f"{name} failed (exit status {status}), see {folder / 'log.txt'}")
+        child = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        peak = 0.0
+        while child.poll() is None:
+            peak = max(peak, memory(child))
+            time.sleep(0.5)
+    if child.returncode:
+        raise SystemExit(f"{name} failed (exit status {child.returncode}), see {folder / 'log.txt'}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
-    return {part: [row[part] for row in rows] for part in PARTS}
+    return {part: [row[part] for row in rows] for part in PARTS} | {MEMORY: [peak]}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,16 +103,17 @@ def main(arguments: list[str] | None = None) -> None:
             rounds[name].append(run(name, flags, recipe, folder, given.steps, batch))
 
     total, found = PARTS[0], []
-    print(
-        f"{'seconds, median':36}" + "".join(f"{part.partition('/')[2]:>17}" for part in PARTS) + "   ratio [rounds]"
-    )
+    first = {key: median(x for turn in rounds[FIRST] for x in turn[key]) for key in (total, MEMORY)}
+    names = "".join(f"{part.partition('/')[2]:>17}" for part in PARTS)
+    print(f"{'median seconds':34}{names}   ratio [rounds]{'peak GB':>17}  ratio")
     for name, turns in rounds.items():
-        parts = {part: median(x for turn in turns for x in turn[part]) for part in PARTS}
-        first = median(x for turn in rounds[FIRST] for x in turn[total])
+        parts = {part: median(x for turn in turns for x in turn[part]) for part in (*PARTS, MEMORY)}
         ratios = [median(a[total]) / median(b[total]) for a, b in zip(turns, rounds[FIRST], strict=True)]
-        found.append({"method": name, "seconds": parts, "ratio": parts[total] / first, "rounds": ratios})
-        print(f"{name:36}" + "".join(f"{parts[part]:17.2f}" for part in PARTS)
-              + f"   {parts[total] / first:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]")  # fmt: skip
+        ratio, of_memory = (parts[key] / first[key] for key in (total, MEMORY))
+        found.append({"method": name, "seconds": parts, "ratio": ratio, "rounds": ratios, "memory": of_memory})
+        seconds = "".join(f"{parts[part]:17.2f}" for part in PARTS)
+        spread = f"{ratio:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
+        print(f"{name:34}{seconds}   {spread}{parts[MEMORY]:13.2f}  {of_memory:.3f}")
     (given.output_dir / "step_time.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -67,9 +67,9 @@ def expected(make: object, rewards: Tensor, samples: int = 2, prompts: int = 2) 
     return torch.autograd.grad(-(coefficient * tokens_of(POLICY)).sum(), POLICY)[0]
 
 
-def best_of(n: int, rewards: Tensor) -> Tensor:
+def best_of(n: int, rewards: Tensor, anchor: Tensor | None = None) -> Tensor:
     """``[4]``: log pi_BoN of the anchor, ties in proportion to the anchor (Theorem 1 of arXiv 2407.14622)."""
-    anchor = tokens_of(ANCHOR).sum(-1).exp()
+    anchor = tokens_of(ANCHOR).sum(-1).exp() if anchor is None else anchor
     below = (anchor * (rewards.unsqueeze(1) > rewards)).sum(-1)
     level = (anchor * (rewards.unsqueeze(1) == rewards)).sum(-1)
     return (((below + level) ** n - below**n) / level * anchor).log()
@@ -136,7 +136,8 @@ def test_what_came_before_a_token_does_not_depend_on_it() -> None:
 
     def of(to_go: bool) -> object:
         def make(batch: AdvantageInputs) -> object:
-            pool, config = Pool.of(batch, "anchor"), JBONDConfig()
+            config = JBONDConfig()
+            pool = Pool.of(batch, "anchor", config.max_weight)
             return advantages(pool, *pool.tilts(config), config, to_go=to_go)
 
         return make
@@ -154,6 +155,50 @@ def test_self_normalised_weights_have_a_bias_that_falls_with_the_samples() -> No
 
     two, four = bias(2), bias(4)
     assert 0 < four < 0.6 * two
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_cut_off_weights_have_the_cut_off_anchor_for_their_target(n: int) -> None:
+    """min(anchor, c pi) in the anchor's place: both directions, and the share that is left out."""
+    largest = 1.1
+    pi = tokens_of(POLICY.detach()).sum(-1).exp()
+    anchor = tokens_of(ANCHOR).sum(-1).exp()
+    cut = anchor.minimum(largest * pi)
+    assert 0.05 < 1 - cut.sum() < 0.5
+    config = JBONDConfig(n=n, beta=0.0, max_weight=largest)
+    log_pi = tokens_of(POLICY).sum(-1)
+    exact = torch.autograd.grad(-(best_of(n, STRICT, cut).exp() * log_pi).sum(), POLICY)[0]
+    found = expected(JBOND(config).advantages, STRICT, samples=3, prompts=1)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+    above = (cut * (STRICT.unsqueeze(1) < STRICT)).sum(-1) + cut / 2
+    log_quantile = -sum(above**j / j for j in (1, 2))
+    log_pi = tokens_of(POLICY).sum(-1)
+    value = (log_pi.exp() * (log_pi - anchor.log() - (n - 1) * log_quantile)).sum()
+    exact = torch.autograd.grad(value, POLICY)[0]
+    found = expected(JBOND(replace(config, beta=1.0)).advantages, STRICT, samples=3, prompts=1)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_no_sample_makes_up_a_step() -> None:
+    """One response that the policy has all but forgotten: the coefficient of its gradient, and of the others'."""
+    index = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 8)
+    batch = inputs(index, STRICT)
+    anchor = batch.under["policy"].clone()
+    anchor[3, 2, 1] += 6.0  # e^6 times as likely
+    batch = replace(batch, under={**batch.under, "anchor": anchor})
+
+    def found(max_weight: float) -> tuple[float, dict[str, float]]:
+        made = JBOND(JBONDConfig(max_weight=max_weight)).advantages(batch)
+        return made.advantages.abs().max().item(), made.metrics
+
+    largest, metrics = found(math.inf)
+    assert largest > 200 and metrics["bond/truncated"] == 0 and metrics["bond/ess_min"] < 0.2 < metrics["bond/ess"]
+    largest, metrics = found(JBONDConfig().max_weight)
+    assert largest < 20 and metrics["bond/log_quantile"] > -1.5
+    weights = 63 + math.exp(6.0)
+    assert metrics["bond/truncated"] == pytest.approx((math.exp(6.0) - 10) / weights)
+    assert metrics["bond/ess_min"] == pytest.approx(17**2 / 107 / 8)
 
 
 def test_samples_of_an_earlier_policy_count_by_their_own_distribution() -> None:
@@ -217,6 +262,8 @@ def test_samples_of_the_anchor_join_by_the_balance_heuristic() -> None:
     ({"ties": "textbook"}, "--bond.n_anchor_samples 2"),
     ({"gamma_ref": -1.0}, "--bond.gamma_ref"),
     ({"min_ess": 2.0}, "--bond.min_ess"),
+    ({"max_weight": 0.5}, "--bond.max_weight"),
+    ({"max_weight": math.nan}, "--bond.max_weight"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(settings: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):

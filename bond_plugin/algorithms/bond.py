@@ -167,7 +167,7 @@ class BOND(Algorithm):
 
     def _pooled(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        pool = pooled.Pool.of(batch, self._source)
+        pool = pooled.Pool.of(batch, self._source, cfg.max_weight)
         if batch.reference_rewards is None:
             tilt, log_tilt = pool.tilts(cfg)
         else:

@@ -22,6 +22,12 @@ the others' mean multiplies the rank part by S / (S - 1) against the KL, which i
 other prompts; with one prompt it is what the mean is where the policy is the anchor, -(N - 1) k / (k + 1) with
 k = S - 1.
 
+One sample that is far likelier under the anchor than under the policy would make up the whole gradient of a step. So
+a is cut off at ``--bond.max_weight`` (truncated importance sampling, Ionides 2008), which puts min(pi_anchor, c q) in
+the anchor's place: everything above is exact for that. ``bond/truncated`` is the share delta of the anchor's mass
+that it leaves out. A sample's F is then too large by at most delta, and the forward term learns less of what the
+policy has all but forgotten, of which the weights know least.
+
 Samples of an earlier policy mu (asynchronous training): the weights of the *others* are relative to mu; the sample's
 own pi / mu is left to the host's importance-sampling correction.
 """
@@ -63,10 +69,15 @@ class PooledConfig(Config):
         "m: samples of the anchor per prompt. 0: none, the policy's own samples are weighted (pooled form). 2 or "
         "more: Algorithm 2 as printed, whose target is Best-of-m; the paper's is 2",
     )
+    max_weight: float = flag(
+        10.0,
+        "pooled form: weights pi_anchor/pi above this are cut off, so that no sample makes up a whole step; "
+        "bond/truncated is the share of the anchor that this leaves out. At least 1; inf: never",
+    )
     normalised: bool = flag(
         False,
-        "pooled form: divide by the weights of the other samples instead of by their number. Bounded, but its target "
-        "lies beyond Best-of-N, the further the smaller bond/ess is and the fewer samples a prompt has",
+        "pooled form: divide by the weights of the other samples instead of by their number. Less noise, but its "
+        "target lies beyond Best-of-N, the further the smaller bond/ess is and the fewer samples a prompt has",
     )
     min_ess: float = flag(
         0.2,
@@ -88,6 +99,8 @@ class PooledConfig(Config):
                 raise ValueError(f"--bond.{name} must lie in [0, 1], got {share}")
         if not (self.gamma_ref >= 0.0 and math.isfinite(self.gamma_ref)):
             raise ValueError(f"--bond.gamma_ref must be at least 0, got {self.gamma_ref}")
+        if not self.max_weight >= 1.0:
+            raise ValueError(f"--bond.max_weight must be at least 1, got {self.max_weight}")
         if self.pooled and self.baseline == "leave_one_out":
             raise ValueError(
                 "--bond.baseline leave_one_out would change the pooled form's target (ranks within a prompt depend "
@@ -110,7 +123,8 @@ class Pool:
         rewards, log_probs: ``[P, S]``, log pi of whole responses.
         log_ratios: ``[P, S, A]``, log pi - log pi_anchor of each token.
         reference_log_ratios: the same to the initial policy, or ``None``.
-        weights: ``[P, S]``, a.
+        weights: ``[P, S]``, a, at most ``max_weight``.
+        truncated: share of all weights together that was above.
         own_anchor, own_policy: ``[P, S]``, a and p as a sample's own coefficients (mu left out, see above).
     """
 
@@ -120,11 +134,12 @@ class Pool:
     log_ratios: Tensor
     reference_log_ratios: Tensor | None
     weights: Tensor
+    truncated: float
     own_anchor: Tensor
     own_policy: Tensor
 
     @classmethod
-    def of(cls, batch: AdvantageInputs, anchor: Source) -> Pool:
+    def of(cls, batch: AdvantageInputs, anchor: Source, max_weight: float) -> Pool:
         """Of a batch with all samples of the anchor, in their order; ``anchor`` names its weights."""
         log_ratios = batch.log_ratios(anchor)
         log_ratio = log_ratios.sum(dim=-1)
@@ -139,8 +154,9 @@ class Pool:
             log_probs=batch.log_probs,
             log_ratios=log_ratios,
             reference_log_ratios=batch.log_ratios("reference") if "reference" in batch.under else None,
-            weights=weights,
-            own_anchor=own_anchor,
+            weights=weights.clamp(max=max_weight),
+            truncated=((weights - max_weight).clamp(min=0).sum() / weights.sum().clamp(min=1e-300)).item(),
+            own_anchor=own_anchor.clamp(max=max_weight),
             own_policy=own_policy,
         )
 
@@ -184,13 +200,16 @@ def advantages(
 
     policy, anchor = slice(0, pool.n), slice(pool.n, None)
     m = size - pool.n
+    ess = effective_sample_size(pool.weights)
     pairs = pooled_tilt(pool.rewards, pool.weights, 2, normalised=True)[:, policy] / 2
     metrics = {
         "bond/win_rate": pairs.mean().item(),
         "bond/log_quantile": log_tilt[:, policy].mean().item() / (n - 1),
         "bond/kl_anchor": pool.log_ratios.sum(dim=-1)[:, policy].mean().item(),
         "bond/forward_nll": -(pool.own_anchor * tilt * pool.log_probs).mean().item(),
-        "bond/ess": effective_sample_size(pool.weights).mean().item(),
+        "bond/ess": ess.mean().item(),
+        "bond/ess_min": ess.amin().item(),
+        "bond/truncated": pool.truncated,
     }
     # The host's mean over a prompt's rows is one over n of the policy's plus one over m of the anchor's.
     found = found.expand(pool.log_ratios.shape)

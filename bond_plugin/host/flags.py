@@ -344,6 +344,15 @@ def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) ->
         help="optimiser steps between two copies of --ref.update periodic, >= 1",
     )
     group.add_argument(
+        "--bond.logits_mb",
+        type=int,
+        default=256,
+        metavar="MIB",
+        help="of the policy and the reference only the logits of response tokens are computed, so many MiB of them "
+        "(in fp32) at a time: the same numbers, faster and from less memory, for every estimator. 0: the host's own "
+        "way, all tokens at once (default: %(default)s)",
+    )
+    group.add_argument(
         "--bond.save_anchor",
         action=argparse.BooleanOptionalAction,
         default=False,

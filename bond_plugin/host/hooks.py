@@ -28,6 +28,7 @@ _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
 _STATES = "openrlhf.utils.deepspeed.deepspeed_utils"
 _TRAINER = "openrlhf.trainer.ppo_trainer:BasePPOTrainer"
 _ACTOR = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
+_MODEL = "openrlhf.models.actor"
 _LAUNCHER = "openrlhf.trainer.ray.launcher"
 _SAMPLER = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
@@ -132,6 +133,14 @@ HOOKS: tuple[Hook, ...] = (
         "self method_name all_data start_idx end_idx",
         "log_probs:execute_batch",
     ),
+    _hook(
+        f"{_MODEL}:Actor.forward",
+        "self sequences action_mask attention_mask return_output allgather_logits return_logprobs ring_attn_group "
+        "packed_seq_lens return_entropy mm_inputs",
+        "logits:forward",
+    ),
+    _hook(f"{_MODEL}:log_probs_from_logits", "logits labels temperature", "logits:log_probs_from_logits"),
+    _hook(f"{_MODEL}:compute_entropy", "logits", "logits:compute_entropy"),
     _hook(f"{_STRATEGY}._ds_init_train_model", "self model cfg", "weights:init_train_model"),
     _hook(
         f"{_STRATEGY}.optimizer_step",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bond_plugin import registry
 from bond_plugin.algorithms.assemble import PolicyLoss, weighed_loss
 from bond_plugin.algorithms.base import LossInputs
-from bond_plugin.host import batches, checks, hooks, plan, weights
+from bond_plugin.host import batches, checks, hooks, logits, plan, weights
 from bond_plugin.host.rows import ROWS
 
 
@@ -27,8 +27,9 @@ def rows_per_step(args: SimpleNamespace) -> int:
 
 
 def strategy_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """DeepSpeed counts every row it trains on, source samples too; ``--train.batch_size`` does not."""
+    """In each worker. DeepSpeed counts every row it trains on, source samples too; the flag does not."""
     original(self, *args, **kwargs)
+    logits.limit_to(self.args)
     if plan.of(self.args).needs.source_samples:
         self.train_batch_size = rows_per_step(self.args)
 

@@ -109,7 +109,7 @@ def whole_log_ratio(config: JBONDConfig) -> Weights:
     """The pooled form with the log-ratio of the whole response in all of its tokens."""
 
     def weights(known: Known) -> Tensor:
-        pool = Pool.of(inputs_of(known), "anchor")
+        pool = Pool.of(inputs_of(known), "anchor", config.max_weight)
         return advantages(pool, *pool.tilts(config), config, to_go=False).advantages / RESPONSES
 
     return weights
