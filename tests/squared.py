@@ -2,16 +2,28 @@
 
     minimise  1/2 (r(y) - mean of the prompt's other rewards - log pi(y) / pi_ref(y))^2
 
-At pi = pi_ref exp(r) / Z what is left of the bracket does not depend on y, so the gradient is zero there. No package
-of ours registers it: test_lab.py and test_modes_end_to_end.py take it by its import path.
+At pi = pi_ref exp(r) / Z what is left of the bracket does not depend on y, so the gradient is zero there. Beside it
+two that train on stored responses. No package of ours registers them: the tests take them by their import path.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, Algorithm, LossInputs, LossOutputs, Needs
+from bond_plugin.algorithms import (
+    AdvantageInputs,
+    AdvantageOutputs,
+    Algorithm,
+    Config,
+    LossInputs,
+    LossOutputs,
+    Needs,
+)
+from bond_plugin.algorithms.base import reward_cache_flag
 
 
 class Squared(Algorithm):
@@ -44,3 +56,52 @@ class Taught(Squared):
     """The same with a teacher in the reference's place."""
 
     compared = "teacher"
+
+
+@dataclass(frozen=True)
+class Cached(Config):
+    reward_cache: str = reward_cache_flag()
+
+
+def gap(batch: AdvantageInputs, rows: slice) -> float:
+    """How far the stored log-probabilities of some rows are from the initial policy's, from which they were drawn."""
+    return (batch.under["behaviour"] - batch.under["reference"])[:, rows].abs().mean().item()
+
+
+class Offline(Squared):
+    """The same on stored responses alone. They are not the policy's, so the bracket must be zero for each, and Z is
+    estimated from all of a prompt's rewards.
+    """
+
+    Config = Cached
+
+    def needs(self) -> Needs:
+        return Needs(log_probs={"reference"}, reward_cache=True, offline=True)
+
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        known = batch.reference_rewards
+        log_z = known.logsumexp(dim=-1, keepdim=True) - math.log(known.shape[-1])
+        target = batch.rewards - log_z
+        rest = (target - batch.log_ratio("reference")).square().mean().item() / 2
+        return AdvantageOutputs(target, metrics={"squared/before": rest, "squared/gap": gap(batch, slice(None))})
+
+
+class Beside(Algorithm):
+    """Imitates the best of three stored responses, beside samples of the policy that teach nothing."""
+
+    Config = Cached
+    policy_loss = "jbond"
+
+    def needs(self) -> Needs:
+        return Needs(
+            source_samples=3, selected_samples=1, source="stored", log_probs={"reference"}, reward_cache=True
+        )
+
+    def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
+        return source_rewards.argmax(dim=-1, keepdim=True)
+
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        of_policy = batch.log_ratio("behaviour").abs().max().item()
+        best = torch.ones(len(batch.rewards), 1, dtype=torch.float64)
+        metrics = {"beside/gap": gap(batch, slice(batch.n, None)), "beside/policy": of_policy}
+        return AdvantageOutputs(torch.zeros_like(batch.rewards), best, metrics)

@@ -442,6 +442,37 @@ def test_missing_prompts_too_few_samples_and_nan_stop_before_ray(run: Callable, 
     assert "Traceback" not in done.text
 
 
+def test_stored_responses_must_be_there(run: Callable, dry: Any, tmp_path: Path) -> None:
+    flags = {"algo.advantage.estimator": "squared:Offline", "rollout.n_samples_per_prompt": 4}
+    flags |= {"train.batch_size": 64, "data.max_samples": 20}
+    done = dry(flags)
+    assert done.status == 2
+    assert "squared:Offline trains on stored responses: give --bond.reward_cache, with bond cache" in done.text
+    path = cached(tmp_path / "r.jsonl", run({"data.max_samples": 20}))
+    flags["bond.reward_cache"] = path
+    done = dry(flags)
+    assert done.status == 2
+    assert f"{path} has no tokens and log-probabilities: make it with bond cache --cache.log_probs" in done.text
+    record, *items = [json.loads(line) for line in path.read_text().splitlines()]
+    for item in items:
+        item["tokens"], item["log_probs"] = [[5, 1]] * 4, [[-1.5, -0.5]] * 4
+    path.write_text(lines(record, *items))
+    assert dry(flags).status == 0
+    (stored, *_) = read_cache(path).stored(items[3]["prompt"])
+    assert stored == ([5, 1], [-1.5, -0.5], items[3]["rewards"][0])
+    done = dry({**flags, "rollout.n_samples_per_prompt": 8, "train.batch_size": 128})
+    assert done.status == 2
+    assert f"{path} has 4 responses a prompt, and a step takes 8" in done.text
+    done = dry({**flags, "train.async_enable": True})
+    assert done.status == 2
+    assert "--train.async_enable cannot be used with squared:Offline and stored responses" in done.text
+    items[2]["log_probs"] = [[-1.5]] * 4
+    path.write_text(lines(record, *items))
+    done = dry(flags)
+    assert done.status == 2
+    assert "line 4, prompt" in done.text and "'tokens', 'log_probs' and 'rewards' are of different" in done.text
+
+
 def test_another_label_is_another_reward(run: Callable, dry: Any, tmp_path: Path) -> None:
     data, flags = tmp_path / "labelled.jsonl", {"algo.advantage.estimator": "bond", "data.label_key": "answer"}
     data.write_text(lines(*({"input": "abcd"[: i % 4 + 1], "answer": i % 4} for i in range(16))))
@@ -605,7 +636,7 @@ def test_a_failing_reward_stops_with_its_traceback_and_loses_nothing(
     )
     args = run({"reward.remote_url": reward, "data.max_samples": 5})
     path = tmp_path / "r.jsonl"
-    args.cache = SimpleNamespace(output=str(path), samples=2, seed=5, responses=False, chunk=3)
+    args.cache = SimpleNamespace(output=str(path), samples=2, seed=5, responses=False, log_probs=False, chunk=3)
 
     monkeypatch.setenv("BAD", "hknq")
     assert make_cache.make(args) == 1

@@ -621,6 +621,14 @@ def test_a_loss_of_the_algorithms_own_need_not_be_linear_in_log_pi() -> None:
     assert kl(log_probs, (TIED.log_ref + TIED.rewards).log_softmax(-1)) < 1e-3
 
 
+def test_stored_responses_alone_and_beside_the_policys() -> None:
+    """The same optimum from the initial policy's samples alone; and Best-of-3, by imitation of the best of three."""
+    _, log_probs = trained(build("squared:Offline"), TIED)
+    assert kl(log_probs, (TIED.log_ref + TIED.rewards).log_softmax(-1)) < 1e-2
+    _, log_probs = trained(build("squared:Beside"), TIED)
+    assert kl(TIED.best_of(3), log_probs) < 1e-2
+
+
 @pytest.mark.usefixtures("third_party")
 def test_a_broken_contract_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lab", "--algorithm", "crooked"]) == 1

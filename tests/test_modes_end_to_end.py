@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
-from conftest import POOLED, Run, Tiny
+from conftest import POOLED, Run, Tiny, execute, recipe_for, to_argv, with_flags
 
 pytestmark = pytest.mark.e2e
 
@@ -140,6 +141,34 @@ def test_a_loss_of_the_algorithms_own_and_a_teacher_with_packed_dynamic_batches(
         assert step["bond/loss"] == pytest.approx(step["squared/before"], rel=1e-2)
         assert step["squared/kl"] == pytest.approx(step["bond/kl_ref"], abs=1e-2)
     assert abs(steps[-1]["bond/kl_ref"]) > 0.05
+
+
+def test_stored_responses_alone_and_beside_the_policys(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
+    """Their tokens and log-probabilities are in their places: where they were drawn, the trainer finds the same."""
+    shutil.copy(Path(__file__).with_name("squared.py"), tmp_path)
+    cache = tmp_path / "stored.jsonl"
+    offline = {"algo.advantage.estimator": "squared:Offline", "rollout.n_samples_per_prompt": 4}
+    offline |= {"train.batch_size": 64, "data.max_samples": 48}
+    wanted = with_flags(recipe_for(tiny), {**offline, "cache.output": str(cache), "cache.samples": 8})
+    command = [sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted), "--cache.log_probs"]
+    made = execute(command, tmp_path)
+    assert made.status == 0, made.output[-3000:]
+
+    offline["bond.reward_cache"] = str(cache)
+    steps = sound(bond(tmp_path, offline), 3)
+    for step in steps:
+        assert step["squared/gap"] < 2e-2  # rounding: vLLM on one side, transformers on the other
+        assert step["bond/loss"] == pytest.approx(step["squared/before"], rel=1e-2)
+        assert "bond/engine_gap_policy" not in step
+    assert steps[-1]["squared/before"] < steps[0]["squared/before"]
+
+    beside = {"algo.advantage.estimator": "squared:Beside", "train.batch_size": 16, "rollout.n_samples_per_prompt": 1}
+    steps = sound(bond(tmp_path, {**offline, **beside, "ckpt.output_dir": str(tmp_path / "beside")}), 3)
+    for step in steps:
+        assert step["beside/gap"] < 2e-2
+        assert step["beside/policy"] == 0
+        assert step["reward/stored"] > 0
+    assert steps[-1]["bond/loss"] < steps[0]["bond/loss"]
 
 
 TURNS = '''

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-Source = Literal["anchor", "reference"]
+Source = Literal["anchor", "reference", "stored"]
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -83,7 +83,10 @@ class Needs:
     Attributes:
         source_samples: m, how many a prompt from ``source``; 0 for none.
         selected_samples: f, how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
-        source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy.
+        source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy,
+            ``stored`` are responses from the reward cache (``bond cache --cache.log_probs``), drawn from it anew for
+            each step.
+        offline: the policy's samples are such stored responses too: nothing is sampled.
         log_probs: under which weights beside the policy's the log-probabilities of the rows are wanted: ``anchor``,
             ``reference``, ``teacher`` (a model of its own, ``--ref.model_name_or_path``).
         anchor_eta: the anchor is a moving average: it moves by ``eta`` of its distance to the policy each
@@ -98,6 +101,7 @@ class Needs:
     source_samples: int = 0
     selected_samples: int = 0
     source: Source = "anchor"
+    offline: bool = False
     log_probs: Collection[str] = frozenset()
     anchor_eta: float | None = None
     anchor_interval: int | None = None
@@ -110,6 +114,8 @@ class Needs:
             raise ValueError("an anchor is a moving average or a periodic copy, not both")
         if "anchor" in self.weights and not self.anchor:
             raise ValueError("samples of an anchor need anchor_eta or anchor_interval; or use source='reference'")
+        if (self.offline or (self.source == "stored" and self.source_samples)) and not self.reward_cache:
+            raise ValueError("stored responses come with their rewards: reward_cache=True")
         unknown = self.weights - {"anchor", "reference", "teacher"}
         if unknown:
             raise ValueError(f"log_probs knows anchor, reference and teacher, not {', '.join(sorted(unknown))}")
@@ -122,7 +128,8 @@ class Needs:
     @property
     def weights(self) -> set[str]:
         """The weights beside the policy's from which samples are drawn or whose log-probabilities are wanted."""
-        return {*self.log_probs, *([self.source] if self.source_samples else [])}
+        drawn = self.source_samples and self.source != "stored"
+        return {*self.log_probs, *([self.source] if drawn else [])}
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,9 @@ class AdvantageInputs:
         rewards: ``[P, n]`` float64, of the policy's samples.
         source_rewards: ``[P, m]`` float64, of all source samples.
         under: log-probabilities of each token of the rows, ``[P, n + f, A]`` float64, response tokens from the left,
-            0 beyond a response's end, by the weights: ``policy``, those of :attr:`Needs.log_probs`, and ``behaviour``
-            where an earlier policy drew the policy's samples (asynchronous training).
+            0 beyond a response's end, by the weights: ``policy``, those of :attr:`Needs.log_probs`, and
+            ``behaviour``, what each row was drawn from, where that is not the policy as it is: in asynchronous
+            training, and with stored responses.
         generator: seeded by the run's seed and the step; the only source of randomness to use.
         reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
         classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or

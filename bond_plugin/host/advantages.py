@@ -40,7 +40,7 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
 
     metrics = state.of(self).metrics
     metrics |= {**found.metrics, **of_step(self, found.inputs, batch)}
-    if all(e.rollout_log_probs is not None for e in experiences):
+    if all(e.rollout_log_probs is not None for e in experiences) and not run.needs.offline:
         rows = torch.ones(batch.size, dtype=torch.bool)
         # An asynchronous run's samples are an earlier policy's: there the gap is no sign of a broken engine.
         limit = None if self.args.train.async_enable else algorithm.config.max_engine_gap

@@ -500,7 +500,7 @@ def _own_estimator(args: SimpleNamespace, run: plan.Run) -> list[str]:
             f"--rollout.n_samples_per_prompt {n}: {name} compares a prompt's samples with one another and needs "
             f"at least {needs.least}; 8 is a good number"
         )
-    if needs.source_samples:
+    if needs.source_samples or needs.offline:
         found += _drawing(args, needs)
     if needs.reward_cache:
         penalties = _penalties(args).items()
@@ -548,6 +548,8 @@ def _drawing(args: SimpleNamespace, needs: Needs) -> list[str]:
         ),
     }
     drawn = f"samples of the {needs.source} (--bond.n_anchor_samples)"
+    if needs.source == "stored" or needs.offline:
+        drawn = "stored responses"
     found = [
         f"--{dest} cannot be used with {name} and {drawn}: {why}. Without such samples it can"
         for dest, (on, why) in refused.items()

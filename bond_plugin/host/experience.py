@@ -118,8 +118,11 @@ def assembled(
     args = maker.args
     under = {name: batch.tokens(values) for name, values in under_weights(maker, batch.experiences).items()}
     drawn = [e.rollout_log_probs for e in batch.experiences]
-    if args.train.async_enable and all(each is not None for each in drawn):
+    stored = plan.of(args).stored
+    if (args.train.async_enable or stored) and all(each is not None for each in drawn):
         under["behaviour"] = batch.tokens(drawn)
+        if stored and not algorithm.needs().offline:
+            under["behaviour"][:, :n] = under["policy"][:, :n]  # the engines' differ by rounding
     rewards = batch.rewards()[:, :n]
     reference_rewards = None
     if algorithm.needs().reward_cache:

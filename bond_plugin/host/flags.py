@@ -424,6 +424,13 @@ def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
         help="write the responses beside their rewards; training does not read them (default: yes)",
     )
     group.add_argument(
+        "--cache.log_probs",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write each response's tokens and their log-probabilities too, for algorithms that train on stored "
+        "responses (default: no)",
+    )
+    group.add_argument(
         "--cache.chunk",
         type=int,
         default=0,

@@ -51,7 +51,8 @@ class PromptMeanLoss(nn.Module):
         n = self.rows.policy
         self._prompts = args.train.batch_size // n
         self._clip = tuple(args.actor.eps_clip_low_high)
-        self._on_policy = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
+        one_step = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
+        self._on_policy = one_step and not plan.of(args).needs.offline
         self._values = hooks.policy_loss_values()
         self._from_source: Tensor | None = None
         self._under: dict[str, Tensor] = {}

@@ -46,6 +46,12 @@ class Run:
         return "teacher" in self.needs.log_probs
 
     @property
+    def stored(self) -> int:
+        """How many stored responses a prompt a step takes; 0 where none are trained on."""
+        beside = self.needs.source_samples if self.needs.source == "stored" else 0
+        return max(beside, self.rows.policy if self.needs.offline else 0)
+
+    @property
     def keeps_reference(self) -> bool:
         """Whether the training workers keep the initial policy's weights."""
         sampled = self.needs.source_samples > 0 and self.needs.source == "reference"

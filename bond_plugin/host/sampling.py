@@ -17,6 +17,8 @@ import torch
 
 from bond_plugin.host import flags, hooks, log_probs, metrics, plan, state, weights
 from bond_plugin.host.requests import Requests
+from bond_plugin.offline import make_cache
+from bond_plugin.offline.engine import prompt_tokens
 
 #: Response tokens of a step, of source samples too: what two algorithms cost beside each other.
 TOKENS = "rollout/generated_tokens"
@@ -150,11 +152,11 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
     """
     kept = state.of(self)
     kept.timings = {}
-    if kept.engines is None:
+    needs = plan.of(self.args).needs
+    if kept.engines is None and not needs.offline:
         return _of_the_policy(original, self, generate_kwargs)
     from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
 
-    needs = kept.engines.algorithm.needs()
     if getattr(self, "_dataloader_iter", None) is None:
         # The host's loader draws its order from a generator that no flag seeds. Here it depends on the seed and
         # on the step at which the episode begins, so that a resumed run has it too.
@@ -173,11 +175,17 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
         return [], None, len(prompts), True
 
     kept.metrics = {TOKENS: 0}
-    drawn = {}
-    for name, count in (("policy", self.args.rollout.n_samples_per_prompt), (needs.source, needs.source_samples)):
+
+    def draw(name: str, count: int) -> list[Any]:
+        if name == "stored":
+            return _stored(self, count, prompts, labels, generate_kwargs)
         kept.engines.hold(name, kept.timings)
-        drawn[name] = _draw(self, name, count, prompts, labels, generate_kwargs)
-    return Rollout(drawn["policy"], drawn[needs.source]), None, len(prompts), exhausted
+        return _draw(self, name, count, prompts, labels, generate_kwargs)
+
+    samples = draw("stored" if needs.offline else "policy", self.args.rollout.n_samples_per_prompt)
+    if needs.source_samples:
+        samples = Rollout(samples, draw(needs.source, needs.source_samples))
+    return samples, None, len(prompts), exhausted
 
 
 def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
@@ -257,6 +265,29 @@ def _draw(
     samples = [drawn[i, j] for i in range(len(prompts)) for j in range(count)]
     kept.timings[f"timing/generate_{source}"] = time.time() - started
     kept.metrics[TOKENS] += _tokens(samples)
+    return samples
+
+
+def _stored(sampler: Any, count: int, prompts: list[str], labels: list[Any], options: dict[str, Any]) -> list[Any]:
+    """``count`` of the reward cache's responses for each prompt, others at each step, in the order of the prompts."""
+    generator, tokenizer = state.of(sampler).generator("stored"), sampler.tokenizer
+    samples = []
+    for prompt, label in zip(prompts, labels, strict=True):
+        before, _ = prompt_tokens(tokenizer, prompt, options.get("max_new_tokens"), options.get("max_len"))
+        there = make_cache.stored_for(sampler.args, prompt)
+        for place in torch.randperm(len(there), generator=generator)[:count].tolist():
+            one = there[place]
+            response = {
+                "prompt": prompt,
+                "label": label,
+                "observation_tokens": [*before, *one.tokens],
+                "action_ranges": [(len(before), len(before) + len(one.tokens))],
+                "rollout_log_probs": [0.0] * len(before) + one.log_probs,
+                "truncated": one.tokens[-1] != tokenizer.eos_token_id,
+                "reward": one.reward,
+                "scores": one.reward,
+            }
+            samples.append(sampler._process_response_into_experience(response, **options))
     return samples
 
 

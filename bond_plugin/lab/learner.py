@@ -96,7 +96,8 @@ class Learner:
             ContractError: the method returns something of another shape than its interface says, or not finite.
         """
         tokens = self.policy.token_log_probs()
-        drawn = self._draw(self.policy.log_probs().detach(), self.training.samples)
+        offline = self._parameters("stored") if self.needs.offline else None
+        drawn = self._draw(self.policy.log_probs(offline).detach(), self.training.samples)
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
             rows, advantages, targets = made(drawn, tokens.detach())
@@ -134,8 +135,8 @@ class Learner:
         return False
 
     def _parameters(self, name: str) -> Tensor:
-        """Of the anchor or the reference."""
-        return torch.zeros_like(self.anchor) if name == "reference" else self.anchor
+        """Of the anchor or the reference, of which stored responses are too."""
+        return self.anchor if name == "anchor" else torch.zeros_like(self.anchor)
 
     def _draw(self, log_probs: Tensor, count: int) -> Tensor:
         size = self.training.prompts * count
@@ -161,6 +162,10 @@ class Learner:
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
         rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
         under = {name: self.policy.token_log_probs(self._parameters(name))[rows] for name in needs.log_probs}
+        if needs.offline or needs.source == "stored":
+            stored = self.policy.token_log_probs(self._parameters("stored"))[rows]
+            own = torch.arange(rows.shape[-1]) < (0 if needs.offline else drawn.shape[-1])
+            under["behaviour"] = torch.where(own.unsqueeze(-1), tokens[rows], stored)
         found = assemble.advantages(
             self.method,
             rewards[drawn],

@@ -45,12 +45,14 @@ class PromptSamples:
         queries: [n], prompt and response decoded together with special tokens: what the host gives to a reward
             function.
         responses: [n], the responses decoded alone, special tokens included.
+        log_probs: [n][tokens] in nats, of each response token where it was drawn, or ``None``.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
     queries: list[str]
     responses: list[str]
+    log_probs: list[list[float]] | None = None
 
 
 def sample(model: str | Path, prompts: Sequence[str], n: int, **how: Any) -> list[PromptSamples]:
@@ -74,6 +76,7 @@ def stream(
     min_new_tokens: int = 0,
     chunk: int | None = None,
     use_fast_tokenizer: bool = True,
+    log_probs: bool = False,
     engine: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[list[PromptSamples]]:
@@ -96,6 +99,7 @@ def stream(
         min_new_tokens: no EOS token before so many tokens.
         chunk: prompts in a chunk, at least 1; ``None`` for all at once, without seeds of their own.
         use_fast_tokenizer: as the host's ``--data.disable_fast_tokenizer`` says.
+        log_probs: whether they are wanted; of the distribution that is sampled from, temperature included.
         engine: further arguments of ``vllm.LLM``.
         progress: called with (responses finished, responses wanted) now and then.
 
@@ -117,6 +121,7 @@ def stream(
         "seed": seed,
         "chunk": chunk,
         "tokenizer": {"trust_remote_code": True, "use_fast": use_fast_tokenizer},
+        "log_probs": log_probs,
         "engine": {"trust_remote_code": True, "seed": seed, **(engine or {})},
     }
     error = ""
@@ -219,6 +224,7 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
         enforce_eager=not gpu,
         # No longer than needed, so that a small cache suffices for a model with a long context.
         max_model_len=max(len(ids) + room for ids, room in requests),
+        **({"logprobs_mode": "processed_logprobs"} if job["log_probs"] else {}),
         **job["engine"],
     )
     n, total, chunk = job["n"], len(requests) * job["n"], job["chunk"] or len(requests)
@@ -240,6 +246,7 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
                     min_tokens=job["min_new_tokens"],
                     max_tokens=requests[i][1],
                     detokenize=False,
+                    logprobs=0 if job["log_probs"] else None,
                     **own,
                 )
                 for i, own in asked
@@ -252,10 +259,17 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
         completions = (one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index))
         drawn = []
         for i in part:
-            ids, responses = requests[i][0], [list(one.token_ids) for one in itertools.islice(completions, n)]
+            ids, of_prompt = requests[i][0], list(itertools.islice(completions, n))
+            responses = [list(one.token_ids) for one in of_prompt]
             queries = [tokenizer.decode(ids + response, skip_special_tokens=False) for response in responses]
             texts = [tokenizer.decode(response, skip_special_tokens=False) for response in responses]
-            drawn.append(vars(PromptSamples(ids, responses, queries, texts)))
+            known = None
+            if job["log_probs"]:
+                known = [
+                    [at[token].logprob for token, at in zip(one.token_ids, one.logprobs, strict=True)]
+                    for one in of_prompt
+                ]
+            drawn.append(vars(PromptSamples(ids, responses, queries, texts, known)))
         _send(stream, {"samples": drawn})
 
 

@@ -26,6 +26,7 @@ from bond_plugin.words import shorten
 if TYPE_CHECKING:
     from torch import Tensor
 
+_WITH_TOKENS = "with bond cache --cache.log_probs"
 _CHUNK = {"cuda": 4096, "cpu": 512}  # responses sampled at a time
 
 _read = functools.cache(reward_cache.read_cache)
@@ -49,6 +50,11 @@ def rewards_for(args: SimpleNamespace, prompts: Sequence[str]) -> Tensor:
         PromptError: a prompt is missing, or has fewer than M rewards.
     """
     return _read(args.bond.reward_cache).rewards(prompts, args.bond.cache_samples)
+
+
+def stored_for(args: SimpleNamespace, prompt: str) -> list[reward_cache.Stored]:
+    """The responses to a prompt in ``--bond.reward_cache``. Errors as for :func:`rewards_for`."""
+    return _read(args.bond.reward_cache).stored(prompt)
 
 
 def record_of(args: SimpleNamespace, tokenizer: Any) -> reward_cache.Record:
@@ -104,9 +110,12 @@ def problems(args: SimpleNamespace) -> list[str]:
 
     The path is absolute already. Settles the number of samples in ``args``, for the processes that follow.
     """
-    path = getattr(args.bond, "reward_cache", "")
+    path, stored = getattr(args.bond, "reward_cache", ""), plan.of(args).stored
     if not path:
-        return []
+        wanted = (
+            f"{args.algo.advantage.estimator} trains on stored responses: give {flags.REWARD_CACHE}, {_WITH_TOKENS}"
+        )
+        return [wanted] if stored else []
     if args.bond.cache_samples < 0:
         return [f"--bond.cache_samples must be at least 0, got {args.bond.cache_samples}"]
     if not Path(path).is_file():
@@ -136,6 +145,10 @@ def problems(args: SimpleNamespace) -> list[str]:
         listed.append(f"{flags.REWARD_CACHE}: {error}. {_remedy(found, prompts, args.bond.cache_samples)}")
     else:
         args.bond.cache_samples = args.bond.cache_samples or found.samples(prompts)
+        if stored and any(found[prompt].start is None for prompt in prompts):
+            listed.append(f"{flags.REWARD_CACHE} {path} has no tokens and log-probabilities: make it {_WITH_TOKENS}")
+        elif stored > (there := found.samples(prompts)):
+            listed.append(f"{flags.REWARD_CACHE} {path} has {there} responses a prompt, and a step takes {stored}")
     return listed
 
 
@@ -185,6 +198,8 @@ def make(args: SimpleNamespace) -> int:
         pairs = training_prompts(args, tokenizer)
         _one_label_each(pairs)
         record = {**record_of(args, tokenizer), "samples": args.cache.samples, "seed": args.cache.seed}
+        if args.cache.log_probs:
+            record["log_probs"] = True
         with reward_cache.Writer(os.path.expanduser(path), record) as writer:
             try:
                 _fill(args, writer, pairs, tokenizer)
@@ -259,6 +274,7 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
             seed=args.cache.seed,
             chunk=chunk,
             use_fast_tokenizer=not args.data.disable_fast_tokenizer,
+            log_probs=args.cache.log_probs,
             engine={**scoring.room_beside(score), "tensor_parallel_size": args.vllm.tensor_parallel_size},
             progress=sampled,
         )

@@ -5,6 +5,9 @@ What ``bond cache`` writes opens with a line that records how the samples were m
     {"bond_cache": 1, "model": {...}, "reward": {...}, "temperature": 1.0, ..., "samples": 300, "seed": 0}
     {"prompt": "...", "responses": ["...", ...], "rewards": [0.25, ...]}
 
+With ``--cache.log_probs`` a prompt's line has ``"tokens"`` and ``"log_probs"`` as well, a list for each response, for
+algorithms that train on stored responses.
+
 Both layouts of the vBoN authors' files are read as well, and have no record: a line a prompt as above, or a line a
 sample, ``{"prompt": "...", "text": "...", "reward": 0.25}``.
 
@@ -23,7 +26,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -81,6 +84,8 @@ class _Line(Open):
     prompt: str
     label: Any = None
     responses: list[str] | None = None
+    tokens: list[list[int]] | None = None
+    log_probs: list[list[float]] | None = None
     rewards: Annotated[list[Reward], Field(min_length=1)] | None = None
     reward: Reward | None = None
 
@@ -91,17 +96,33 @@ class _Line(Open):
             raise ValueError(f"it has {both}")
         if self.rewards and self.responses is not None and len(self.responses) != len(self.rewards):
             raise ValueError(f"{len(self.responses)} responses, but {len(self.rewards)} rewards")
+        if self.tokens is not None:
+            lengths = [len(one) for one in self.tokens]
+            if lengths != [len(one) for one in self.log_probs or []] or len(lengths) != len(self.rewards or []):
+                raise ValueError("'tokens', 'log_probs' and 'rewards' are of different responses")
         return self
 
 
 @dataclass
 class Entry:
-    """The rewards of a prompt, the line that they came from, its label as JSON, and whether that line has all."""
+    """The rewards of a prompt, the line that they came from, its label as JSON, and whether that line has all.
+
+    Beside them where that line begins in the file, if it has the responses' tokens.
+    """
 
     rewards: array
     line: int
     label: str | None
     whole: bool
+    start: int | None = None
+
+
+class Stored(NamedTuple):
+    """One response of a cache: its tokens, with EOS if it came, log-probabilities where it was drawn, and reward."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    reward: float
 
 
 class Cache(dict[str, Entry]):
@@ -142,6 +163,20 @@ class Cache(dict[str, Entry]):
         rows = [torch.frombuffer(self[prompt].rewards[:samples], dtype=torch.float32) for prompt in prompts]
         return torch.stack(rows).double() if rows else torch.zeros(0, samples, dtype=torch.float64)
 
+    def stored(self, prompt: str) -> list[Stored]:
+        """The responses of a prompt, read from the file.
+
+        Raises:
+            PromptError: the file has not their tokens.
+        """
+        start = self[prompt].start if prompt in self else None
+        if start is None:
+            raise PromptError(f"{self.path} has no tokens and log-probabilities of the prompt {shorten(prompt)}")
+        with open_file(self.path) as file:
+            file.seek(start)
+            line = parse_json(file.readline())
+        return list(map(Stored, line["tokens"], line["log_probs"], line["rewards"]))
+
     def check(self, prompts: Sequence[str], samples: int = 0) -> None:
         """Whether every prompt has ``samples`` rewards; 0 for at least one.
 
@@ -161,8 +196,8 @@ class Cache(dict[str, Entry]):
                 f"{samples} are asked for{others}"
             )
 
-    def add(self, item: Any, number: int) -> None:
-        """Take in what one line holds.
+    def add(self, item: Any, number: int, start: int) -> None:
+        """Take in what one line holds, the ``number``-th, which begins at the byte ``start``.
 
         Raises:
             CacheError: it is not a line of a reward cache.
@@ -180,7 +215,9 @@ class Cache(dict[str, Entry]):
             line = _Line.model_validate(item)
         except ValidationError as error:
             raise PromptError(f"{where}: {explain(error, _Line)}") from error
-        new = Entry(array("f", line.rewards or [line.reward]), number, label_text(line.label), bool(line.rewards))
+        rewards = array("f", line.rewards or [line.reward])
+        place = start if line.tokens is not None else None
+        new = Entry(rewards, number, label_text(line.label), bool(line.rewards), place)
         known = self.setdefault(line.prompt, new)
         if known is new:
             return
@@ -221,7 +258,7 @@ def _read(path: Path, file: IO[bytes], unfinished: bool) -> tuple[Cache, int, in
     for number, line in enumerate(file, start=1):
         if unfinished and not line.endswith(b"\n"):
             return cache, end, number - 1
-        end += len(line)
+        start, end = end, end + len(line)
         if not line.strip():
             continue
         try:
@@ -240,7 +277,7 @@ def _read(path: Path, file: IO[bytes], unfinished: bool) -> tuple[Cache, int, in
                 )
             cache.record = item
         else:
-            cache.add(item, number)
+            cache.add(item, number, start)
     return cache, end, number
 
 
@@ -308,7 +345,12 @@ class Writer(contextlib.AbstractContextManager):
         self._file.close()
 
     def append(
-        self, prompt: str, rewards: Sequence[float], responses: Sequence[str] | None = None, label: Any = None
+        self,
+        prompt: str,
+        rewards: Sequence[float],
+        responses: Sequence[str] | None = None,
+        label: Any = None,
+        stored: tuple[list[list[int]], list[list[float]]] | None = None,
     ) -> None:
         """Write one prompt's line.
 
@@ -316,6 +358,7 @@ class Writer(contextlib.AbstractContextManager):
             prompt: not in the cache yet.
             rewards: M finite numbers.
             responses: M texts, if they are to be kept.
+            stored: M responses' tokens and log-probabilities, if they are to be kept.
             label: what the reward was given as the prompt's label, any JSON; ``None`` or "" for none.
 
         Raises:
@@ -330,9 +373,11 @@ class Writer(contextlib.AbstractContextManager):
             item["label"] = label
         if responses is not None:
             item["responses"] = list(responses)
+        if stored is not None:
+            item["tokens"], item["log_probs"] = stored[0], [[round(x, 6) for x in one] for one in stored[1]]
         # For people: the shortest number that is the same in float32, 0.1 and not 0.10000000149011612.
         item["rewards"] = [float(str(value)) for value in numpy.array(rewards, dtype=numpy.float32)]
-        self.cache.add(item, self._lines + 1)
+        self.cache.add(item, self._lines + 1, self._file.seek(0, os.SEEK_END))
         self._write(item)
 
     def _write(self, item: Any) -> None:
@@ -354,7 +399,7 @@ class Writer(contextlib.AbstractContextManager):
             self._write(self.record)
             return Cache(self.path, self.record)
         found = differences(cache.record, self.record)
-        for key in ("samples", "seed"):
+        for key in ("samples", "seed", "log_probs"):
             if cache.record.get(key) != self.record.get(key):
                 found.append(f"--cache.{key}: {cache.record.get(key)} in the file, {self.record.get(key)} now")
         if found:
@@ -406,7 +451,8 @@ def fill(
         for (prompt, label), samples in zip(wanted, itertools.chain.from_iterable(drawn), strict=True):
             if prompt not in writer.cache:
                 rewards = score(prompt, label, samples)
-                writer.append(prompt, rewards, samples.responses if keep_responses else None, label)
+                stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
+                writer.append(prompt, rewards, samples.responses if keep_responses else None, label, stored)
                 yield rewards
 
 
