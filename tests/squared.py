@@ -103,5 +103,6 @@ class Beside(Algorithm):
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         of_policy = batch.log_ratio("behaviour").abs().max().item()
         best = torch.ones(len(batch.rewards), 1, dtype=torch.float64)
-        metrics = {"beside/gap": gap(batch, slice(batch.n, None)), "beside/policy": of_policy}
+        nll = -batch.log_probs[:, batch.n :].mean().item()
+        metrics = {"beside/gap": gap(batch, slice(batch.n, None)), "beside/policy": of_policy, "beside/nll": nll}
         return AdvantageOutputs(torch.zeros_like(batch.rewards), best, metrics)
