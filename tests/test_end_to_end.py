@@ -183,7 +183,9 @@ def test_patched_host_runs_natively(patched: Run, trained: Run) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_give_the_losses_of_one(patched: Run, bond: Callable[..., Run], tmp_path: Path, stage: int) -> None:
-    flags = {**GENTLE, "actor.num_gpus_per_node": 2, "ds.zero_stage": stage}
+    """And log-probabilities and weight sync in pieces, and in the host's own way, give those of the default."""
+    pieces = {2: {"bond.logits_mb": 0, "bond.sync_mb": 0}, 3: {"bond.logits_mb": 0.001, "bond.sync_mb": 0.1}}[stage]
+    flags = {**GENTLE, **pieces, "actor.num_gpus_per_node": 2, "ds.zero_stage": stage}
     two = bond(tmp_path, {**flags, "train.micro_batch_size": 4, "bond.save_anchor": True})
     assert len(two.metrics) == 3
     names = ("bond/loss", "bond/forward_nll", "actor_grad_norm", "reward/policy", "reward/anchor")

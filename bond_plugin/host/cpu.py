@@ -17,7 +17,7 @@ from typing import Any
 
 NEEDS_FLASH_ATTN = "openrlhf.models.ring_attn_utils"
 
-_updates = 0  # tensors received by this process's engine
+_updates = 0  # of the weights of this process's engine
 
 #: Environment of every process of a run on CPU.
 ENVIRONMENT = {
@@ -222,15 +222,8 @@ def gloo_group(original: Any, master_address: str, master_port: int, rank: int, 
     return _GlooGroup(master_address, master_port, rank, world_size)
 
 
-def update_weight(original: Any, self: Any, name: str, dtype: Any, shape: Any, empty_cache: bool = False) -> None:
-    """vLLM worker: receive one tensor and load it."""
-    import torch
-
-    if dtype != self.model_config.dtype:
-        raise ValueError(f"{name} arrives as {dtype}, but the engine holds {self.model_config.dtype}")
-    weight = torch.empty(shape, dtype=dtype)
-    self._model_update_group.broadcast(weight, src=0)
-    self.model_runner.model.load_weights(weights=[(name, weight)])
+def weights_changed() -> None:
+    """This process's engine has loaded new weights."""
     global _updates
     _updates += 1
 

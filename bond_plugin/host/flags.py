@@ -345,12 +345,20 @@ def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) ->
     )
     group.add_argument(
         "--bond.logits_mb",
-        type=int,
-        default=256,
+        type=float,
+        default=256.0,
         metavar="MIB",
         help="of the policy and the reference only the logits of response tokens are computed, so many MiB of them "
         "(in fp32) at a time: the same numbers, faster and from less memory, for every estimator. 0: the host's own "
-        "way, all tokens at once (default: %(default)s)",
+        "way, all tokens at once (default: %(default)g)",
+    )
+    group.add_argument(
+        "--bond.sync_mb",
+        type=float,
+        default=256.0,
+        metavar="MIB",
+        help="weights go to the rollout engines this much at a time, instead of one tensor after the other. 0: the "
+        "host's own way (default: %(default)g)",
     )
     group.add_argument(
         "--bond.save_anchor",

@@ -167,6 +167,7 @@ HOOKS: tuple[Hook, ...] = (
         "loss:actor_trainer_init",
     ),
     _hook(f"{_ACTOR}.ppo_train", "self kl_ctl", "loss:ppo_train"),
+    _hook(f"{_ACTOR}.broadcast_to_vllm", "self", "sync:broadcast_to_vllm"),
     _hook(f"{_ACTOR}.training_step", "self experience kl_ctl step loss_batch_info", "loss:training_step"),
     _hook(
         "openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step",
@@ -184,6 +185,11 @@ HOOKS: tuple[Hook, ...] = (
         "self prompt label sampling_params max_length hf_tokenizer llm_engine images",
         "requests:execute",
     ),
+    _hook(
+        "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap.update_weight",
+        "self name dtype shape empty_cache",
+        "sync:update_weight",
+    ),
     _hook(f"{_EXECUTOR}._fetch_rewards_via_func", "self queries_list prompts_list labels_list", "rewards:fetch"),
     _hook(f"{_EXECUTOR}._fetch_rewards_via_http", "self queries_list prompts_list labels_list", "rewards:fetch"),
     # What is called and not replaced, for rollouts with source samples and outside a training.
@@ -194,7 +200,6 @@ HOOKS: tuple[Hook, ...] = (
     _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
     _used("openrlhf.trainer.ppo_utils.experience:remove_padding_in_sequences", "items"),
     _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),
-    _used(f"{_ACTOR}.broadcast_to_vllm", "self"),
     _used("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer"),
     _used(
         "openrlhf.datasets.prompts_dataset:PromptDataset.__init__", "self dataset tokenizer strategy input_template"
@@ -214,12 +219,6 @@ HOOKS: tuple[Hook, ...] = (
         "openrlhf.utils.distributed_util:stateless_init_process_group",
         "master_address master_port rank world_size device",
         "cpu:gloo_group",
-        cpu=True,
-    ),
-    _hook(
-        "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap.update_weight",
-        "self name dtype shape empty_cache",
-        "cpu:update_weight",
         cpu=True,
     ),
     _hook("deepspeed.comm.torch:build_shm_op", "", "cpu:no_shm_op", cpu=True),

@@ -38,7 +38,7 @@ _RANGES: dict[tuple[float, float], str] = {
     "critic.max_norm actor.adam.weight_decay critic.adam.weight_decay actor.eps_clip critic.value_clip "
     "algo.kl.init_coef ds.lora.rank ds.lora.alpha eval.temperature data.max_images_per_prompt "
     "data.dataloader_num_workers actor.muon.lr critic.muon.lr actor.aux_loss_coef actor.entropy_coef "
-    "reward.overlong_penalty_factor bond.logits_mb",
+    "reward.overlong_penalty_factor bond.logits_mb bond.sync_mb",
     (0, 1): "rollout.top_p algo.advantage.gamma algo.advantage.lambd actor.lr_warmup_ratio critic.lr_warmup_ratio "
     "actor.min_lr_ratio critic.min_lr_ratio train.ema_beta vllm.gpu_memory_utilization ds.lora.dropout",
     (0, 3): "ds.zero_stage",

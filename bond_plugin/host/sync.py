@@ -1,0 +1,135 @@
+"""Weights to the rollout engines, many tensors at a time.
+
+For each tensor the host makes a call of Ray and one of the engine, sends it and waits until it is loaded. Here its
+loop runs as it is, gathering included; what it hands over is collected, and goes out ``--bond.sync_mb`` at a time:
+one call, one broadcast of bytes, one loading. With CUDA IPC (``--train.colocate_all``) and with Ray's collectives the
+host's own way is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+import torch
+
+from bond_plugin.host import cpu, on_cpu
+
+_MEBIBYTE = 2**20
+_ALIGNED = 16  # bytes, so that each tensor can be seen in its own type where it lies
+
+
+def places(dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> list[slice]:
+    """Where each tensor lies among the bytes that travel: the same for sender and receiver."""
+    found, end = [], 0
+    for dtype, shape in zip(dtypes, shapes, strict=True):
+        start = -(-end // _ALIGNED) * _ALIGNED
+        end = start + dtype.itemsize * math.prod(shape)
+        found.append(slice(start, end))
+    return found
+
+
+class Parcel:
+    """What stands in the place of engines and process group while the host's loop runs on rank 0.
+
+    Args:
+        engines: the real ones.
+        group: the real one.
+        capacity: bytes that are sent at a time; a larger tensor goes alone.
+    """
+
+    def __init__(self, engines: list[Any], group: Any, capacity: int) -> None:
+        self._engines, self._group, self._capacity = engines, group, capacity
+        self._done = ray.put(None)  # of the host's calls, which have nothing to wait for
+        self._noted: tuple[str, bool] = ("", False)
+        self._held: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        self._bytes: torch.Tensor | None = None
+
+    def engines(self) -> list[Any]:
+        """For the host to call, all with the same."""
+        return [_Engine(engine, self._note) for engine in self._engines]
+
+    def _note(self, name: str, dtype: Any, shape: Any, empty_cache: bool = False) -> Any:
+        self._noted = (name, empty_cache)
+        return self._done
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        """In the group's place: keep the tensor that was noted, and send what is held before there is too much."""
+        name, last = self._noted
+        mine = (name, tensor.dtype, tuple(tensor.shape))
+        place = self._place(mine)
+        if self._held and place.stop > self._capacity:
+            self._send(self._bytes, stream, last=False)
+            place = self._place(mine)
+        self._held.append(mine)
+        # The bytes are copied: under ZeRO-3 they are there only until the host goes on to the next parameter.
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        if place.stop > self._capacity:
+            self._send(data, stream, last)
+            return
+        if self._bytes is None:
+            self._bytes = torch.empty(self._capacity, dtype=torch.uint8, device=tensor.device)
+        self._bytes[place] = data
+        if last:
+            self._send(self._bytes, stream, last)
+
+    def _place(self, new: tuple[str, torch.dtype, tuple[int, ...]]) -> slice:
+        _, dtypes, shapes = zip(*self._held, new, strict=True)
+        return places(dtypes, shapes)[-1]
+
+    def _send(self, data: torch.Tensor, stream: Any, last: bool) -> None:
+        names, dtypes, shapes = map(list, zip(*self._held, strict=True))
+        refs = [
+            engine.update_weight.remote(names, dtype=dtypes, shape=shapes, empty_cache=last)
+            for engine in self._engines
+        ]
+        self._held = []
+        self._group.broadcast(data[: places(dtypes, shapes)[-1].stop], src=0, stream=stream)
+        ray.get(refs)
+
+
+class _Engine:
+    """A rollout engine to which no weights go but through a :class:`Parcel`."""
+
+    def __init__(self, engine: Any, note: Any) -> None:
+        self._engine = engine
+        self.update_weight = SimpleNamespace(remote=note)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def broadcast_to_vllm(original: Any, self: Any) -> None:
+    """A training worker sends the weights that are in place."""
+    group, engines = getattr(self, "_model_update_group", None), self.vllm_engines
+    capacity = int(getattr(getattr(self.args, "bond", None), "sync_mb", 0) * _MEBIBYTE)
+    if not capacity or group is None or isinstance(group, str) or self.use_cuda_ipc:
+        original(self)
+        return
+    parcel = Parcel(engines, group, capacity)
+    self._model_update_group, self.vllm_engines = parcel, parcel.engines()
+    try:
+        original(self)
+    finally:
+        self._model_update_group, self.vllm_engines = group, engines
+
+
+def update_weight(original: Any, self: Any, name: Any, dtype: Any, shape: Any, empty_cache: bool = False) -> None:
+    """vLLM's worker: receive a list of tensors, or one, and load."""
+    if isinstance(name, str):
+        if not on_cpu():
+            original(self, name, dtype, shape, empty_cache)
+            return
+        name, dtype, shape = [name], [dtype], [shape]
+    for each, kind in zip(name, dtype, strict=True):
+        if kind != self.model_config.dtype:
+            raise ValueError(f"{each} arrives as {kind}, but the engine holds {self.model_config.dtype}")
+    where = places(dtype, shape)
+    data = torch.empty(where[-1].stop, dtype=torch.uint8, device="cpu" if on_cpu() else "cuda")
+    self._model_update_group.broadcast(data, src=0, stream=torch.cuda.current_stream())
+    parts = zip(name, dtype, shape, where, strict=True)
+    self.model_runner.model.load_weights(weights=[(n, data[at].view(d).view(tuple(s))) for n, d, s, at in parts])
+    cpu.weights_changed()
