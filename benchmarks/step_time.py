@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/step_time.py --recipe recipes/reviews/jbond-cpu.yaml
 
 All are `bond train` with the recipe's model, prompts, reward and sizes, in turn, several rounds, so that a machine
-that gets slower meets all of them; the first with the host's own way to log-probabilities (`--bond.logits_mb 0`). The
-first step of a run (caches, compilation) does not count. Prints the median seconds of each part of a step, the ratio
+that gets slower meets all of them; the first with the host's own ways to log-probabilities and weight sync
+(`--bond.logits_mb 0 --bond.sync_mb 0`). The first step of a run (caches, compilation) does not count. Prints the median seconds of each part of a step, the ratio
 of the medians with the smallest and the largest ratio of a round, and the most memory that all processes together
 took (their proportional set size, looked at twice a second).
 """
@@ -23,13 +23,13 @@ from statistics import median
 import psutil
 
 HOST = ["--algo.advantage.estimator", "reinforce_baseline", "--algo.kl.init_coef", "0.01"]
-AS_IT_IS = ["--bond.logits_mb", "0"]
+AS_IT_IS = ["--bond.logits_mb", "0", "--bond.sync_mb", "0"]
 OURS = ["--algo.advantage.estimator", "jbond", "--bond.eta", "0.1"]
 METHODS = {
     "REINFORCE++ with a reference": [*HOST, *AS_IT_IS],
-    "the same, our log-probabilities": HOST,
+    "the same under bond train": HOST,
     "J-BOND": OURS,
-    "J-BOND, the host's": [*OURS, *AS_IT_IS],
+    "J-BOND in the host's ways": [*OURS, *AS_IT_IS],
     "J-BOND with gamma_ref": [*OURS, "--bond.gamma_ref", "0.1"],
     "J-BOND without bond/kl_ref": [*OURS, "--no-bond.kl_ref"],
 }
