@@ -4,9 +4,9 @@
 
 All are `bond train` with the recipe's model, prompts, reward and sizes, in turn, several rounds, so that a machine
 that gets slower meets all of them; the first with the host's own ways to log-probabilities and weight sync
-(`--bond.logits_mb 0 --bond.sync_mb 0`). The first step of a run (caches, compilation) does not count. Prints the median seconds of each part of a step, the ratio
-of the medians with the smallest and the largest ratio of a round, and the most memory that all processes together
-took (their proportional set size, looked at twice a second).
+(`--bond.logits_mb 0 --bond.sync_mb 0`). The first step of a run (caches, compilation) does not count. Prints the
+median seconds of each part of a step, the ratio of the medians with the smallest and the largest ratio of a round,
+and the most memory that all processes together took (their proportional set size, looked at twice a second).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from conftest import POOLED, REPOSITORY, clean_environment, nested, other_words,
 
 from bond_plugin import recipe
 from bond_plugin.bench import matrix
+from bond_plugin.host import flags as host_flags
 
 
 def test_help_is_quick_and_imports_neither_torch_nor_the_host() -> None:
@@ -52,6 +54,29 @@ def test_train_help_teaches_the_flags_of_host_and_algorithm(dry: Any) -> None:
     assert done.status == 0
     for words in ("--bond.beta", "Jeffreys", "--bond.n_anchor_samples", "--rollout.batch_size", "--recipe", "jbond"):
         assert words in done.text
+
+
+def test_help_is_the_whole_parsers_and_imports_nothing_for_it(dry: Any) -> None:
+    script = """
+import sys
+from bond_plugin.cli.main import main
+try:
+    main(["train", "--help"])
+finally:
+    print(*{"torch", "ray", "vllm", "transformers"} & set(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean_environment(COLUMNS="100"), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr.split() == []
+    assert dry({"algo.advantage.estimator": "reinforce"}).status == 0
+
+    def listed(text: str) -> set[str]:
+        return set(re.findall(r"^  (--[\w.]+)", text, flags=re.MULTILINE))
+
+    whole = listed(host_flags.current().parser.format_help())
+    assert len(whole) > 150
+    assert listed(done.stdout) == whole
 
 
 def test_dry_run_prints_configuration_versions_and_hooks(dry: Any) -> None:

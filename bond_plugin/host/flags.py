@@ -112,7 +112,8 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         _add_choices(parser, ESTIMATOR, list(estimators), registry.ADVANTAGE_ESTIMATORS)
         _add_choices(parser, POLICY_LOSS, list(losses), registry.POLICY_LOSSES)
         _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
-        _limit_choices(parser)
+        if not {"--help", "-h"} & set(argv):
+            _limit_choices(parser)  # imports much, and the help does not show them
         if caching:
             _add_cache_flags(parser)
 

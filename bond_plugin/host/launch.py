@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import datetime
 import errno
 import importlib.metadata
+import importlib.util
 import json
 import os
 import runpy
@@ -55,11 +59,29 @@ def run_host(argv: list[str], command: str = "bond train") -> None:
         Resolved: ``command`` is ``bond cache``.
         SystemExit: this run cannot start, or was only to be checked.
     """
-    settle_device(argv)
-    hooks.only_checks = bool({"--dry-run", "--help", "-h"} & set(argv))
-    load_plugins()
     sys.argv = [command, *argv]
+    if {"--help", "-h"} & set(argv):
+        _show_help()
+    settle_device(argv)
+    hooks.only_checks = "--dry-run" in argv
+    load_plugins()
     runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=False)
+
+
+def _show_help() -> None:
+    """Let the host make its parser and print it, without what its command imports before (seconds).
+
+    Raises:
+        SystemExit: it did.
+    """
+    hooks.check_version()
+    os.environ.setdefault(DEVICE_VARIABLE, "cpu")  # which it does not depend on
+    flags.extend_parsers()
+    path = importlib.util.find_spec(HOST_MODULE).origin
+    main = ast.parse(Path(path).read_text(encoding="utf-8")).body[-1].body
+    parses = next(i for i, line in enumerate(main) if "parse_args" in ast.unparse(line))
+    code = compile(ast.Module(main[: parses + 1], []), path, "exec")
+    exec(code, {"argparse": argparse, "os": os, "datetime": datetime.datetime})
 
 
 def run_module(module: str, argv: list[str]) -> None:
