@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _CHUNK = 2**22  # coefficients that are held at once
 
@@ -119,14 +120,48 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = F
             the best generation, 0.131, 0.151, 0.122 for the lowest, with F < 0.2.
 
     Returns:
-        ``[P, S]`` float64, in nats, <= 0. In time O(S^3) a prompt: 2 s for 512 prompts of 64 samples on one core.
+        ``[P, S]`` float64, in nats, <= 0. In time O(S^2) a prompt, normalised O(S^3).
 
     Raises:
         ValueError: shapes, rewards or weights out of range, or fewer than two samples.
     """
     rewards, weights = _checked(rewards, weights, "harmonic_log_quantile")
+    if not normalised:
+        rows = max(1, 2 * _CHUNK // rewards.shape[-1] ** 2)
+        blocks = zip(rewards.split(rows), weights.split(rows), strict=True)
+        return torch.cat([_harmonic_integral(*block) for block in blocks])
     series = [0.0] + [-1 / j for j in range(1, rewards.shape[-1])]
     return _subset_series(-rewards, weights, series, normalised, halves=True)
+
+
+def _harmonic_integral(rewards: Tensor, weights: Tensor) -> Tensor:
+    """-sum_j (1 / j) e_j(b) / C(k, j), of the b = a above and a / 2 of equals, without any e_j.
+
+    With 1 / C(k, j) = (k + 1) int_0^1 t^j (1 - t)^(k - j) dt, and x^j / j = int_0^x u^(j - 1) du, it is
+
+        -int_0^1 [prod_b (1 - s + b s) (1 - s)^(k - number of b) - (1 - s)^k] / s ds
+
+    a polynomial of degree k - 1 in s, which Gauss's rule with k / 2 nodes integrates exactly. ``[P, S]``.
+    """
+    others = rewards.shape[-1] - 1
+    nodes, shares = numpy.polynomial.legendre.leggauss((others + 1) // 2)
+    s, share = (torch.as_tensor(x, device=rewards.device).view(-1, 1, 1) for x in ((1 + nodes) / 2, shares / 2))
+    ordered, index = rewards.neg().sort(dim=-1)
+    of = weights.gather(-1, index)
+    first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
+
+    def before(logs: Tensor, place: Tensor) -> Tensor:
+        """``[nodes, P, S]``: the sum of those that come before ``place``, ``[P, S]`` from 0 to S."""
+        sums = nn.functional.pad(logs.cumsum(dim=-1), (1, 0))
+        return sums.gather(-1, place.expand(len(s), *place.shape))
+
+    none = torch.log1p(-s)
+    halves = torch.log1p(s * (of / 2 - 1)) - none
+    above = before(torch.log1p(s * (of - 1)) - none, first)
+    ties = before(halves, end) - before(halves, first) - halves
+    # What is subtracted is the smaller one, and close only where both are: nothing cancels, nothing overflows.
+    found = (share / s * (others * none + above + ties).exp() * torch.expm1(-above - ties)).sum(dim=0)
+    return found.gather(-1, index.argsort(dim=-1))
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
