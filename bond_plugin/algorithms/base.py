@@ -52,7 +52,7 @@ class Config(Settings):
 
     kl_ref: bool = flag(
         True,
-        "report bond/kl_ref, the KL to the initial policy, each step, from one micro-batch of four (from all where "
+        "report bond/kl_ref, the KL to the initial policy, each step, from one response of four (from all where "
         "the algorithm needs those log-probabilities anyway, or draws source samples). Costs their forward passes "
         "and two bytes a parameter, shared over the data-parallel ranks; it does not change the training",
     )

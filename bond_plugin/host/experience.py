@@ -87,9 +87,10 @@ class Batch:
 def under_weights(maker: Any, experiences: list[Any]) -> dict[str, list[torch.Tensor]]:
     """Log-probabilities by weights, ``policy`` among them: ``[B, A]`` for each experience.
 
-    Without those that are there for a part of the experiences only.
+    Without those that are there for a report only.
     """
-    whole = {name: values for name, values in state.of(maker).log_probs.items() if all(v is not None for v in values)}
+    few = plan.of(maker.args).kl_from_few
+    whole = {name: values for name, values in state.of(maker).log_probs.items() if not (few and name == "reference")}
     return {"policy": [e.action_log_probs for e in experiences], **whole}
 
 
@@ -148,9 +149,9 @@ def of_step(maker: Any, inputs: AdvantageInputs, batch: Batch) -> dict[str, floa
         totals = [inputs.log_ratio("reference").flatten()]
     else:
         for e, log_probs in zip(batch.experiences, state.of(maker).log_probs.get("reference", ()), strict=False):
-            if log_probs is not None:
-                ratios = e.action_log_probs.double() - log_probs.double()
-                totals.append(ratios.where(e.action_mask.bool(), 0.0).sum(dim=-1))
+            scored = ~log_probs[:, 0].isnan()
+            ratios = (e.action_log_probs.double() - log_probs.double()).where(e.action_mask.bool(), 0.0)
+            totals.append(ratios[scored].sum(dim=-1))
     if totals:
         found["bond/kl_ref"] = torch.cat(totals).mean().item()
     return found

@@ -9,10 +9,12 @@ host's.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, NamedTuple
 
 import ray
+import torch
 from torch import Tensor
 
 from bond_plugin.host import classifier, flags, plan, state, weights
@@ -21,18 +23,18 @@ from bond_plugin.host import classifier, flags, plan, state, weights
 SLOT = "the policy's workers"
 
 
-#: For ``bond/kl_ref`` alone, one micro-batch of so many is scored under the initial policy.
+#: For ``bond/kl_ref`` alone, one row of so many is scored under the initial policy.
 _REPORTED = 4
 
 
 class UnderWeights(NamedTuple):
     """What a worker says of one micro-batch: ``[B, A]`` log-probabilities under the policy and other weights.
 
-    ``None`` where nothing but a report wants them, and this micro-batch is not in it.
+    Rows are NaN where nothing but a report wants them, and they are not in it.
     """
 
     policy: Tensor
-    others: dict[str, Tensor | None]
+    others: dict[str, Tensor]
 
 
 class OfTeacher(NamedTuple):
@@ -53,18 +55,36 @@ def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, st
     names = run.log_probs if kept is not None and method_name == "forward" else ()
     if not names:
         return found
-    others: dict[str, list[Tensor | None]] = {}
+    others: dict[str, list[Tensor]] = {}
     for name in names:
-        data, start, end = all_data, start_idx, end_idx
         few = name == "reference" and run.kl_from_few
-        if few:
-            data = {key: values[start:end:_REPORTED] for key, values in all_data.items()}
-            start, end = 0, len(range(start, end, _REPORTED))
         with kept.swapped_in(name):
-            others[name] = original(self, method_name, data, start, end)
-        if few:
-            others[name] = [None if i % _REPORTED else others[name][i // _REPORTED] for i in range(len(found))]
+            if few:
+                others[name] = _of_few(original, self, all_data, start_idx, end_idx)
+            else:
+                others[name] = original(self, method_name, all_data, start_idx, end_idx)
     return [UnderWeights(policy, {name: others[name][i] for name in names}) for i, policy in enumerate(found)]
+
+
+def _of_few(original: Any, self: Any, all_data: dict, start: int, end: int) -> list[Tensor]:
+    """The forward passes of one row of :data:`_REPORTED`; of one micro-batch of so many where those have few rows, or
+    images, which belong to no row of their own. The same on all ranks.
+    """
+    args = self.strategy.args
+    small = args.train.dynamic_batch_enable or args.rollout.micro_batch_size < _REPORTED
+    masks = all_data["action_mask"][start:end]
+    found = [torch.full(mask.shape, math.nan) for mask in masks]
+    if small or args.data.max_images_per_prompt > 0:
+        chosen, rows = range(0, len(found), _REPORTED), slice(None)
+    else:
+        chosen, rows = range(len(found)), slice(None, None, _REPORTED)
+    data = {
+        key: [values[start + i][rows] if isinstance(values[start + i], Tensor) else values[start + i] for i in chosen]
+        for key, values in all_data.items()
+    }
+    for i, scored in zip(chosen, original(self, "forward", data, 0, len(chosen)), strict=True):
+        found[i][rows] = scored.float()
+    return found
 
 
 def dispatch_forward(original: Any, self: Any, group: Any, sync_condition: bool, **kwargs: Any) -> Any:

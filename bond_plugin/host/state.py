@@ -31,8 +31,8 @@ class State:
         log: ``metrics.jsonl``, in the trainer's process.
         engines: where source samples are drawn.
         policy_samples: of the step, where the experiences hold source samples too.
-        log_probs: under other weights than the policy's, by their name: ``[B, A]`` for each experience,
-            or ``None`` where a report alone wants them.
+        log_probs: under other weights than the policy's, by their name: ``[B, A]`` for each experience; rows are
+            NaN where a report alone wants some of them.
         warned: whether it was said that few samples do the work.
     """
 
@@ -43,7 +43,7 @@ class State:
     log: MetricsFile | None = None
     engines: Engines | None = None
     policy_samples: list[Any] = field(default_factory=list)
-    log_probs: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    log_probs: dict[str, list[Tensor]] = field(default_factory=dict)
     warned: bool = False
 
     def seed(self, *parts: object) -> int:
