@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bond_plugin.host import log_probs, state, weights
+from bond_plugin.host import log_probs, weights
 from bond_plugin.host.advantages import compute_advantages_and_returns
 from bond_plugin.host.experience import Batch, of_step, under_weights
 from bond_plugin.host.rewards import RewardError
@@ -29,32 +29,40 @@ class Kept:
         self.held = "policy"
 
 
-def scored(monkeypatch: pytest.MonkeyPatch, **bond: Any) -> tuple[SimpleNamespace, list[tuple[str, float]]]:
+def scored(
+    monkeypatch: pytest.MonkeyPatch, rows: int = 1, dynamic: bool = False, images: int = 0, **bond: Any
+) -> tuple[SimpleNamespace, list[tuple[str, float]]]:
     """The micro-batches 2 to 11 of a call, through a worker and the maker: the maker, and what was scored."""
     kept, done = Kept(), []
     monkeypatch.setattr(weights, "of", lambda _actor: kept)
     args = SimpleNamespace(
         algo=SimpleNamespace(advantage=SimpleNamespace(estimator="jbond")),
         bond=SimpleNamespace(**bond),
-        rollout=SimpleNamespace(n_samples_per_prompt=1),
+        data=SimpleNamespace(max_images_per_prompt=images),
+        rollout=SimpleNamespace(n_samples_per_prompt=1, micro_batch_size=rows),
+        train=SimpleNamespace(dynamic_batch_enable=dynamic),
     )
     worker = SimpleNamespace(actor=None, strategy=SimpleNamespace(args=args))
     under = {"policy": 0.0, "anchor": -0.5, "reference": -1.0}
 
     def original(_self: Any, _method: str, data: dict, start: int, end: int) -> list[torch.Tensor]:
-        done.extend((kept.held, value) for value in data["x"][start:end])
-        return [torch.full((1, 2), value * under[kept.held]) for value in data["x"][start:end]]
+        parts = data["x"][start:end]
+        assert [len(mask) for mask in data["action_mask"][start:end]] == [len(part) for part in parts]
+        done.extend((kept.held, value) for part in parts for value in part.tolist())
+        return [part.unsqueeze(-1).expand(-1, 2) * under[kept.held] for part in parts]
 
-    found = log_probs.execute_batch(original, worker, "forward", {"x": list(range(20))}, 2, 12)
+    mask = torch.tensor([[1, 0]]).expand(rows, 2)
+    call = {"x": list(torch.arange(20.0 * rows).split(rows)), "action_mask": [mask] * 20}
+    found = log_probs.execute_batch(original, worker, "forward", call, 2, 12)
     maker = SimpleNamespace(args=args)
     policy = log_probs.flatten_results(lambda *_: found, maker, None, 1)
     maker.experiences = [
         SimpleNamespace(
             action_log_probs=each,
-            action_mask=torch.tensor([[1, 0]]),
-            index=[i],
-            prompts=[str(i)],
-            rewards=torch.zeros(1),
+            action_mask=mask,
+            index=list(range(i * rows, (i + 1) * rows)),
+            prompts=[str(i * rows + row) for row in range(rows)],
+            rewards=torch.zeros(rows),
         )
         for i, each in enumerate(policy)
     ]
@@ -66,14 +74,24 @@ def kl_ref(maker: SimpleNamespace) -> float:
     return of_step(maker, inputs, Batch(maker.experiences, 1))["bond/kl_ref"]
 
 
-def test_a_report_alone_takes_one_micro_batch_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, done = scored(monkeypatch)
-    assert [value for name, value in done if name == "anchor"] == list(range(2, 12))
-    assert [value for name, value in done if name == "reference"] == [2, 6, 10]
+@pytest.mark.parametrize("how", [{}, {"rows": 8, "dynamic": True}, {"rows": 8, "images": 1}], ids=str)
+def test_a_report_alone_takes_one_micro_batch_of_four(monkeypatch: pytest.MonkeyPatch, how: dict) -> None:
+    """Where they have few rows, or parts that belong to no row."""
+    maker, done = scored(monkeypatch, **how)
+    rows = how.get("rows", 1)
+    wanted = [i * rows + row for i in (2, 6, 10) for row in range(rows)]
+    assert [value for name, value in done if name == "anchor"] == list(range(2 * rows, 12 * rows))
+    assert [value for name, value in done if name == "reference"] == wanted
     assert set(under_weights(maker, maker.experiences)) == {"policy", "anchor"}
-    there = [each is not None for each in state.of(maker).log_probs["reference"]]
-    assert there == [i in (0, 4, 8) for i in range(10)]
-    assert kl_ref(maker) == pytest.approx(6.0)  # of the first token of 2, 6 and 10; the second is no response's
+    assert kl_ref(maker) == pytest.approx(sum(wanted) / len(wanted))  # the second token is no response's
+
+
+@pytest.mark.parametrize("rows", [4, 6, 8])
+def test_a_report_alone_takes_one_row_of_four(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    maker, done = scored(monkeypatch, rows)
+    wanted = [i * rows + row for i in range(2, 12) for row in range(0, rows, 4)]
+    assert [value for name, value in done if name == "reference"] == wanted
+    assert kl_ref(maker) == pytest.approx(sum(wanted) / len(wanted))
 
 
 @pytest.mark.parametrize("bond", [{"gamma_ref": 0.1}, {"n_anchor_samples": 2}], ids=["pull", "samples of the anchor"])

@@ -128,7 +128,9 @@ def test_prompts_are_the_same_tokens_in_training_cache_evaluate_and_bench(
         room = settings["max_new_tokens"], settings["max_len"]
         return [engine.prompt_tokens(tokenizer, prompt, *room)[0] for prompt in prompts]
 
-    args.cache = SimpleNamespace(output=str(tmp_path / "r.jsonl"), samples=2, seed=0, responses=False, chunk=0)
+    args.cache = SimpleNamespace(
+        output=str(tmp_path / "r.jsonl"), samples=2, seed=0, responses=False, log_probs=False, chunk=0
+    )
     with pytest.raises(Sampled):
         make_cache.make(args)
     rows = [{"input": text, "label": ""} for text in texts if isinstance(text, str)]
