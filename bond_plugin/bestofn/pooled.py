@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-_CHUNK = 2**22  # coefficients that are held at once
+_CHUNK = 2**18  # numbers that are held at once: few enough for a cache of the processor
 
 
 def mixture_weights(policy_ratio: Tensor, source_ratio: Tensor, n: int) -> tuple[Tensor, Tensor]:
