@@ -3,8 +3,8 @@
 The host's ``Actor`` multiplies every hidden state, those of prompts and of padding too, by the output layer, and
 holds ``[tokens, vocabulary]`` numbers in fp32, more than once for the gradient. Here the output layer itself, for
 the time of one call, gives back the log-probability (and entropy) of each response token: only their logits are
-made, ``--bond.logits_mb`` at a time, and made anew for the gradient where they are more than that. Everything before
-and after is the host's: positions, packing, the mask. The reference model's worker and a teacher's do the same.
+made, and in fp32 ``--bond.logits_mb`` of them at a time. Everything before and after is the host's: positions,
+packing, the mask. The reference model's worker and a teacher's do the same.
 (A fused kernel would not do: those that are kept, liger-kernel's among them, want the loss to be linear in the
 log-probabilities, or one of their own losses.)
 
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 _MEBIBYTE = 2**20
 
@@ -62,26 +61,69 @@ class _Call:
             raise _NotHandedOn
         flat = flat[self._kept]
         size = max(1, self._limit // (4 * layer.weight.shape[0]))
-        pieces = zip(flat.split(size), self._labels.split(size), strict=True)
-        if len(flat) > size and torch.is_grad_enabled():
-            made = [checkpoint(self._of, layer, *piece, use_reentrant=False, preserve_rng_state=False)
-                    for piece in pieces]  # fmt: skip
-        else:
-            made = [self._of(layer, *piece) for piece in pieces]
+        keep = torch.is_grad_enabled()
+        made = _Pieces.apply(
+            flat, layer.weight, layer.bias, self._labels, self._temperature, self._entropy, size, keep
+        )
         empty = flat.new_zeros(len(self._kept), 3, dtype=torch.float32)
         empty[:, 2] = _MARK
-        found = nn.functional.pad(torch.cat(made), (0, 1), value=_MARK)
+        found = nn.functional.pad(made, (0, 1), value=_MARK)
         return empty.index_copy(0, self._kept.nonzero().flatten(), found).unflatten(0, hidden.shape[:-1])
 
-    def _of(self, layer: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
-        """``[K, 2]`` of some positions. In the model's precision first, as the host does."""
-        logits = type(layer).forward(layer, hidden).float()
-        if self._temperature != 1.0:
-            logits = logits / self._temperature
-        total = logits.logsumexp(dim=-1)
-        found = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - total
-        entropy = total - (logits.softmax(dim=-1) * logits).sum(dim=-1) if self._entropy else torch.zeros_like(total)
-        return torch.stack([found, entropy], dim=-1)
+
+class _Pieces(torch.autograd.Function):
+    """Log-probability and entropy of each label, ``[K, 2]`` fp32, ``size`` positions at a time.
+
+    For the gradient logits are kept as the output layer gives them (in 16 bits, if that is what the model has).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float,
+                entropy: bool, size: int, keep: bool) -> Tensor:  # fmt: skip
+        found = hidden.new_zeros(len(hidden), 3, dtype=torch.float32)  # log-probability, entropy, log of the sum
+        kept = []
+        for rows, of, out in zip(hidden.split(size), labels.split(size), found.split(size), strict=True):
+            raw = nn.functional.linear(rows, weight, bias)
+            logits = _scaled(raw, temperature)
+            out[:, 2] = logits.logsumexp(dim=-1)
+            out[:, 0] = logits.gather(-1, of.unsqueeze(-1)).squeeze(-1) - out[:, 2]
+            if entropy:
+                out[:, 1] = out[:, 2] - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+            if keep:
+                kept.append(raw)
+        ctx.temperature, ctx.entropy, ctx.size = temperature, entropy, size
+        ctx.save_for_backward(hidden, weight, bias, labels, found, *kept)
+        return found[:, :2].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Of z = logits / temperature: (onehot - p) for the log-probability, -p (z - sum p z) for the entropy."""
+        hidden, weight, bias, labels, found, *kept = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = torch.empty_like(hidden), None, None
+        parts = (part.split(ctx.size) for part in (hidden, labels, found, gradient, of_hidden))
+        for raw, rows, of, known, given, out in zip(kept, *parts, strict=True):
+            logits = _scaled(raw, ctx.temperature)
+            total, log_prob = known[:, 2:], given[:, :1]
+            shares = (logits - total).exp_()
+            if ctx.entropy:
+                mean = total - known[:, 1:2]
+                shares.mul_(logits.sub_(mean).mul_(given[:, 1:]).add_(log_prob)).neg_()
+            else:
+                shares.mul_(-log_prob)
+            shares.scatter_add_(-1, of.unsqueeze(-1), log_prob)
+            each = shares.div_(ctx.temperature).to(raw.dtype)
+            out.copy_(nn.functional.linear(each, weight.t()))
+            part = nn.functional.linear(each.t(), rows.t())
+            of_weight = part if of_weight is None else of_weight.add_(part)
+            if bias is not None:
+                of_bias = each.sum(dim=0) if of_bias is None else of_bias.add_(each.sum(dim=0))
+        return of_hidden, of_weight, of_bias, *[None] * 5
+
+
+def _scaled(raw: Tensor, temperature: float) -> Tensor:
+    """In fp32, as the host does it."""
+    logits = raw.float() if raw.dtype != torch.float32 else raw.clone()
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | None = None,
