@@ -23,12 +23,12 @@ from types import SimpleNamespace
 
 import psutil
 
-WAYS = {"host": 0, "ours": 256}
+WAYS = ("host", "ours")
 HELD = 18  # bytes a number of [tokens, vocabulary] in the host's way: 16 bits once, fp32 four times
 REPEATS = 3  # in a process, of which the first does not count
 
 
-def once(way: str, vocabulary: int, length: int, dtype: str, out: Path) -> None:
+def once(way: str, vocabulary: int, length: int, dtype: str, limit: float, out: Path) -> None:
     """In a process of its own."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "workers"))
     from device import DEVICE
@@ -64,7 +64,7 @@ def once(way: str, vocabulary: int, length: int, dtype: str, out: Path) -> None:
             return torch.cuda.max_memory_allocated() / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
-    logits.limit_to(SimpleNamespace(bond=SimpleNamespace(logits_mb=WAYS[way])))
+    logits.limit_to(SimpleNamespace(bond=SimpleNamespace(logits_mb=limit if way == "ours" else 0)))
     for p in actor.parameters():
         p.grad = torch.zeros_like(p)
     rest, seconds = peak(), []
@@ -84,13 +84,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[32768, 131072, 262144])
     parser.add_argument("--length", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--logits-mb", type=float, default=256.0, help="as --bond.logits_mb (default: %(default)g)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each way (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/log-probs"))
     parser.add_argument("--once", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     out = given.output_dir / "one.json"
     if given.once:
-        once(given.once[0], int(given.once[1]), int(given.once[2]), given.dtype, out)
+        once(given.once[0], int(given.once[1]), int(given.once[2]), given.dtype, given.logits_mb, out)
         return
     given.output_dir.mkdir(parents=True, exist_ok=True)
     import torch
@@ -107,7 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
             for _ in range(given.rounds):
                 for way in found:
                     command = [sys.executable, __file__, "--once", way, str(vocabulary), str(length)]
-                    options = ["--dtype", given.dtype, "--output-dir", str(given.output_dir)]
+                    options = ["--dtype", given.dtype, "--logits-mb", str(given.logits_mb)]
+                    options += ["--output-dir", str(given.output_dir)]
                     subprocess.run(
                         [*command, *options], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
                     )
