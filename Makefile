@@ -18,10 +18,11 @@ export BOND_REVIEWS_DIR ?= $(abspath $(DEMO))
 NEEDS_PYTHON = test -n "$(PYTHON)" || \
   { echo "Python 3.10, 3.11 or 3.12 is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 
-.PHONY: help env train test faults soak wheel docs lint clean
+.PHONY: help env train test bench faults soak wheel docs lint clean
 help:
 	@echo "make train   train SmolLM2-135M with J-BOND on movie reviews (CPU), and show before and after"
 	@echo "make test    run all tests"
+	@echo "make bench   what a step, log-probabilities, the anchor and the estimators cost: half an hour"
 	@echo "make faults  kill processes of COUNT runs (50) at random moments, resume, and compare: two minutes each"
 	@echo "make soak    train for STEPS steps (2000) and show what grows"
 	@echo "make env     make the environment in $(VENV) (both others do it when it is missing)"
@@ -60,6 +61,13 @@ train: $(RUN)/config.json
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m e2e
+
+# The tables of docs/performance.md.
+bench: $(READY) $(DEMO)/prepared.json
+	$(BIN)/python benchmarks/mathematics.py
+	$(BIN)/python benchmarks/anchor.py
+	$(BIN)/python benchmarks/log_probs.py --vocabulary 32768 131072 --length 2048 --rounds 2
+	$(BIN)/python benchmarks/step_time.py --rounds 2 --steps 4 --only "the same under bond train" J-BOND
 
 # Goes on where an earlier call stopped: each seed is done once.
 faults: $(READY)

@@ -49,6 +49,45 @@ def test_a_number_that_makes_no_sense(dry: Callable[..., Any], dest: str, value:
     assert "Traceback" not in found.text
 
 
+TABLES = {
+    "good": ([{"input": letter} for letter in "abcdefghijklmnopqrst"], None),
+    "null": ([{"input": "a"}] * 19 + [{"input": None}], "row 20 has no text under 'input', but None"),
+    "numbers": ([{"input": 3}] * 20, "row 1 has no text under 'input', but 3"),
+    "no key": ([{"prompt": "a"}] * 20, "row 1 has no key 'input' (it has 'prompt'): set --data.input_key"),
+    "empty": ([{"input": "a"}, {"input": " "}], "row 2 has an empty 'input'"),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
+@pytest.mark.parametrize(("rows", "says"), TABLES.values(), ids=TABLES)
+def test_tables_of_prompts(dry: Callable[..., Any], tmp_path: Path, kind: str, rows: list[dict], says: str) -> None:
+    import pandas
+
+    if kind == "csv" and rows[-1] == {"input": " "}:
+        says = None  # which is no row in its readers
+    path, table = tmp_path / f"prompts.{kind}", pandas.DataFrame(rows)
+    if kind == "csv":
+        table.to_csv(path, index=False)
+    elif kind == "parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text(json.dumps(rows))
+    found = dry({"data.prompt_dataset": path})
+    assert found.status == (2 if says else 0), found.text[-2000:]
+    assert "Traceback" not in found.text
+    if says:
+        assert f"--data.prompt_dataset {path}, {says}" in found.text, found.text[-2000:]
+    else:
+        assert "--data.prompt_dataset" not in found.text  # all of it was looked at
+
+
+def test_a_table_that_is_none(dry: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "prompts.parquet"
+    path.write_text("input")
+    found = dry({"data.prompt_dataset": path})
+    assert found.status == 2 and f"--data.prompt_dataset {path}: " in found.text and "Traceback" not in found.text
+
+
 LINES = {
     "empty file": ("", "is empty: it needs a line for each prompt"),
     "no JSON": ('{"input": "a"}\n{"input": \n', "line 2 is not JSON"),

@@ -76,6 +76,7 @@ _PAIRS = {
 }
 _STEPS = ("eval.steps", "ckpt.save_steps")  # -1 for never
 _MOST_BYTES = 2**28  # of a file of prompts that are read
+_MOST_ROWS = 1_000_000  # the same of a table
 _SHOWN = 5  # faulty lines of a file that are named
 
 
@@ -123,10 +124,11 @@ def unseen(args: SimpleNamespace) -> list[str]:
             path = Path(name.partition("@")[0].strip())
             if not path.exists():
                 found.append(f"--{dest} {name}: a name on a hub")
-            elif not _has_lines(path):
-                found.append(f"--{dest} {name}: not JSON lines")
+            elif not _has_lines(path) and not _is_table(path):
+                found.append(f"--{dest} {name}: neither JSON lines nor a table")
             elif path.stat().st_size > _MOST_BYTES:
-                found.append(f"--{dest} {name}: what comes after {_MOST_BYTES // 2**20} MiB")
+                most = f"{_MOST_BYTES // 2**20} MiB" if _has_lines(path) else f"{_MOST_ROWS:,} rows"
+                found.append(f"--{dest} {name}: what comes after {most}")
     for url in args.reward.remote_url or []:
         what = "what it does when it is imported and called" if url.endswith(".py") else "a server"
         found.append(f"--reward.remote_url {url}: {what}")
@@ -236,11 +238,15 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     lines = Lines(Columns(data.input_key, data.label_key, data.apply_chat_template, flags), template, table=True)
     found, notes, count = [], [], 0
     for path in _local(_value(args, dest)):
-        if not _has_lines(path):
+        if _has_lines(path):
+            rows = lines.read(path, _MOST_BYTES)
+        elif _is_table(path):
+            rows = lines.read_table(path, _MOST_ROWS)
+        else:
             count += args.rollout.batch_size  # or more: it is not looked at
             continue
         wrong, seen = [], Counter()
-        for row in lines.read(path, _MOST_BYTES):
+        for row in rows:
             if isinstance(row, str):
                 wrong.append(row)
             else:
@@ -266,6 +272,10 @@ def _has_lines(path: Path) -> bool:
         with open_file(path) as file:
             return not file.read(1024).lstrip(b"\xef\xbb\xbf \n\r\t").startswith(b"[")
     return path.suffix == ".jsonl"
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix in (".csv", ".parquet", ".json") and path.is_file()  # here JSON is one list
 
 
 _TABLES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
