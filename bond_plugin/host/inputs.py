@@ -97,6 +97,14 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
             found += [
                 f"--{dest}.model_name_or_path {name}: {line}" for line in models.files(Path(name), dest == "actor")
             ]
+    judge = Path(args.reward.model_name_or_path or "")
+    if not found and not args.reward.remote_url and judge.is_dir() and args.reward.model_name_or_path:
+        lacks = models.without_head(judge, args.ds.value_head_prefix)
+        if lacks:
+            notes.append(
+                f"--reward.model_name_or_path {judge} has no {lacks}: the host makes one of random numbers, and its "
+                "rewards are no better. Where the head has another name: --ds.value_head_prefix"
+            )
     tokenizer = None
     if not found and os.path.isdir(args.actor.model_name_or_path or ""):
         tokenizer, wrong = models.policy(args)

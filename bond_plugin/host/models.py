@@ -107,6 +107,22 @@ def _weights(file: Path) -> str | None:
     return None if 8 + length + end <= size else f"is cut short ({size:,} of {8 + length + end:,} bytes)"
 
 
+def without_head(folder: Path, prefix: str) -> str | None:
+    """The name of the tensor that a reward model lacks where the host looks for its head, or ``None``.
+
+    It looks where the model's own config says, else at ``prefix``. Of other files than safetensors nothing is said.
+    """
+    from safetensors import safe_open
+
+    config = _json(folder / "config.json")
+    wanted = f"{config.get('value_head_prefix', prefix)}.weight"
+    names: list[str] = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as opened:
+            names += opened.keys()
+    return wanted if names and not any(f".{name}".endswith(f".{wanted}") for name in names) else None
+
+
 def policy(args: SimpleNamespace) -> tuple[Any, list[str]]:
     """The policy's tokenizer, from a folder that :func:`files` found whole, and what does not fit the run."""
     flag = f"--actor.model_name_or_path {args.actor.model_name_or_path}"
