@@ -30,9 +30,14 @@ class Kept:
 
 
 def scored(
-    monkeypatch: pytest.MonkeyPatch, rows: int = 1, dynamic: bool = False, images: int = 0, **bond: Any
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int = 1,
+    dynamic: bool = False,
+    images: int = 0,
+    end: int = 12,
+    **bond: Any,
 ) -> tuple[SimpleNamespace, list[tuple[str, float]]]:
-    """The micro-batches 2 to 11 of a call, through a worker and the maker: the maker, and what was scored."""
+    """The micro-batches from 2 on of a call, through a worker and the maker: the maker, and what was scored."""
     kept, done = Kept(), []
     monkeypatch.setattr(weights, "of", lambda _actor: kept)
     args = SimpleNamespace(
@@ -53,7 +58,7 @@ def scored(
 
     mask = torch.tensor([[1, 0]]).expand(rows, 2)
     call = {"x": list(torch.arange(20.0 * rows).split(rows)), "action_mask": [mask] * 20}
-    found = log_probs.execute_batch(original, worker, "forward", call, 2, 12)
+    found = log_probs.execute_batch(original, worker, "forward", call, 2, end)
     maker = SimpleNamespace(args=args)
     policy = log_probs.flatten_results(lambda *_: found, maker, None, 1)
     maker.experiences = [
@@ -74,13 +79,16 @@ def kl_ref(maker: SimpleNamespace) -> float:
     return of_step(maker, inputs, Batch(maker.experiences, 1))["bond/kl_ref"]
 
 
-@pytest.mark.parametrize("how", [{}, {"rows": 8, "dynamic": True}, {"rows": 8, "images": 1}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{"rows": 8}, {"end": 4}, {"rows": 8, "dynamic": True, "end": 4}, {"rows": 8, "images": 1, "end": 4}],
+    ids=["many", "of few rows", "dynamic", "with images"],
+)
 def test_a_report_alone_takes_one_micro_batch_of_four(monkeypatch: pytest.MonkeyPatch, how: dict) -> None:
-    """Where they have few rows, or parts that belong to no row."""
     maker, done = scored(monkeypatch, **how)
-    rows = how.get("rows", 1)
-    wanted = [i * rows + row for i in (2, 6, 10) for row in range(rows)]
-    assert [value for name, value in done if name == "anchor"] == list(range(2 * rows, 12 * rows))
+    rows, end = how.get("rows", 1), how.get("end", 12)
+    wanted = [i * rows + row for i in range(2, end, 4) for row in range(rows)]
+    assert [value for name, value in done if name == "anchor"] == list(range(2 * rows, end * rows))
     assert [value for name, value in done if name == "reference"] == wanted
     assert set(under_weights(maker, maker.experiences)) == {"policy", "anchor"}
     assert kl_ref(maker) == pytest.approx(sum(wanted) / len(wanted))  # the second token is no response's
@@ -88,8 +96,9 @@ def test_a_report_alone_takes_one_micro_batch_of_four(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("rows", [4, 6, 8])
 def test_a_report_alone_takes_one_row_of_four(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    maker, done = scored(monkeypatch, rows)
-    wanted = [i * rows + row for i in range(2, 12) for row in range(0, rows, 4)]
+    """Where there are fewer than four micro-batches."""
+    maker, done = scored(monkeypatch, rows, end=4)
+    wanted = [i * rows + row for i in range(2, 4) for row in range(0, rows, 4)]
     assert [value for name, value in done if name == "reference"] == wanted
     assert kl_ref(maker) == pytest.approx(sum(wanted) / len(wanted))
 

@@ -238,7 +238,8 @@ def test_a_script_trains(bond: Callable[..., Run], tiny: Tiny, agent: Path, tmp_
         assert 0 < step["bond/win_rate"] < 1
         assert 0.2 < step["bond/ess"] <= 1 + 1e-9
     first, last = done.metrics
-    assert first["bond/kl_anchor"] == first["bond/kl_ref"] == 0  # one and the same weights
+    assert first["bond/kl_anchor"] == 0  # one and the same weights
+    assert first["bond/kl_ref"] == pytest.approx(0, abs=5e-3)  # a row of four rounds otherwise than with the three
     # Estimated from few tokens, a KL may come out below zero; it is zero only where nothing was learned.
     assert last["bond/kl_ref"] != 0 or "train.async_enable" in script
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -67,14 +67,15 @@ def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, st
 
 
 def _of_few(original: Any, self: Any, all_data: dict, start: int, end: int) -> list[Tensor]:
-    """The forward passes of one row of :data:`_REPORTED`; of one micro-batch of so many where those have few rows, or
-    images, which belong to no row of their own. The same on all ranks.
+    """The forward passes of one micro-batch of :data:`_REPORTED`, which round as the policy's do; where there are too
+    few of them, of one row of so many. Images belong to no row of their own. The same on all ranks.
     """
     args = self.strategy.args
-    small = args.train.dynamic_batch_enable or args.rollout.micro_batch_size < _REPORTED
+    whole = args.train.dynamic_batch_enable or args.data.max_images_per_prompt > 0
+    whole = whole or args.rollout.micro_batch_size < _REPORTED or end - start >= _REPORTED
     masks = all_data["action_mask"][start:end]
     found = [torch.full(mask.shape, math.nan) for mask in masks]
-    if small or args.data.max_images_per_prompt > 0:
+    if whole:
         chosen, rows = range(0, len(found), _REPORTED), slice(None)
     else:
         chosen, rows = range(len(found)), slice(None, None, _REPORTED)
