@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MEBIBYTE = 2**20
+from bond_plugin.host import plan
 
 #: Beside each token's two numbers, to be found again in what the model hands on.
 _MARK = 12345.0
@@ -36,7 +36,7 @@ class _NotHandedOn(Exception):
 def limit_to(args: SimpleNamespace) -> None:
     """Take ``--bond.logits_mb`` for this process."""
     global _limit
-    _limit = int(getattr(getattr(args, "bond", None), "logits_mb", 0) * _MEBIBYTE)
+    _limit = plan.in_bytes(args, "logits_mb")
 
 
 class _Call:
@@ -47,12 +47,11 @@ class _Call:
         labels: ``[K]``, the tokens that follow them.
         temperature: by which logits are divided.
         entropy: whether it is wanted too.
-        limit: bytes of fp32 logits at a time.
     """
 
-    def __init__(self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool, limit: int) -> None:
+    def __init__(self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool) -> None:
         self._kept, self._labels = kept, labels
-        self._temperature, self._entropy, self._limit = temperature, entropy, limit
+        self._temperature, self._entropy = temperature, entropy
 
     def through(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
         """What stands for the logits: ``[..., 3]`` fp32, log-probability, entropy and mark of each position."""
@@ -60,7 +59,7 @@ class _Call:
         if len(flat) != len(self._kept):
             raise _NotHandedOn
         flat = flat[self._kept]
-        size = max(1, self._limit // (4 * layer.weight.shape[0]))
+        size = max(1, _limit // (4 * layer.weight.shape[0]))
         keep = torch.is_grad_enabled()
         made = _Pieces.apply(
             flat, layer.weight, layer.bias, self._labels, self._temperature, self._entropy, size, keep
@@ -147,7 +146,7 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     within = attention_mask.bool() if self.packing_samples else torch.ones_like(kept)
     kept, labels = kept[within], labels[within]
     temperature, self.temperature = self.temperature, 1.0
-    _call = _Call(kept, labels[kept], temperature, bool(options.get("return_entropy")), _limit)
+    _call = _Call(kept, labels[kept], temperature, bool(options.get("return_entropy")))
     layer.forward = lambda hidden: _call.through(layer, hidden)
     try:
         return plain()

@@ -98,6 +98,11 @@ def of(args: SimpleNamespace) -> Run:
     return Run(algorithm, transform, needs, rows, reports_kl=algorithm is not None and algorithm.config.kl_ref)
 
 
+def in_bytes(args: SimpleNamespace, name: str) -> int:
+    """The flag ``--bond.<name>``, which is in MiB; 0 in one of the host's other trainers, which do not know it."""
+    return int(getattr(getattr(args, "bond", None), name, 0) * 2**20)
+
+
 def _of_reference(args: SimpleNamespace) -> Needs:
     ref = getattr(args, "ref", None)
     match getattr(ref, "update", "none"):

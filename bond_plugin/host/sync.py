@@ -16,19 +16,22 @@ from typing import Any
 import ray
 import torch
 
-from bond_plugin.host import cpu, on_cpu
+from bond_plugin.host import cpu, on_cpu, plan
 
-_MEBIBYTE = 2**20
 _ALIGNED = 16  # bytes, so that each tensor can be seen in its own type where it lies
 
 
+def place(end: int, dtype: torch.dtype, shape: Sequence[int]) -> slice:
+    """Where a tensor lies among the bytes that travel, after others that end at ``end``."""
+    start = -(-end // _ALIGNED) * _ALIGNED
+    return slice(start, start + dtype.itemsize * math.prod(shape))
+
+
 def places(dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> list[slice]:
-    """Where each tensor lies among the bytes that travel: the same for sender and receiver."""
-    found, end = [], 0
+    """Where each tensor lies: the same for sender and receiver."""
+    found: list[slice] = []
     for dtype, shape in zip(dtypes, shapes, strict=True):
-        start = -(-end // _ALIGNED) * _ALIGNED
-        end = start + dtype.itemsize * math.prod(shape)
-        found.append(slice(start, end))
+        found.append(place(found[-1].stop if found else 0, dtype, shape))
     return found
 
 
@@ -46,6 +49,7 @@ class Parcel:
         self._done = ray.put(None)  # of the host's calls, which have nothing to wait for
         self._noted: tuple[str, bool] = ("", False)
         self._held: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        self._end = 0  # of what is held, in bytes
         self._bytes: torch.Tensor | None = None
 
     def engines(self) -> list[Any]:
@@ -59,26 +63,22 @@ class Parcel:
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
         """In the group's place: keep the tensor that was noted, and send what is held before there is too much."""
         name, last = self._noted
-        mine = (name, tensor.dtype, tuple(tensor.shape))
-        place = self._place(mine)
-        if self._held and place.stop > self._capacity:
+        at = place(self._end, tensor.dtype, tensor.shape)
+        if self._held and at.stop > self._capacity:
             self._send(self._bytes, stream, last=False)
-            place = self._place(mine)
-        self._held.append(mine)
+            at = place(self._end, tensor.dtype, tensor.shape)
+        self._held.append((name, tensor.dtype, tuple(tensor.shape)))
+        self._end = at.stop
         # The bytes are copied: under ZeRO-3 they are there only until the host goes on to the next parameter.
         data = tensor.detach().contiguous().flatten().view(torch.uint8)
-        if place.stop > self._capacity:
+        if at.stop > self._capacity:
             self._send(data, stream, last)
             return
         if self._bytes is None:
             self._bytes = torch.empty(self._capacity, dtype=torch.uint8, device=tensor.device)
-        self._bytes[place] = data
+        self._bytes[at] = data
         if last:
             self._send(self._bytes, stream, last)
-
-    def _place(self, new: tuple[str, torch.dtype, tuple[int, ...]]) -> slice:
-        _, dtypes, shapes = zip(*self._held, new, strict=True)
-        return places(dtypes, shapes)[-1]
 
     def _send(self, data: torch.Tensor, stream: Any, last: bool) -> None:
         names, dtypes, shapes = map(list, zip(*self._held, strict=True))
@@ -86,8 +86,8 @@ class Parcel:
             engine.update_weight.remote(names, dtype=dtypes, shape=shapes, empty_cache=last)
             for engine in self._engines
         ]
-        self._held = []
-        self._group.broadcast(data[: places(dtypes, shapes)[-1].stop], src=0, stream=stream)
+        self._group.broadcast(data[: self._end], src=0, stream=stream)
+        self._held, self._end = [], 0
         ray.get(refs)
 
 
@@ -105,7 +105,7 @@ class _Engine:
 def broadcast_to_vllm(original: Any, self: Any) -> None:
     """A training worker sends the weights that are in place."""
     group, engines = getattr(self, "_model_update_group", None), self.vllm_engines
-    capacity = int(getattr(getattr(self.args, "bond", None), "sync_mb", 0) * _MEBIBYTE)
+    capacity = plan.in_bytes(self.args, "sync_mb")
     if not capacity or group is None or isinstance(group, str) or self.use_cuda_ipc:
         original(self)
         return
