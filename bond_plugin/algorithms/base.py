@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from bond_plugin.algorithms.logits import Logits
+
 Source = Literal["anchor", "reference", "stored"]
 
 
@@ -93,6 +95,7 @@ class Needs:
             optimiser step.
         anchor_interval: the anchor becomes a copy of the policy every so many optimiser steps. ``None`` for
             both if no anchor is needed; at most one of them is given.
+        logits: whether :meth:`Algorithm.token_losses` compares the policy's logits with the teacher's.
         reward_cache: whether :attr:`AdvantageInputs.reference_rewards` come from ``--bond.reward_cache``.
         classifier: whether a sequence classifier is trained in the host's critic slot.
         least: how many samples of the policy a prompt it takes at the least.
@@ -103,6 +106,7 @@ class Needs:
     source: Source = "anchor"
     offline: bool = False
     log_probs: Collection[str] = frozenset()
+    logits: bool = False
     anchor_eta: float | None = None
     anchor_interval: int | None = None
     reward_cache: bool = False
@@ -116,6 +120,8 @@ class Needs:
             raise ValueError("samples of an anchor need anchor_eta or anchor_interval; or use source='reference'")
         if (self.offline or (self.source == "stored" and self.source_samples)) and not self.reward_cache:
             raise ValueError("stored responses come with their rewards: reward_cache=True")
+        if self.logits and "teacher" not in self.log_probs:
+            raise ValueError("the logits are compared with a teacher's: log_probs={'teacher'}")
         unknown = self.weights - {"anchor", "reference", "teacher"}
         if unknown:
             raise ValueError(f"log_probs knows anchor, reference and teacher, not {', '.join(sorted(unknown))}")
@@ -210,6 +216,8 @@ class LossInputs:
         clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
         under: log-probabilities of each response token under other weights, ``[B, A]`` each, without gradient:
             of those that :attr:`Needs.log_probs` names, for an algorithm with a loss of its own.
+        token_losses: ``[B, A]``, what :meth:`Algorithm.token_losses` gave, 0 beyond a response's end; ``None``
+            without :attr:`Needs.logits`.
     """
 
     log_probs: Tensor
@@ -221,6 +229,7 @@ class LossInputs:
     clip_low: float
     clip_high: float
     under: Mapping[str, Tensor] = field(default_factory=dict)
+    token_losses: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -268,6 +277,13 @@ class Algorithm:
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """The loss of each row, for ``policy_loss = "own"``: made anew at each optimiser step, of any form."""
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
+
+    def token_losses(self, logits: Logits) -> Tensor:
+        """``[K]``, of each response token of a micro-batch, for :attr:`LossInputs.token_losses`.
+
+        For :attr:`Needs.logits`. With gradient; called at each optimiser step, before :meth:`loss`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss on logits")
 
 
 @dataclass(frozen=True)

@@ -334,6 +334,15 @@ def _other_reference(args: SimpleNamespace, run: plan.Run) -> list[str]:
     other, name = args.ref.model_name_or_path, args.algo.advantage.estimator
     if run.taught and not other:
         return [f"{name} learns from a teacher: give --ref.model_name_or_path, a model with the policy's vocabulary"]
+    if run.needs.logits:
+        made = "computed where logits are made a piece at a time"
+        for flag, on in {
+            "--bond.logits_mb 0": not args.bond.logits_mb,
+            f"--ds.ring_attn_size {args.ds.ring_attn_size}": args.ds.ring_attn_size > 1,
+            "--data.max_images_per_prompt": args.data.max_images_per_prompt > 0,
+        }.items():
+            if on:
+                return [f"{flag} cannot be used with {name}: its loss is on logits, {made}"]
     if not other or run.taught:
         return []
     why = {

@@ -10,6 +10,7 @@ from bond_plugin import registry
 from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import AdvantageInputs, Algorithm
 from bond_plugin.host import plan, state
+from bond_plugin.host.logits import HIDDEN
 from bond_plugin.host.rewards import EXTRA, RewardError, finite
 from bond_plugin.host.rows import ROWS, Row
 from bond_plugin.host.sampling import Rollout
@@ -210,8 +211,10 @@ def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> lis
 
 
 def keep_for_loss(maker: Any, experiences: list[Any]) -> None:
-    """What a loss of the algorithm's own compares with, in the host's place for the reference's log-probabilities."""
+    """What a loss of the algorithm's own compares with, log-probabilities in the host's place for the reference's."""
     run = plan.of(maker.args)
+    for e, hidden in zip(experiences, state.of(maker).hidden, strict=False):
+        e.info[HIDDEN] = hidden
     if run.algorithm.policy_loss == registry.OWN_LOSS and run.in_slot in run.needs.log_probs:
         for e, log_probs in zip(experiences, state.of(maker).log_probs[run.in_slot], strict=True):
             e.base_action_log_probs = log_probs
@@ -313,7 +316,8 @@ def _for_training(args: Any, experiences: list[Any], known: list[Row]) -> list[A
     rows: list[Any] = []
     for e in experiences:
         e.kl = e.values = e.returns = None
-        e.info = {"reward": e.rewards.float(), ROWS: known[len(rows) : len(rows) + len(e.sequences)]}
+        hidden = {HIDDEN: e.info[HIDDEN]} if HIDDEN in e.info else {}
+        e.info = {"reward": e.rewards.float(), ROWS: known[len(rows) : len(rows) + len(e.sequences)], **hidden}
         rows += split_experience_batch(e)
     rows = remove_padding_in_sequences(rows)
     ranks = args.actor.num_nodes * args.actor.num_gpus_per_node

@@ -10,23 +10,35 @@ log-probabilities, or one of their own losses.)
 
 The host's way is taken with ring attention and images, and where the model does more to its logits than to multiply
 (a soft cap, say). That is seen: what the output layer gave must be what the model hands on.
+
+In the same place an algorithm's loss on logits is computed (:class:`~bond_plugin.algorithms.logits.Logits`). A
+teacher's logits are many, and its hidden states few: its workers send those, row by row, and its output layer once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bond_plugin.algorithms.assemble import checked
+from bond_plugin.algorithms.logits import Head, Logits
 from bond_plugin.host import plan
 
-#: Beside each token's two numbers, to be found again in what the model hands on.
+#: Beside each token's three numbers, to be found again in what the model hands on.
 _MARK = 12345.0
+
+#: Where ``Experience.info`` holds the teacher's hidden states, ``[tokens, H]`` a row.
+HIDDEN = "bond_hidden"
 
 _limit = 0  # bytes of fp32 logits at a time in this process; 0: the host's way
 _call: _Call | None = None  # the one that is being computed
+_beside: Beside | None = None  # what its caller wants too
+_layer: tuple[Tensor | None, ...] = ()  # the teacher's output layer, in the policy's workers
 
 
 class _NotHandedOn(Exception):
@@ -47,27 +59,87 @@ class _Call:
         labels: ``[K]``, the tokens that follow them.
         temperature: by which logits are divided.
         entropy: whether it is wanted too.
+        beside: what is also computed there.
     """
 
-    def __init__(self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool) -> None:
-        self._kept, self._labels = kept, labels
-        self._temperature, self._entropy = temperature, entropy
+    def __init__(
+        self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool, beside: Beside | None
+    ) -> None:
+        self.kept, self._labels = kept, labels
+        self._temperature, self._entropy, self.beside = temperature, entropy, beside
 
     def through(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
-        """What stands for the logits: ``[..., 3]`` fp32, log-probability, entropy and mark of each position."""
+        """What stands for the logits: ``[..., 4]`` fp32, log-probability, entropy, loss and mark of each position."""
         flat = hidden.flatten(0, -2)
-        if len(flat) != len(self._kept):
+        if len(flat) != len(self.kept):
             raise _NotHandedOn
-        flat = flat[self._kept]
+        flat = flat[self.kept]
         size = max(1, _limit // (4 * layer.weight.shape[0]))
         keep = torch.is_grad_enabled()
         made = _Pieces.apply(
             flat, layer.weight, layer.bias, self._labels, self._temperature, self._entropy, size, keep
         )
-        empty = flat.new_zeros(len(self._kept), 3, dtype=torch.float32)
-        empty[:, 2] = _MARK
-        found = nn.functional.pad(made, (0, 1), value=_MARK)
-        return empty.index_copy(0, self._kept.nonzero().flatten(), found).unflatten(0, hidden.shape[:-1])
+        losses = None if self.beside is None else self.beside.at(layer, flat, self._temperature)
+        losses = torch.zeros_like(made[:, 0]) if losses is None else losses.float()
+        empty = flat.new_zeros(len(self.kept), 4, dtype=torch.float32)
+        empty[:, 3] = _MARK
+        found = nn.functional.pad(torch.column_stack([made, losses]), (0, 1), value=_MARK)
+        return empty.index_copy(0, self.kept.nonzero().flatten(), found).unflatten(0, hidden.shape[:-1])
+
+
+class Beside:
+    """What is computed of the hidden states too, in the calls of ``Actor.forward`` that :meth:`wanted` is around.
+
+    In the policy's workers that is an algorithm's loss on logits. In a teacher's, without ``losses``, the hidden
+    states themselves are kept.
+
+    Args:
+        losses: the algorithm's method.
+        teacher: ``[K, H]``, hidden states of the teacher at the same tokens.
+
+    Attributes:
+        hidden: of each call, ``[K, H]``.
+        layer: weight and bias of the output layer.
+        values: of the last call, ``[K]``, with gradient.
+    """
+
+    def __init__(self, losses: Callable[[Logits], Tensor] | None = None, teacher: Tensor | None = None) -> None:
+        self._losses, self._teacher = losses, teacher
+        self.hidden: list[Tensor] = []
+        self.layer: tuple[Tensor | None, ...] | None = None
+        self.values: Tensor | None = None
+
+    def at(self, layer: nn.Linear, hidden: Tensor, temperature: float) -> Tensor | None:
+        """``[K]`` of an output layer and what it is given, or ``None``."""
+        if self._losses is None:
+            self.hidden.append(hidden.cpu())
+            self.layer = self.layer or tuple(part if part is None else part.detach().cpu() for part in _parts(layer))
+            return None
+        if not len(self._teacher):  # no response has a token
+            return None
+        teacher = Head(self._teacher.to(hidden.device), *_layer)
+        found = self._losses(Logits(Head(hidden, *_parts(layer)), teacher, temperature, _limit))
+        return checked("token_losses", found, hidden.shape[:1])
+
+    @contextmanager
+    def wanted(self) -> Iterator[Beside]:
+        global _beside
+        _beside = self
+        try:
+            yield self
+        finally:
+            _beside = None
+
+
+def _parts(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return layer.weight, layer.bias
+
+
+def take_layer(worker: Any, layer: tuple[Tensor | None, ...]) -> None:
+    """In a worker of the policy: the teacher's output layer."""
+    global _layer
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    _layer = tuple(part if part is None else part.to(device) for part in layer)
 
 
 class _Pieces(torch.autograd.Function):
@@ -137,7 +209,7 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     others = set(options) - {"ring_attn_group", "packed_seq_lens", "return_entropy"}  # images, or other results
     ours = _limit and layer is not None and action_mask is not None and not others
     if not ours or options.get("ring_attn_group") is not None:
-        return plain()
+        return _without_beside(plain)
     length = action_mask.shape[1]
     kept = torch.zeros_like(sequences, dtype=torch.bool)
     kept[:, -1 - length : -1] = action_mask.bool()
@@ -146,7 +218,7 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     within = attention_mask.bool() if self.packing_samples else torch.ones_like(kept)
     kept, labels = kept[within], labels[within]
     temperature, self.temperature = self.temperature, 1.0
-    _call = _Call(kept, labels[kept], temperature, bool(options.get("return_entropy")))
+    _call = _Call(kept, labels[kept], temperature, bool(options.get("return_entropy")), _beside)
     layer.forward = lambda hidden: _call.through(layer, hidden)
     try:
         return plain()
@@ -156,6 +228,14 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     finally:
         _call, self.temperature = None, temperature
         del layer.forward
+    return _without_beside(plain)
+
+
+def _without_beside(plain: Callable[[], Any]) -> Any:
+    if _beside is not None:
+        raise RuntimeError(
+            "a loss on logits needs a model, and a teacher, whose logits are what one linear layer gives, unchanged"
+        )
     return plain()
 
 
@@ -170,7 +250,12 @@ def _output_layer(actor: Any) -> nn.Linear | None:
 
 def log_probs_from_logits(original: Any, logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """In the host's ``Actor``: they are there already."""
-    return original(logits, labels, temperature) if _call is None else _checked(logits)[..., 0]
+    if _call is None:
+        return original(logits, labels, temperature)
+    found = _checked(logits)
+    if _call.beside is not None:
+        _call.beside.values = found[..., 2].flatten()[_call.kept]
+    return found[..., 0]
 
 
 def compute_entropy(original: Any, logits: Tensor) -> Tensor:
@@ -179,6 +264,6 @@ def compute_entropy(original: Any, logits: Tensor) -> Tensor:
 
 
 def _checked(logits: Tensor) -> Tensor:
-    if logits.shape[-1] != 3 or not (logits[..., 2] == _MARK).all():
+    if logits.shape[-1] != 4 or not (logits[..., 3] == _MARK).all():
         raise _NotHandedOn
     return logits

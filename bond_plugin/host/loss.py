@@ -7,6 +7,7 @@ whole optimiser step.
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,13 +57,19 @@ class PromptMeanLoss(nn.Module):
         self._values = hooks.policy_loss_values()
         self._from_source: Tensor | None = None
         self._under: dict[str, Tensor] = {}
+        self._on_logits: logits.Beside | None = None
         self.row_losses: Tensor | None = None
 
-    def expect(self, from_source: Tensor | None, under: dict[str, Tensor] | None = None) -> None:
-        """Say of the micro-batch that comes next which rows are source samples (``[B]`` bool; ``None``: none), and
-        what :attr:`LossInputs.under` is.
+    def expect(
+        self,
+        from_source: Tensor | None,
+        under: dict[str, Tensor] | None = None,
+        on_logits: logits.Beside | None = None,
+    ) -> None:
+        """Say of the micro-batch that comes next which rows are source samples (``[B]`` bool; ``None``: none), what
+        :attr:`LossInputs.under` is, and where the losses on logits will be.
         """
-        self._from_source, self._under = from_source, under or {}
+        self._from_source, self._under, self._on_logits = from_source, under or {}, on_logits
 
     def forward(
         self,
@@ -78,6 +85,11 @@ class PromptMeanLoss(nn.Module):
         from_source = self._from_source
         if from_source is None:
             from_source = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
+        token_losses = None
+        if self._on_logits is not None:
+            mask = action_mask.bool()
+            losses = torch.zeros_like(log_probs)
+            token_losses = losses.masked_scatter(mask, self._on_logits.values.to(losses)) if mask.any() else losses
         inputs = LossInputs(
             log_probs=log_probs,
             old_log_probs=old_log_probs,
@@ -88,6 +100,7 @@ class PromptMeanLoss(nn.Module):
             clip_low=self._clip[0],
             clip_high=self._clip[1],
             under=self._under,
+            token_losses=token_losses,
         )
         found = weighed_loss(self._loss, inputs, self.rows)
         self.row_losses = found.row_loss.detach()
@@ -112,16 +125,18 @@ def training_step(
 ) -> dict:
     """One micro-batch: hand the loss what it needs to know of the rows; report the loss as it is meant."""
     batches.mark(self, self.actor, step)
-    known = experience.info.pop(ROWS, None)
+    known, hidden = experience.info.pop(ROWS, None), experience.info.pop(logits.HIDDEN, None)
     loss = self.actor_loss_fn
     if not isinstance(loss, PromptMeanLoss):
         return original(self, experience, kl_ctl, step, loss_batch_info)
     from_source = None
     if known is not None:
         from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
-    compared = experience.base_action_log_probs
-    loss.expect(from_source, None if compared is None else {plan.of(self.args).in_slot: compared})
-    status = original(self, experience, kl_ctl, step, loss_batch_info)
+    run, compared = plan.of(self.args), experience.base_action_log_probs
+    on_logits = None if hidden is None else logits.Beside(run.algorithm.token_losses, torch.cat(hidden))
+    loss.expect(from_source, None if compared is None else {run.in_slot: compared}, on_logits)
+    with contextlib.nullcontext() if on_logits is None else on_logits.wanted():
+        status = original(self, experience, kl_ctl, step, loss_batch_info)
     # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
     status["metrics"]["bond/loss"] = loss.row_losses * loss.rows.all
     status["weights"]["bond/loss"] = "sample"

@@ -33,6 +33,7 @@ class State:
         policy_samples: of the step, where the experiences hold source samples too.
         log_probs: under other weights than the policy's, by their name: ``[B, A]`` for each experience; rows are
             NaN where a report alone wants some of them.
+        hidden: the teacher's hidden states, ``[tokens, H]`` a row, for each experience; empty unless wanted.
         warned: whether it was said that few samples do the work.
     """
 
@@ -44,6 +45,7 @@ class State:
     engines: Engines | None = None
     policy_samples: list[Any] = field(default_factory=list)
     log_probs: dict[str, list[Tensor]] = field(default_factory=dict)
+    hidden: list[list[Tensor]] = field(default_factory=list)
     warned: bool = False
 
     def seed(self, *parts: object) -> int:

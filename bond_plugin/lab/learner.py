@@ -12,9 +12,23 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from bond_plugin import registry
 from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import AdvantageInputs, LossInputs, RewardTransform
+from bond_plugin.algorithms.logits import Head, Logits
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.lab.methods import Method
-from bond_plugin.lab.problem import LENGTH, MASK, RESPONSES, EnumerablePolicy, Point, Problem
+from bond_plugin.lab.problem import (
+    LENGTH,
+    MASK,
+    RESPONSES,
+    VOCABULARY,
+    EnumerablePolicy,
+    Point,
+    Problem,
+    next_token_log_probs,
+    token_log_probs,
+)
+
+#: The N of the Best-of-N of the reference that is the teacher.
+TEACHER = 4
 
 _EVERY = 5  # steps between two measurements
 
@@ -68,7 +82,7 @@ class Learner:
 
     That is the anchor (a moving average or a periodic copy of the parameters), the cached rewards of the
     reference, and the classifier of quantiles: one logit a response, which is the same for every prompt as
-    all prompts are copies of one.
+    all prompts are copies of one. A teacher is Best-of-:data:`TEACHER` of the reference.
     """
 
     def __init__(self, problem: Problem, method: Method, policy: EnumerablePolicy, training: Training) -> None:
@@ -101,7 +115,7 @@ class Learner:
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
             rows, advantages, targets = made(drawn, tokens.detach())
-            under = {name: self.policy.token_log_probs(self._parameters(name)) for name in self.needs.log_probs}
+            under = {name: self._token_log_probs(name) for name in self.needs.log_probs}
         flat = rows.flatten()
         inputs = LossInputs(
             log_probs=tokens[flat],
@@ -113,6 +127,7 @@ class Learner:
             clip_low=0.2,
             clip_high=0.2,
             under={name: values[flat] for name, values in under.items()},
+            token_losses=self._token_losses(flat) if self.needs.logits else None,
         )
         found = assemble.weighed_loss(self.policy_loss, inputs, self.rows)
         classified = None
@@ -138,6 +153,23 @@ class Learner:
         """Of the anchor or the reference, of which stored responses are too."""
         return self.anchor if name == "anchor" else torch.zeros_like(self.anchor)
 
+    def _token_log_probs(self, name: str) -> Tensor:
+        """``[S, A]`` under other weights."""
+        if name == "teacher":
+            return token_log_probs(self.problem.best_of(TEACHER))
+        return self.policy.token_log_probs(self._parameters(name))
+
+    def _token_losses(self, rows: Tensor) -> Tensor:
+        """``[B, A]``, of the method's loss on logits; the hidden states are the logits themselves."""
+        layer, mask = torch.eye(VOCABULARY, dtype=torch.float64), MASK[rows].bool()
+        heads = (
+            Head(next_token_log_probs(log_probs)[rows][mask], layer)
+            for log_probs in (self.policy.log_probs(), self.problem.best_of(TEACHER))
+        )
+        losses = self.method.token_losses(Logits(*heads))
+        losses = assemble.checked("token_losses", losses, (int(mask.sum()),), finite=False)
+        return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, losses)
+
     def _draw(self, log_probs: Tensor, count: int) -> Tensor:
         size = self.training.prompts * count
         drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
@@ -161,7 +193,7 @@ class Learner:
         source = self._draw(self.policy.log_probs(self._parameters(needs.source)), needs.source_samples)
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
         rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
-        under = {name: self.policy.token_log_probs(self._parameters(name))[rows] for name in needs.log_probs}
+        under = {name: self._token_log_probs(name)[rows] for name in needs.log_probs}
         if needs.offline or needs.source == "stored":
             stored = self.policy.token_log_probs(self._parameters("stored"))[rows]
             own = torch.arange(rows.shape[-1]) < (0 if needs.offline else drawn.shape[-1])

@@ -38,6 +38,11 @@ _PREFIXES = sorted({r[:i] for r in RESPONSES for i in range(len(r) + 1)})
 _BEGINS = torch.tensor([[float(r[: len(p)] == p) for r in RESPONSES] for p in _PREFIXES], dtype=torch.float64)
 #: ``[S, A + 1]``: the prefixes of each response, whole responses repeated.
 _CHAIN = torch.tensor([[_PREFIXES.index(r[:i]) for i in range(LENGTH + 1)] for r in RESPONSES])
+#: ``[S, A, V]``: the prefix that each token of the vocabulary makes in the place of each of a response's.
+_NEXT = torch.tensor([
+    [[_PREFIXES.index((*r[:i], token)) if i < len(r) else 0 for token in range(VOCABULARY)] for i in range(LENGTH)]
+    for r in RESPONSES
+])  # fmt: skip
 
 
 class EnumerablePolicy:
@@ -61,9 +66,24 @@ class EnumerablePolicy:
 
     def token_log_probs(self, parameters: Tensor | None = None) -> Tensor:
         """``[S, A]``, log pi(token | tokens before it), 0 outside the mask; rows add up to :meth:`log_probs`."""
-        mass = (_BEGINS @ self.log_probs(parameters).exp()).clamp(min=1e-300).log()
-        chain = mass[_CHAIN]
-        return chain[:, 1:] - chain[:, :-1]
+        return token_log_probs(self.log_probs(parameters))
+
+
+def token_log_probs(log_probs: Tensor) -> Tensor:
+    """``[S, A]`` of a distribution over :data:`RESPONSES`, ``[S]``: see :meth:`EnumerablePolicy.token_log_probs`."""
+    chain = _log_mass(log_probs)[_CHAIN]
+    return chain[:, 1:] - chain[:, :-1]
+
+
+def next_token_log_probs(log_probs: Tensor) -> Tensor:
+    """``[S, A, V]``: of every token of the vocabulary in the place of each, given the tokens before it."""
+    mass = _log_mass(log_probs)
+    return mass[_NEXT] - mass[_CHAIN[:, :-1]].unsqueeze(-1)
+
+
+def _log_mass(log_probs: Tensor) -> Tensor:
+    """``[prefixes]``: the logarithm of the mass of what begins with each."""
+    return (_BEGINS @ log_probs.exp()).clamp(min=1e-300).log()
 
 
 @dataclass(frozen=True)
