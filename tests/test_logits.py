@@ -33,3 +33,11 @@ def test_numbers_and_gradients_are_the_hosts(
 
 def test_a_model_that_caps_its_logits_goes_the_hosts_way(compared: dict) -> None:
     assert set(compared["soft cap"].values()) == {0.0}
+
+
+@pytest.mark.parametrize("rows", ["", " packed"])
+def test_a_loss_on_logits_beside_a_teachers(compared: dict, rows: str) -> None:
+    """The same from hidden states, in pieces, as from both models' logits."""
+    found = compared[f"taught{rows}"]
+    assert found.pop("of") > 0.05
+    assert max(found.values()) < 1e-5

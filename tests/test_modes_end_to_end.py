@@ -12,7 +12,9 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import torch
 from conftest import POOLED, Run, Tiny, execute, recipe_for, to_argv, with_flags
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.e2e
 
@@ -141,6 +143,40 @@ def test_a_loss_of_the_algorithms_own_and_a_teacher_with_packed_dynamic_batches(
         assert step["bond/loss"] == pytest.approx(step["squared/before"], rel=1e-2)
         assert step["squared/kl"] == pytest.approx(step["bond/kl_ref"], abs=1e-2)
     assert abs(steps[-1]["bond/kl_ref"]) > 0.05
+
+
+def test_a_loss_on_the_logits_of_a_teacher_of_another_size(
+    bond: Callable[..., Run], tiny: Tiny, tmp_path: Path
+) -> None:
+    """A response's backward KL, token by token over the vocabulary, is its log-ratio to the teacher on average;
+    here with ZeRO-3, packed, and micro-batches by tokens, in which rows stand in another order.
+    """
+    config = LlamaConfig.from_pretrained(tiny.model, hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    for file in tiny.model.glob("*token*"):
+        shutil.copy(file, tmp_path / "teacher")
+    done = bond(
+        tmp_path,
+        {
+            "algo.advantage.estimator": "sinkd",
+            "bond.sinkhorn": 0.0,
+            "bond.forward_kl": 0.0,
+            "bond.backward_kl": 1.0,
+            "bond.logits_mb": 0.01,
+            "ref.model_name_or_path": str(tmp_path / "teacher"),
+            "ds.zero_stage": 3,
+            "rollout.n_samples_per_prompt": 4,
+            "train.batch_size": 64,
+            "train.dynamic_batch_enable": True,
+            "data.max_samples": 96,
+        },
+    )
+    steps = sound(done, 6)
+    for step in steps:
+        assert step["bond/loss"] == pytest.approx(step["sinkd/kl_teacher"], rel=0.25)
+    assert 0.5 < steps[-1]["sinkd/kl_teacher"] < steps[0]["sinkd/kl_teacher"] - 0.2
+    assert "bond/kl_ref" in steps[0]
 
 
 def test_stored_responses_alone_and_beside_the_policys(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:

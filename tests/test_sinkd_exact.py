@@ -1,4 +1,4 @@
-"""Losses on logits: pieces against the whole, gradients against finite differences, the plan against its constraints."""
+"""Losses on logits: in pieces and whole, gradients by finite differences, and the plan's constraints."""
 
 from __future__ import annotations
 
@@ -59,11 +59,8 @@ def test_pieces_give_what_the_whole_gives(settings: dict[str, float], limit: flo
     torch.testing.assert_close(found.double(), wanted)
     of = (logits.policy.hidden, logits.policy.weight, logits.policy.bias)
     weights = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
-    for ours, theirs in zip(
-        torch.autograd.grad((found * weights).sum(), of),
-        torch.autograd.grad((wanted * weights).sum(), of),
-        strict=True,
-    ):
+    gradients = (torch.autograd.grad((losses * weights).sum(), of) for losses in (found, wanted))
+    for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -101,7 +98,7 @@ def test_the_plan_keeps_to_its_constraints_and_becomes_the_transport() -> None:
     torch.testing.assert_close(transport(costs, 0.1, 20), plain)
     ones = torch.ones(5, dtype=torch.float64)
     torch.testing.assert_close(transport(costs, 0.1, 1).sum(dim=1), ones)
-    torch.testing.assert_close(transport(costs, 0.1, 200).sum(dim=0), ones)
+    torch.testing.assert_close(transport(costs, 0.3, 1000).sum(dim=0), ones)
     best = min(sum(costs[i, j] for i, j in enumerate(order)) for order in itertools.permutations(range(5)))
     # where the plain form divides 0 by 0
     assert (transport(costs, 0.002, 3000) * costs).sum().item() == pytest.approx(best.item(), abs=1e-3)

@@ -14,8 +14,9 @@ from device import DEVICE
 
 import torch
 from openrlhf.models import Actor
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from bond_plugin.algorithms.sinkd import SinKD, SinKDConfig
 from bond_plugin.host import logits
 
 folder, out = sys.argv[1:]
@@ -82,5 +83,43 @@ plain = computed(actor, True)
 limit(1)
 ours = computed(actor, True)
 found["soft cap"] = {key: (ours[key] - plain[key]).abs().max().item() for key in ours}
+
+# A loss on logits, beside those of a teacher of another width, some tokens at a time.
+algorithm = SinKD(SinKDConfig(sinkhorn=0.0, forward_kl=1.0, backward_kl=0.5))
+with tempfile.TemporaryDirectory() as other:
+    config = LlamaConfig.from_pretrained(folder, hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
+    LlamaForCausalLM(config).save_pretrained(other)
+    dtype = "fp32" if DEVICE == "cpu" else "bf16"
+    for packed in (False, True):
+        options = {"param_dtype": dtype, "packing_samples": packed, "temperature": 0.7}
+        policy, teacher = (
+            Actor(name, attn_implementation=attention, **options).to(DEVICE) for name in (folder, other)
+        )
+
+        def whole(actor: Actor) -> torch.Tensor:
+            shown = actor(ids, attention_mask=mask, return_output=True, allgather_logits=True)["logits"]
+            return shown.reshape(*ids.shape, -1)[:, :-1][:, -12:][action_mask.bool()].log_softmax(dim=-1)
+
+        limit(0)
+        with torch.no_grad():
+            taught = whole(teacher)
+        direct = algorithm._divergences(whole(policy), taught)
+        (direct * weights[0][action_mask.bool()]).sum().backward()
+        wanted = torch.cat([p.grad.float().flatten() for p in policy.parameters()])
+        policy.zero_grad()
+
+        limit(7.5 * 8 * config.vocab_size / 2**20)
+        with torch.no_grad(), logits.Beside().wanted() as kept:
+            teacher(ids, action_mask, mask)
+        logits.take_layer(None, kept.layer)
+        with logits.Beside(algorithm.token_losses, torch.cat(kept.hidden)).wanted() as beside:
+            log_probs, _ = policy(ids, action_mask, mask, return_output=True)
+        (beside.values * weights[0][action_mask.bool()]).sum().backward()
+        gradient = torch.cat([p.grad.float().flatten() for p in policy.parameters()])
+        found["taught" + " packed" * packed] = {
+            "losses": (beside.values - direct).abs().max().item(),
+            "gradient": ((gradient - wanted).norm() / wanted.norm()).item(),
+            "of": direct.mean().item(),
+        }
 with open(out, "w") as file:
     json.dump(found, file)
