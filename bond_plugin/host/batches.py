@@ -41,7 +41,7 @@ def setup_dynamic_batch(original: Any, self: Any, strategy: Any) -> None:
     counted = copy.copy(args)
     counted.train, counted.rollout = copy.copy(args.train), copy.copy(args.rollout)
     counted.rollout.n_samples_per_prompt = plan.of(args).rows.all
-    counted.train.batch_size = strategy.train_batch_size  # rows, see `loss.strategy_init`
+    counted.train.batch_size = strategy.train_batch_size  # rows, see `loss.setup_distributed`
     strategy.args = counted
     try:
         original(self, strategy)

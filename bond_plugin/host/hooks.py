@@ -90,11 +90,6 @@ HOOKS: tuple[Hook, ...] = (
         "sampling:create_vllm_engines",
     ),
     _hook(
-        f"{_STRATEGY}.__init__",
-        "self seed full_determinism max_norm micro_train_batch_size train_batch_size zero_stage args",
-        "loss:strategy_init",
-    ),
-    _hook(
         f"{_LAUNCHER}:RayActorGroup.__init__",
         "self num_nodes num_gpus_per_node ray_actor_type pg num_gpus_per_actor duplicate_actors resources "
         "num_resources_per_node",
@@ -128,6 +123,7 @@ HOOKS: tuple[Hook, ...] = (
         f"{_MAKER}.compute_advantages_and_returns", "self experiences", "advantages:compute_advantages_and_returns"
     ),
     # The training workers.
+    _hook(f"{_STRATEGY}.setup_distributed", "self timeout", "loss:setup_distributed"),
     _hook(
         f"{_LAUNCHER}:BaseModelActor.execute_batch",
         "self method_name all_data start_idx end_idx",

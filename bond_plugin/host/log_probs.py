@@ -43,17 +43,6 @@ class OfTeacher(NamedTuple):
     refs: Any
 
 
-class Taught(NamedTuple):
-    """What a teacher's worker says of one micro-batch, where its logits are wanted.
-
-    ``[B, A]`` log-probabilities, the hidden states of each row's response tokens, and once the output layer.
-    """
-
-    log_probs: Tensor
-    hidden: list[Tensor]
-    layer: tuple[Tensor | None, ...] | None
-
-
 def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, start_idx: int, end_idx: int) -> list:
     """A worker's share of a call: the policy's forward passes also under the other weights that are wanted, and the
     classifier's logits for what the host takes for a critic's values.
@@ -61,8 +50,6 @@ def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, st
     run = plan.of(self.strategy.args)
     if method_name == "forward" and hasattr(self, "critic") and run.needs.classifier:
         return classifier.logits(self, all_data, start_idx, end_idx)
-    if method_name == "forward" and run.needs.logits and _is_teacher(self):
-        return _taught(original, self, all_data, start_idx, end_idx)
     found = original(self, method_name, all_data, start_idx, end_idx)
     kept = weights.of(getattr(self, "actor", None))
     names = run.log_probs if kept is not None and method_name == "forward" else ()
@@ -77,24 +64,6 @@ def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, st
             else:
                 others[name] = original(self, method_name, all_data, start_idx, end_idx)
     return [UnderWeights(policy, {name: others[name][i] for name in names}) for i, policy in enumerate(found)]
-
-
-def _is_teacher(worker: Any) -> bool:
-    from openrlhf.models import Actor
-
-    return isinstance(getattr(worker, "model", None), Actor)
-
-
-def _taught(original: Any, self: Any, all_data: dict, start: int, end: int) -> list[Taught]:
-    with logits.Beside().wanted() as beside:
-        found = original(self, "forward", all_data, start, end)
-    layer = None if self._rank or hasattr(self, "bond_layer_sent") else beside.layer
-    self.bond_layer_sent = True
-    lengths = [mask.sum(dim=-1).tolist() for mask in all_data["action_mask"][start:end]]
-    return [
-        Taught(log_probs, list(hidden[: sum(counts)].split(counts)), layer if i == 0 else None)
-        for i, (log_probs, hidden, counts) in enumerate(zip(found, beside.hidden, lengths, strict=True))
-    ]
 
 
 def _of_few(original: Any, self: Any, all_data: dict, start: int, end: int) -> list[Tensor]:

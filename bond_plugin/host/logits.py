@@ -36,8 +36,10 @@ _MARK = 12345.0
 HIDDEN = "bond_hidden"
 
 _limit = 0  # bytes of fp32 logits at a time in this process; 0: the host's way
+_needs_logits = False  # whether the run's loss is on them
+_sent = False  # whether this process, a teacher's, has sent its output layer
 _call: _Call | None = None  # the one that is being computed
-_beside: Beside | None = None  # what its caller wants too
+_on_logits: OnLogits | None = None  # what its caller wants too
 _layer: tuple[Tensor | None, ...] = ()  # the teacher's output layer, in the policy's workers
 
 
@@ -46,9 +48,9 @@ class _NotHandedOn(Exception):
 
 
 def limit_to(args: SimpleNamespace) -> None:
-    """Take ``--bond.logits_mb`` for this process."""
-    global _limit
-    _limit = plan.in_bytes(args, "logits_mb")
+    """Take ``--bond.logits_mb``, and what the run needs, for this process."""
+    global _limit, _needs_logits
+    _limit, _needs_logits = plan.in_bytes(args, "logits_mb"), plan.of(args).needs.logits
 
 
 class _Call:
@@ -59,11 +61,11 @@ class _Call:
         labels: ``[K]``, the tokens that follow them.
         temperature: by which logits are divided.
         entropy: whether it is wanted too.
-        beside: what is also computed there.
+        beside: what is told of the hidden states too.
     """
 
     def __init__(
-        self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool, beside: Beside | None
+        self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool, beside: OnLogits | OfTeacher | None
     ) -> None:
         self.kept, self._labels = kept, labels
         self._temperature, self._entropy, self.beside = temperature, entropy, beside
@@ -87,52 +89,75 @@ class _Call:
         return empty.index_copy(0, self.kept.nonzero().flatten(), found).unflatten(0, hidden.shape[:-1])
 
 
-class Beside:
-    """What is computed of the hidden states too, in the calls of ``Actor.forward`` that :meth:`wanted` is around.
-
-    In the policy's workers that is an algorithm's loss on logits. In a teacher's, without ``losses``, the hidden
-    states themselves are kept.
+class OnLogits:
+    """An algorithm's loss on logits, in the calls of ``Actor.forward`` that :meth:`wanted` is around.
 
     Args:
         losses: the algorithm's method.
         teacher: ``[K, H]``, hidden states of the teacher at the same tokens.
 
     Attributes:
-        hidden: of each call, ``[K, H]``.
-        layer: weight and bias of the output layer.
         values: of the last call, ``[K]``, with gradient.
     """
 
-    def __init__(self, losses: Callable[[Logits], Tensor] | None = None, teacher: Tensor | None = None) -> None:
+    def __init__(self, losses: Callable[[Logits], Tensor], teacher: Tensor) -> None:
         self._losses, self._teacher = losses, teacher
-        self.hidden: list[Tensor] = []
-        self.layer: tuple[Tensor | None, ...] | None = None
         self.values: Tensor | None = None
 
     def at(self, layer: nn.Linear, hidden: Tensor, temperature: float) -> Tensor | None:
-        """``[K]`` of an output layer and what it is given, or ``None``."""
-        if self._losses is None:
-            self.hidden.append(hidden.cpu())
-            self.layer = self.layer or tuple(part if part is None else part.detach().cpu() for part in _parts(layer))
-            return None
-        if not len(self._teacher):  # no response has a token
+        """``[K]`` of an output layer and what it is given; ``None`` if no response has a token."""
+        if not len(self._teacher):
             return None
         teacher = Head(self._teacher.to(hidden.device), *_layer)
-        found = self._losses(Logits(Head(hidden, *_parts(layer)), teacher, temperature, _limit))
+        found = self._losses(Logits(Head(hidden, layer.weight, layer.bias), teacher, temperature, _limit))
         return checked("token_losses", found, hidden.shape[:1])
 
     @contextmanager
-    def wanted(self) -> Iterator[Beside]:
-        global _beside
-        _beside = self
+    def wanted(self) -> Iterator[None]:
+        global _on_logits
+        _on_logits = self
         try:
-            yield self
+            yield
         finally:
-            _beside = None
+            _on_logits = None
 
 
-def _parts(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return layer.weight, layer.bias
+class OfTeacher:
+    """What a teacher's worker says of one micro-batch, in the place of its log-probabilities.
+
+    Attributes:
+        log_probs: ``[B, A]``, all that the host knows of.
+        hidden: of each row's response tokens, ``[tokens, H]``.
+        layer: weight and bias of the output layer, of the first worker's first micro-batch; else ``None``.
+    """
+
+    def __init__(self) -> None:
+        self.log_probs: Tensor | None = None
+        self.hidden: list[Tensor] = []
+        self.layer: tuple[Tensor | None, ...] | None = None
+
+    def at(self, layer: nn.Linear, hidden: Tensor, temperature: float) -> None:
+        """Keep what an output layer is given."""
+        global _sent
+        self.hidden = [hidden.cpu()]
+        if not _sent and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            self.layer = tuple(None if part is None else part.detach().cpu() for part in (layer.weight, layer.bias))
+        _sent = True
+
+    def made(self, log_probs: Tensor, action_mask: Tensor) -> OfTeacher:
+        """Of the rows of ``action_mask``."""
+        counts = action_mask.sum(dim=-1).tolist()
+        self.log_probs, self.hidden = log_probs.cpu(), list(self.hidden[0][: sum(counts)].split(counts))
+        return self
+
+    def to(self, device: Any) -> OfTeacher:
+        """As the host's worker calls it."""
+        return self
+
+
+def is_teacher(actor: Any) -> bool:
+    """Whether this is the model whose logits an algorithm's loss is compared with."""
+    return _needs_logits and not getattr(actor, "bond_trained", False)
 
 
 def take_layer(worker: Any, layer: tuple[Tensor | None, ...]) -> None:
@@ -202,6 +227,8 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     """The host's ``Actor.forward``, where it is asked for the log-probabilities of responses."""
     global _call
 
+    beside = OfTeacher() if is_teacher(self) else _on_logits
+
     def plain() -> Any:
         return original(self, sequences, action_mask, attention_mask, return_output, **options)
 
@@ -209,7 +236,7 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     others = set(options) - {"ring_attn_group", "packed_seq_lens", "return_entropy"}  # images, or other results
     ours = _limit and layer is not None and action_mask is not None and not others
     if not ours or options.get("ring_attn_group") is not None:
-        return _without_beside(plain)
+        return _without(beside, plain)
     length = action_mask.shape[1]
     kept = torch.zeros_like(sequences, dtype=torch.bool)
     kept[:, -1 - length : -1] = action_mask.bool()
@@ -218,21 +245,23 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     within = attention_mask.bool() if self.packing_samples else torch.ones_like(kept)
     kept, labels = kept[within], labels[within]
     temperature, self.temperature = self.temperature, 1.0
-    _call = _Call(kept, labels[kept], temperature, bool(options.get("return_entropy")), _beside)
+    _call = _Call(kept, labels[kept], temperature, bool(options.get("return_entropy")), beside)
     layer.forward = lambda hidden: _call.through(layer, hidden)
     try:
-        return plain()
+        found = plain()
+        return beside.made(found, action_mask) if isinstance(beside, OfTeacher) else found
     except _NotHandedOn:
         print("bond: note: this model changes its logits after the output layer: --bond.logits_mb 0", flush=True)
         self.bond_plain_logits = True
     finally:
         _call, self.temperature = None, temperature
         del layer.forward
-    return _without_beside(plain)
+    return _without(beside, plain)
 
 
-def _without_beside(plain: Callable[[], Any]) -> Any:
-    if _beside is not None:
+def _without(beside: OnLogits | OfTeacher | None, plain: Callable[[], Any]) -> Any:
+    """The host's way, in which nothing is told of hidden states."""
+    if beside is not None:
         raise RuntimeError(
             "a loss on logits needs a model, and a teacher, whose logits are what one linear layer gives, unchanged"
         )
@@ -253,7 +282,7 @@ def log_probs_from_logits(original: Any, logits: Tensor, labels: Tensor, tempera
     if _call is None:
         return original(logits, labels, temperature)
     found = _checked(logits)
-    if _call.beside is not None:
+    if isinstance(_call.beside, OnLogits):
         _call.beside.values = found[..., 2].flatten()[_call.kept]
     return found[..., 0]
 

@@ -27,12 +27,14 @@ def rows_per_step(args: SimpleNamespace) -> int:
     return args.train.batch_size // rows.policy * rows.all
 
 
-def strategy_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """In each worker. DeepSpeed counts every row it trains on, source samples too; the flag does not."""
-    original(self, *args, **kwargs)
+def setup_distributed(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """In each worker, before its model is made. DeepSpeed counts every row it trains on, source samples too; the flag
+    does not.
+    """
     logits.limit_to(self.args)
     if plan.of(self.args).needs.source_samples:
         self.train_batch_size = rows_per_step(self.args)
+    original(self, *args, **kwargs)
 
 
 class PromptMeanLoss(nn.Module):
@@ -57,14 +59,14 @@ class PromptMeanLoss(nn.Module):
         self._values = hooks.policy_loss_values()
         self._from_source: Tensor | None = None
         self._under: dict[str, Tensor] = {}
-        self._on_logits: logits.Beside | None = None
+        self._on_logits: logits.OnLogits | None = None
         self.row_losses: Tensor | None = None
 
     def expect(
         self,
         from_source: Tensor | None,
         under: dict[str, Tensor] | None = None,
-        on_logits: logits.Beside | None = None,
+        on_logits: logits.OnLogits | None = None,
     ) -> None:
         """Say of the micro-batch that comes next which rows are source samples (``[B]`` bool; ``None``: none), what
         :attr:`LossInputs.under` is, and where the losses on logits will be.
@@ -133,7 +135,7 @@ def training_step(
     if known is not None:
         from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
     run, compared = plan.of(self.args), experience.base_action_log_probs
-    on_logits = None if hidden is None else logits.Beside(run.algorithm.token_losses, torch.cat(hidden))
+    on_logits = None if hidden is None else logits.OnLogits(run.algorithm.token_losses, torch.cat(hidden))
     loss.expect(from_source, None if compared is None else {run.in_slot: compared}, on_logits)
     with contextlib.nullcontext() if on_logits is None else on_logits.wanted():
         status = original(self, experience, kl_ctl, step, loss_batch_info)

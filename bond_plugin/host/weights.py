@@ -325,6 +325,7 @@ def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
 
     prepared = original(self, model, cfg)
     run = plan.of(self.args)
+    model.bond_trained = True
     if isinstance(model, Actor) and (run.keeps_reference or run.needs.anchor):
         engine = prepared[0].model
         engine.bond_weights = Weights(engine, run.needs.anchor_eta, run.keeps_reference, run.needs.anchor_interval)

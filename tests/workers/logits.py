@@ -109,11 +109,14 @@ with tempfile.TemporaryDirectory() as other:
         policy.zero_grad()
 
         limit(7.5 * 8 * config.vocab_size / 2**20)
-        with torch.no_grad(), logits.Beside().wanted() as kept:
-            teacher(ids, action_mask, mask)
-        logits.take_layer(None, kept.layer)
-        with logits.Beside(algorithm.token_losses, torch.cat(kept.hidden)).wanted() as beside:
-            log_probs, _ = policy(ids, action_mask, mask, return_output=True)
+        policy.bond_trained, logits._needs_logits, logits._sent = True, True, False
+        with torch.no_grad():
+            told = teacher(ids, action_mask, mask).to("cpu")
+        assert [len(row) for row in told.hidden] == action_mask.sum(dim=-1).tolist()
+        logits.take_layer(None, told.layer)
+        beside = logits.OnLogits(algorithm.token_losses, torch.cat(told.hidden))
+        with beside.wanted():
+            policy(ids, action_mask, mask, return_output=True)
         (beside.values * weights[0][action_mask.bool()]).sum().backward()
         gradient = torch.cat([p.grad.float().flatten() for p in policy.parameters()])
         found["taught" + " packed" * packed] = {
