@@ -14,7 +14,7 @@ from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import AdvantageInputs, LossInputs, RewardTransform
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.lab.methods import Method
-from bond_plugin.lab.problem import LENGTH, MASK, RESPONSES, EnumerablePolicy, Point, Problem
+from bond_plugin.lab.problem import LENGTH, MASK, RESPONSES, EnumerablePolicy, Goal, Point, Problem
 
 _EVERY = 5  # steps between two measurements
 
@@ -178,14 +178,14 @@ class Learner:
         return rows, found.advantages, found.classifier_targets
 
 
-def train(problem: Problem, method: Method, policy: EnumerablePolicy, n: int, training: Training) -> Run:
+def train(problem: Problem, method: Method, policy: EnumerablePolicy, n: Goal, training: Training) -> Run:
     """Train ``policy`` in place, measuring it exactly against Best-of-n of the reference every few steps.
 
     Args:
         problem: where rewards and reference come from.
         method: an algorithm or a reward transform, as training builds it.
         policy: from :meth:`Problem.policy`; its parameters move.
-        n: of the Best-of-n it is measured against, which need not be the method's own.
+        n: of the Best-of-n it is measured against, or another target; it need not be the method's own.
         training: batch, steps, learning rate and seed.
 
     Raises:
