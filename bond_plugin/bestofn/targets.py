@@ -126,12 +126,15 @@ class _Poisson(Target):
         return torch.cat([found, (1 - found.sum()).clamp(min=0).reshape(1)])
 
     def pooled(self, rewards: Tensor, weights: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
-        """Both from sums over subsets of the others, as for Best-of-N.
+        """Both by sums over subsets of the others, as for Best-of-N.
 
-        The factor is that of the best of min(n, S) samples, without bias: of the truncated law. The logarithm is
-        ``log(1 - ratio (1 - F)) - rate (1 - F)`` from the Taylor series cut at S - 1 and the mean, without bias, at
-        F half-way between p_< and p_<=; to which, where others tie, ``log_tilt(p_<, p_<=) - log_tilt(F, F)`` of their
-        estimates is added. That part alone has a bias, as 1 / S. By enumeration
+        The factor is without bias that of the best of min(n, S) samples: S is all there are.
+
+        log(1 - ratio (1 - F)) is estimated by its Taylor series cut at S - 1, and rate (1 - F) by what lies above,
+        without bias, at F half-way between p_< and p_<=. Where others tie with the sample, ``log_tilt(p_<, p_<=) -
+        log_tilt(F, F)`` of their estimates is added, which has a bias as 1 / S. By enumeration for 0/1 rewards,
+        a quarter of them right, and samples of the source itself: at S = 8, 16, 32 at most 0.080, 0.038, 0.019
+        nats for T = 0.1, and 0.058, 0.028, 0.014 for a mean of 8; without it 1.7 and 1.3 at any S.
         """
         tilt = pooled_mixture(rewards, weights, self.law(rewards.shape[-1]), normalised)
         above = pooled_tilt(-rewards, weights, 2, normalised) / 2
