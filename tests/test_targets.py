@@ -102,6 +102,7 @@ def test_enough_samples_are_those_that_n_is_seldom_above(target: Target) -> None
 
 @pytest.mark.parametrize(("flags", "says"), [
     ({"n": 2.5}, "--bond.n must be a whole number, got 2.5: --bond.target best_of_poisson"),
+    ({"n": math.inf}, "--bond.n must be a whole number, got inf"),
     ({"target": "best_of_poisson", "n": 1}, "--bond.n must be above 1"),
     ({"target": "best_of_poisson", "n": math.nan}, "--bond.n must be above 1"),
     ({"target": "exponential", "temperature": 0.0}, "--bond.temperature must be at least 0.0001"),

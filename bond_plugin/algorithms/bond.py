@@ -33,10 +33,10 @@ in the pooled form of :mod:`bond_plugin.algorithms.pooled`; g and its logarithm 
 ``--bond.reward_cache``. Its weights pi_anchor / pi are worth less the further the policy is from the anchor
 (``bond/ess``), so under a fixed anchor it reaches a few nats.
 
-``--bond.target`` has other targets, Best-of-Poisson and the exponential tilt (:mod:`bond_plugin.bestofn.targets`): log g
-in the place of (N - 1) r_BOND, and for the forward term the best of a random number n of the anchor's samples, of no
-more than there are. As g(0) is not 0, their quantiles do not count y itself: log g of the exponential, which is linear
-in F, has no bias then.
+``--bond.target`` has other targets, Best-of-Poisson and the exponential tilt (:mod:`bond_plugin.bestofn.targets`):
+log g in the place of (N - 1) r_BOND, and for the forward term the best of a random number n of the anchor's samples,
+of no more than there are. As g(0) is not 0, their quantiles do not count y itself: log g of the exponential, which is
+linear in F, then has no bias without ties.
 
 Learned quantiles (appendix B.1): p_<=(x, y) is a sequence classifier in the host's critic slot, trained by
 binary cross-entropy (Eq. 25) on 1{r(y') <= r(y)} while the policy is trained. It learns p_<= alone, so term (B)

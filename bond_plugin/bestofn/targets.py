@@ -216,7 +216,7 @@ def target_of(name: str, n: float, temperature: float, prefix: str = "bond") -> 
         return BestOfPoisson(n - 1)
     if n < 2:
         raise ValueError(f"--{prefix}.n must be at least 2 (Best-of-1 is the source itself), got {n}")
-    if n != int(n):
+    if not float(n).is_integer():
         raise ValueError(
             f"--{prefix}.n must be a whole number, got {n}: --{prefix}.target best_of_poisson takes any mean number"
         )
