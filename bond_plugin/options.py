@@ -17,15 +17,21 @@ def add_flag(group: Any, dotted: str, f: Field, **changes: Any) -> None:
         f: made by :func:`bond_plugin.algorithms.flag`.
         changes: ``default``, ``help`` or ``choices`` that differ from what the field says.
     """
-    said = {"default": f.default, "help": "", **f.metadata, **changes}
+    said = {"default": f.default, "help": "", "type": type(f.default), **f.metadata, **changes}
     default, text = said["default"], said["help"]
     kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     if "choices" in said:
         kind = {"type": type(f.default), "choices": said["choices"]}
     elif not isinstance(f.default, bool):
-        kind = {"type": type(f.default), "metavar": {int: "N", float: "X"}.get(type(f.default), "TEXT")}
+        kind = {"type": said["type"], "metavar": {int: "N", float: "X"}.get(type(f.default), "TEXT")}
     text = f"{text} (default: {'none' if default == '' else default})".replace("%", "%%")
     group.add_argument(f"--{dotted}", default=default, help=text, **kind)
+
+
+def number(text: str) -> float:
+    """The type of a flag that is mostly a whole number: an int where it is one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def last_value(argv: list[str], option: str) -> str | None:

@@ -33,6 +33,11 @@ in the pooled form of :mod:`bond_plugin.algorithms.pooled`; g and its logarithm 
 ``--bond.reward_cache``. Its weights pi_anchor / pi are worth less the further the policy is from the anchor
 (``bond/ess``), so under a fixed anchor it reaches a few nats.
 
+``--bond.target`` has other targets, Best-of-Poisson and the exponential tilt (:mod:`bond_plugin.bestofn.targets`):
+log g in the place of (N - 1) r_BOND, and for the forward term the best of a random number n of the anchor's samples,
+of no more than there are. As g(0) is not 0, their quantiles do not count y itself: log g of the exponential, which is
+linear in F, then has no bias without ties.
+
 Learned quantiles (appendix B.1): p_<=(x, y) is a sequence classifier in the host's critic slot, trained by
 binary cross-entropy (Eq. 25) on 1{r(y') <= r(y)} while the policy is trained. It learns p_<= alone, so term (B)
 is left out with it.
@@ -56,16 +61,23 @@ from bond_plugin.algorithms.base import (
     reward_cache_flag,
 )
 from bond_plugin.bestofn.baselines import centre
-from bond_plugin.bestofn.distribution import log_bon_ratio, quantiles
+from bond_plugin.bestofn.distribution import quantiles
 from bond_plugin.bestofn.estimates import win_rate
 from bond_plugin.bestofn.rewards import bond_reward, random_argmax
+from bond_plugin.bestofn.targets import BestOfN
+from bond_plugin.options import number
 
 
 @dataclass(frozen=True)
 class BONDConfig(pooled.PooledConfig):
     """Settings of BOND. The paper's: n in {4, 8, 16}, 16 samples for the quantile, beta 0.5 (section 4)."""
 
-    n: int = flag(8, "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4")
+    n: float = flag(
+        8,
+        "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4. Of Best-of-Poisson the mean "
+        "number of samples, 1 + mu, above 1 and not necessarily whole",
+        type=number,
+    )
     eta: float = flag(0.02, "step of the moving average under --bond.anchor ema, in [0, 1]")
     n_anchor_samples: int = flag(
         16,
@@ -115,10 +127,14 @@ class BONDConfig(pooled.PooledConfig):
         if self.reward_cache and self.quantile == "learned":
             raise ValueError("--bond.reward_cache and --bond.quantile learned are two ways to the same quantile")
         drawn_for_quantile = self.quantile == "monte_carlo" and not self.reward_cache and not self.pooled
-        if drawn_for_quantile and self.beta < 1 and self.n_anchor_samples < self.n:
+        enough = self.goal.samples
+        if drawn_for_quantile and self.beta < 1 and self.n_anchor_samples < enough:
+            needed, why = f"--bond.n {self.n}", "of n of them"
+            if self.target != "best_of_n":
+                needed, why = str(enough), f"of n of them, a random n which is above {enough} in 1 % at most"
             raise ValueError(
-                f"--bond.n_anchor_samples {self.n_anchor_samples} is less than --bond.n {self.n}: the forward term "
-                "needs the best of n of them. Raise it, use --bond.beta 1.0, or draw none (0, the pooled form)"
+                f"--bond.n_anchor_samples {self.n_anchor_samples} is less than {needed}: the forward term "
+                f"needs the best {why}. Raise it, use --bond.beta 1.0, or draw none (0, the pooled form)"
             )
 
 
@@ -145,7 +161,7 @@ class BOND(Algorithm):
             drawn = cfg.n_anchor_samples
         else:
             # One is enough for the classifier's label (appendix B.1); a cache needs none.
-            drawn = cfg.n if forward else int(cfg.quantile == "learned")
+            drawn = cfg.goal.samples if forward else int(cfg.quantile == "learned")
         return Needs(
             source_samples=drawn,
             selected_samples=int(forward),
@@ -155,12 +171,20 @@ class BOND(Algorithm):
             anchor_interval=cfg.anchor_interval if cfg.anchor == "periodic" else None,
             reward_cache=bool(cfg.reward_cache),
             classifier=cfg.quantile == "learned",
-            least=pooled.least(cfg.n, 0) if cfg.pooled and not cfg.reward_cache else 1,
+            least=pooled.least(cfg, 0) if cfg.pooled and not cfg.reward_cache else 1,
         )
 
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """The best of the first n source samples: ``[P, m]`` rewards to ``[P, 1]`` indices. Ties at random."""
-        return random_argmax(source_rewards[:, : self.config.n], generator)
+        """The best of the first n source samples: ``[P, m]`` rewards to ``[P, 1]`` indices. Ties at random.
+
+        n is drawn for each prompt where it is random, and is m where it would be more.
+        """
+        goal, (prompts, m) = self.config.goal, source_rewards.shape
+        if isinstance(goal, BestOfN):
+            return random_argmax(source_rewards[:, : goal.n], generator)
+        last = torch.multinomial(goal.law(m), prompts, replacement=True, generator=generator)
+        out = torch.arange(m) > last.unsqueeze(-1)
+        return random_argmax(source_rewards.masked_fill(out, torch.finfo(source_rewards.dtype).min), generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         return self._pooled(batch) if self.config.pooled else self._sampled(batch)
@@ -171,10 +195,17 @@ class BOND(Algorithm):
         if batch.reference_rewards is None:
             tilt, log_tilt = pool.tilts(cfg)
         else:
-            p_lt, p_le = quantiles(batch.rewards, batch.reference_rewards, include_self=True)
-            tilt = log_bon_ratio(p_lt, p_le, cfg.n).exp()
-            log_tilt = (cfg.n - 1) * bond_reward(p_lt, p_le, cfg.n, cfg.correction)
+            p_lt, p_le = quantiles(batch.rewards, batch.reference_rewards, include_self=cfg.goal.vanishes)
+            tilt = cfg.goal.log_tilt(p_lt, p_le).exp()
+            log_tilt = self._log_tilt(p_lt, p_le)
         return pooled.advantages(pool, tilt, log_tilt, cfg)
+
+    def _log_tilt(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
+        """log g of levels of the reward; without the correction of p_<= alone, and for Best-of-N less log N."""
+        cfg, goal = self.config, self.config.goal
+        if isinstance(goal, BestOfN):
+            return goal.scale * bond_reward(p_lt, p_le, goal.n, cfg.correction)
+        return goal.log_tilt(p_lt if cfg.correction else p_le, p_le)
 
     def _sampled(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
@@ -186,16 +217,16 @@ class BOND(Algorithm):
             _, targets = quantiles(batch.rewards, batch.source_rewards)
         else:
             pool = batch.source_rewards if batch.reference_rewards is None else batch.reference_rewards
-            p_lt, p_le = quantiles(batch.rewards, pool, include_self=True)
+            p_lt, p_le = quantiles(batch.rewards, pool, include_self=cfg.goal.vanishes)
 
-        reward = bond_reward(p_lt, p_le, cfg.n, cfg.correction)
         log_ratio, selected = batch.log_ratio(self._source), batch.log_probs[:, batch.n :]
-        backward = log_ratio - (cfg.n - 1) * reward  # log pi(y) - log pi_BoN(y), whose mean is the backward KL
+        # log pi(y) - log pi_BoN(y), whose mean is the backward KL
+        backward = log_ratio - self._log_tilt(p_lt, p_le)
         selected_advantages = torch.full_like(selected, 1.0 - cfg.beta)
 
         metrics = {
             "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
-            "bond/log_quantile": p_le.log().mean().item(),
+            "bond/log_quantile": p_le.clamp(min=1e-6).log().mean().item(),
             "bond/backward_kl": backward.mean().item(),
             "bond/kl_anchor": log_ratio.mean().item(),
         }

@@ -83,6 +83,11 @@ class JBONDConfig(pooled.PooledConfig):
             )
         if self.pooled and self.ties != "expected":
             raise ValueError("--bond.ties textbook is Algorithm 2's: use it with --bond.n_anchor_samples 2")
+        if not self.pooled and self.target != "best_of_n":
+            raise ValueError(
+                f"--bond.target {self.target}: Algorithm 2's reward (Eq. 17) is Best-of-N's alone: use "
+                "--bond.n_anchor_samples 0, or --bond.estimator pooled"
+            )
         if not self.pooled and self.n not in (2, m):
             raise ValueError(
                 f"--bond.n {self.n}: Algorithm 2's target is Best-of-m, m = --bond.n_anchor_samples {m}: drop "
@@ -114,7 +119,7 @@ class JBOND(Algorithm):
             source="anchor",
             log_probs={"anchor", "reference"} if cfg.gamma_ref else {"anchor"},
             anchor_eta=cfg.eta,
-            least=pooled.least(cfg.n, m) if cfg.pooled else 1,
+            least=pooled.least(cfg, m) if cfg.pooled else 1,
         )
 
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,9 @@ the others' mean multiplies the rank part by S / (S - 1) against the KL, which i
 other prompts; with one prompt it is what the mean is where the policy is the anchor, -(N - 1) k / (k + 1) with
 k = S - 1.
 
+``--bond.target`` has other g of the same kind, Best-of-Poisson and the exponential tilt, with estimators of the same
+kind: see :mod:`bond_plugin.bestofn.targets`.
+
 One sample that is far likelier under the anchor than under the policy would make up the whole gradient of a step. So
 a is cut off at ``--bond.max_weight`` (truncated importance sampling, Ionides 2008), which puts min(pi_anchor, c q) in
 the anchor's place: everything above is exact for that. ``bond/truncated`` is the share delta of the anchor's mass
@@ -40,7 +43,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Config, Source, flag
+from bond_plugin.algorithms.base import (
+    AdvantageInputs,
+    AdvantageOutputs,
+    Config,
+    Source,
+    flag,
+    target_flag,
+    temperature_flag,
+)
 from bond_plugin.bestofn.baselines import BASELINES, leave_one_out_mean
 from bond_plugin.bestofn.pooled import (
     effective_sample_size,
@@ -48,13 +59,22 @@ from bond_plugin.bestofn.pooled import (
     mixture_weights,
     pooled_tilt,
 )
+from bond_plugin.bestofn.targets import BestOfN, Target, target_of
+from bond_plugin.options import number
 
 
 @dataclass(frozen=True)
 class PooledConfig(Config):
     """Settings that BOND and J-BOND share, as both can take the pooled form; the defaults are those of J-BOND."""
 
-    n: int = flag(2, "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2")
+    n: float = flag(
+        2,
+        "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2. Of Best-of-Poisson the mean number of "
+        "samples, 1 + mu, above 1 and not necessarily whole",
+        type=number,
+    )
+    target: str = target_flag()
+    temperature: float = temperature_flag()
     beta: float = flag(
         0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
     )
@@ -92,8 +112,7 @@ class PooledConfig(Config):
     )
 
     def __post_init__(self) -> None:
-        if self.n < 2:
-            raise ValueError(f"--bond.n must be at least 2 (Best-of-1 is the anchor itself), got {self.n}")
+        _ = self.goal
         for name, share in (("beta", self.beta), ("eta", self.eta), ("min_ess", self.min_ess)):
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"--bond.{name} must lie in [0, 1], got {share}")
@@ -107,6 +126,11 @@ class PooledConfig(Config):
                 "on one another): use batch, where the log-ratio has the prompt's other samples for its baseline "
                 "anyway"
             )
+
+    @property
+    def goal(self) -> Target:
+        """The target. Raises ValueError where its numbers are out of range."""
+        return target_of(self.target, self.n, self.temperature)
 
     @property
     def pooled(self) -> bool:
@@ -161,10 +185,8 @@ class Pool:
         )
 
     def tilts(self, config: PooledConfig) -> tuple[Tensor, Tensor]:
-        """ĝ of Best-of-n, and log ĝ but for the constant log n: (n - 1) log F. ``[P, S]`` each."""
-        tilt = pooled_tilt(self.rewards, self.weights, config.n, config.normalised)
-        log_quantile = harmonic_log_quantile(self.rewards, self.weights, config.normalised)
-        return tilt, (config.n - 1) * log_quantile
+        """ĝ of the target, and log ĝ less log g(1). ``[P, S]`` each."""
+        return config.goal.pooled(self.rewards, self.weights, config.normalised)
 
 
 def advantages(
@@ -180,11 +202,11 @@ def advantages(
     Args:
         pool: see there.
         tilt, log_tilt: ``[P, S]``, ĝ, and log ĝ up to a constant.
-        config: of which N, beta, gamma_ref, and whether baselines are subtracted from the backward parts.
+        config: of which the target, beta, gamma_ref, and whether baselines are subtracted from the backward parts.
         gamma: see above.
         to_go: ``False`` gives all tokens the log-ratio of the whole response: the same expectation with more noise.
     """
-    n, beta, centred = config.n, config.beta, config.baseline != "none"
+    goal, beta, centred = config.goal, config.beta, config.baseline != "none"
 
     def parts(log_ratios: Tensor) -> Tensor:
         if not to_go:
@@ -192,7 +214,7 @@ def advantages(
         return own.unsqueeze(-1) * _to_go(log_ratios, own, centred)
 
     own, size = pool.own_policy, pool.rewards.shape[-1]
-    base = _other_prompts(log_tilt, own, n) if centred else 0.0
+    base = _other_prompts(log_tilt, own, goal) if centred else 0.0
     each = (1 - beta) * (pool.own_anchor * tilt - own) + beta * own * (log_tilt - base)
     found = each.unsqueeze(-1) - (beta + gamma) * parts(pool.log_ratios)
     if config.gamma_ref:
@@ -202,9 +224,14 @@ def advantages(
     m = size - pool.n
     ess = effective_sample_size(pool.weights)
     pairs = pooled_tilt(pool.rewards, pool.weights, 2, normalised=True)[:, policy] / 2
+    if isinstance(goal, BestOfN):
+        log_quantile = log_tilt[:, policy].mean().item() / goal.scale
+    else:
+        found_of = harmonic_log_quantile(pool.rewards, pool.weights, config.normalised)
+        log_quantile = found_of[:, policy].mean().item()
     metrics = {
         "bond/win_rate": pairs.mean().item(),
-        "bond/log_quantile": log_tilt[:, policy].mean().item() / (n - 1),
+        "bond/log_quantile": log_quantile,
         "bond/kl_anchor": pool.log_ratios.sum(dim=-1)[:, policy].mean().item(),
         "bond/forward_nll": -(pool.own_anchor * tilt * pool.log_probs).mean().item(),
         "bond/ess": ess.mean().item(),
@@ -220,12 +247,15 @@ def advantages(
     )
 
 
-def _other_prompts(values: Tensor, weights: Tensor, n: int) -> Tensor | float:
+def _other_prompts(values: Tensor, weights: Tensor, goal: Target) -> Tensor | float:
     """``[P, 1]``: the weighted mean of ``[P, S]`` values over the samples of all other prompts."""
-    others = values.shape[-1] - 1
-    if len(values) == 1:
-        return -(n - 1) * others / (others + 1)
-    return leave_one_out_mean((values * weights).mean(dim=-1)).unsqueeze(-1)
+    if len(values) > 1:
+        return leave_one_out_mean((values * weights).mean(dim=-1)).unsqueeze(-1)
+    size = values.shape[-1]
+    if isinstance(goal, BestOfN):
+        return -goal.scale * (size - 1) / size
+    ranks = torch.arange(1, 2 * size, 2, dtype=values.dtype) / (2 * size)
+    return (goal.log_tilt(ranks, ranks).mean() - goal.log_tilt(ranks.new_ones(1), ranks.new_ones(1))).item()
 
 
 def _to_go(log_ratios: Tensor, weights: Tensor, centred: bool) -> Tensor:
@@ -248,6 +278,12 @@ def pulled(advantages: Tensor, batch: AdvantageInputs, gamma_ref: float) -> Tens
     return advantages.unsqueeze(-1) - gamma_ref * pull
 
 
-def least(n: int, m: int) -> int:
-    """How many samples of the policy the pooled form of Best-of-``n`` takes with ``m`` samples of the anchor."""
-    return max(n - m, 1 if m else 2)
+def least(config: PooledConfig, m: int) -> int:
+    """How many samples of the policy the pooled form takes with ``m`` samples of the anchor.
+
+    The forward term of Best-of-Poisson and of the exponential tilt is that of the best of min(n, S) samples, n being
+    random, so it wants an S that n is hardly ever above. Their backward terms take any.
+    """
+    goal = config.goal
+    size = 2 if config.beta == 1 and not isinstance(goal, BestOfN) else goal.samples
+    return max(size - m, 1 if m else 2)

@@ -94,7 +94,54 @@ def pooled_tilt(rewards: Tensor, weights: Tensor, n: int, normalised: bool = Fal
     return _subset_series(rewards, weights, [0.0] * (n - 1) + [float(n)], normalised, halves=False)
 
 
-def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = False) -> Tensor:
+def pooled_mixture(rewards: Tensor, weights: Tensor, law: Tensor, normalised: bool = False) -> Tensor:
+    """The same for the best of a random number of samples: :func:`pooled_tilt` of each N times its probability.
+
+    Args:
+        rewards, weights, normalised: as there.
+        law: ``[k]``, the probabilities of N = 1, 2, ... k, k <= S. Those of N = 1 multiply the source itself, by 1.
+
+    Returns:
+        ``[P, S]`` float64, >= 0.
+
+    Raises:
+        ValueError: shapes, rewards or weights out of range, or more numbers than samples.
+    """
+    rewards, weights = _checked(rewards, weights, "pooled_mixture")
+    if len(law) > rewards.shape[-1]:
+        raise ValueError(f"pooled_mixture needs a law of at most {rewards.shape[-1]} samples, got {len(law)}")
+    series = [j * share for j, share in enumerate(law.tolist(), start=1)]
+    return _subset_series(rewards, weights, series, normalised, halves=False)
+
+
+def pooled_quantiles(rewards: Tensor, weights: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
+    """p_< and p_<= of every sample under the source, from the prompt's other samples.
+
+    Args:
+        rewards, weights: as for :func:`pooled_tilt`.
+        normalised: divide by the weights of all others instead of by their number.
+
+    Returns:
+        (p_lt, p_le), ``[P, S]`` float64, 0 <= p_lt <= p_le. With weights other than one, not normalised, they may be
+        above 1: without bias, the mean of what the others weigh.
+
+    Raises:
+        ValueError: shapes, rewards or weights out of range, or fewer than two samples.
+    """
+    rewards, weights = _checked(rewards, weights, "pooled_quantiles")
+    ordered, index = rewards.sort(dim=-1)
+    of = weights.gather(-1, index)
+    sums = nn.functional.pad(of.cumsum(dim=-1), (1, 0))
+    first, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
+    below, place = sums.gather(-1, first), index.argsort(dim=-1)
+    equal = torch.where(end - first > 1, sums.gather(-1, end) - below - of, 0.0).clamp(min=0)
+    whole = sums[..., -1:] - of if normalised else torch.full_like(of, rewards.shape[-1] - 1)
+    shares = (torch.where(whole > 0, part / whole, 0.0) for part in (below, below + equal))
+    low, high = (share.gather(-1, place) for share in shares)
+    return low, high
+
+
+def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = False, ratio: float = 1.0) -> Tensor:
     """The log of each sample's quantile F under the source, from its rank among the prompt's k = S - 1 other samples.
 
         -sum_{j=1..k} (1 / j) e_j(weights of those above i) / C(k, j)
@@ -118,6 +165,7 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = F
             series this has a bias as 1 / S at a fixed F, which goes through S F and so falls late at the lowest
             ranks. By enumeration for weights of 2, 2/3 and 4/5, at S = 8, 16, 32: 0.019, 0.009, 0.005 nats for
             the best generation, 0.131, 0.151, 0.122 for the lowest, with F < 0.2.
+        ratio: in (0, 1]. Term j is multiplied by its j-th power, which makes it the series of log(1 - ratio (1 - F)).
 
     Returns:
         ``[P, S]`` float64, in nats, <= 0. In time O(S^2) a prompt, normalised O(S^3).
@@ -127,10 +175,11 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = F
     """
     rewards, weights = _checked(rewards, weights, "harmonic_log_quantile")
     if not normalised:
+        weights = ratio * weights
         rows = max(1, 2 * _CHUNK // rewards.shape[-1] ** 2)
         blocks = zip(rewards.split(rows), weights.split(rows), strict=True)
         return torch.cat([_harmonic_integral(*block) for block in blocks])
-    series = [0.0] + [-1 / j for j in range(1, rewards.shape[-1])]
+    series = [0.0] + [-(ratio**j) / j for j in range(1, rewards.shape[-1])]
     return _subset_series(-rewards, weights, series, normalised, halves=True)
 
 

@@ -52,13 +52,14 @@ examples:
   bond lab --algorithm bond --bond.n 4 --bond.beta 1 --bond.n_anchor_samples 64
   bond lab --algorithm vbon --vbon.bound exact --cached 300 --reward tied --output-dir lab-vbon
   bond lab --algorithm jbond --bond.eta 0.02 --steps 100 --n 4
+  bond lab --algorithm bond --bond.target exponential --bond.temperature 0.25
 """
 
 _MADE_BY = "bond lab"
 
 #: Numbers that go with ``--algorithm``: their type, the least that makes sense, and their help.
 _NUMBERS = {
-    "n": (int, 2, "measure against Best-of-N of the reference (default: the algorithm's own n, else 4)"),
+    "n": (int, 2, "measure against Best-of-N of the reference (default: the algorithm's own target, else 4)"),
     "steps": (int, 1, "optimiser steps (default 160)"),
     "lr": (float, 0, "learning rate of Adam, above 0 (default 0.25)"),
     "prompts": (int, 1, "prompts a batch, all alike (default 256; 64 with cached rewards)"),
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> int:
             say("training policies, then measuring estimators; about a minute")
             report = programme.programme(args.seed, say)
         else:
-            n = args.n or getattr(method.config, "n", None) or 4
+            n = args.n or programme.other_target(method) or getattr(method.config, "n", None) or 4
             say(f"training {name}: {training.steps} steps of {training.prompts} prompts x {training.samples} samples")
             report = programme.examine(
                 name.rpartition(":")[2], method, n, training, args.policy or "full", args.reward or "strict"

@@ -381,14 +381,14 @@ def _transform(args: SimpleNamespace, transform: RewardTransform) -> list[str]:
     if coefficient is not None and abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
         found.append(
             f"--algo.kl.init_coef {args.algo.kl.init_coef} contradicts {flags.TRANSFORM} {name}, whose KL "
-            f"coefficient is {coefficient:.6g} (1/(N - 1)): drop the flag, or change N"
+            f"coefficient is {coefficient:.6g}: drop the flag, or change the strength of the target"
         )
     log_ratios = {
         "algo.kl.use_loss": (args.algo.kl.use_loss, "the KL belongs into the reward"),
         "algo.kl.estimator": (args.algo.kl.estimator != "k1", "only k1 has the right expectation; use k1"),
     }
     optimum = {
-        "algo.kl.target": (args.algo.kl.target is not None, "the KL coefficient is fixed by N"),
+        "algo.kl.target": (args.algo.kl.target is not None, "the KL coefficient is fixed by the target"),
         "reward.clip_range": (args.reward.clip_range is not None, "it would clip the transformed reward"),
         "rollout.top_p": (args.rollout.top_p != 1.0, "the samples must come from the whole distribution; use 1.0"),
         "algo.dynamic_filtering_enable": (

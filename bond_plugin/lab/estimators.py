@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bond_plugin.lab.learner import Learner, Training
 from bond_plugin.lab.methods import Method
-from bond_plugin.lab.problem import EnumerablePolicy, Problem
+from bond_plugin.lab.problem import EnumerablePolicy, Goal, Problem
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def exact_gradient(policy: EnumerablePolicy, objective: Callable[[Tensor], Tenso
 
 
 def jeffreys_objective(
-    problem: Problem, n: int, beta: float, scale: float = 1.0, backward_target: Tensor | None = None
+    problem: Problem, n: Goal, beta: float, scale: float = 1.0, backward_target: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """``scale`` times J_beta(pi || Best-of-n of the reference), Eq. 11 of arXiv 2407.14622.
+    """``scale`` times J_beta(pi || Best-of-n of the reference, or another target), Eq. 11 of arXiv 2407.14622.
 
     ``backward_target``, ``[S]`` log-probabilities up to a constant, takes the place of Best-of-n in KL(pi || .).
     """
@@ -129,7 +129,7 @@ def jbond_objective(problem: Problem, beta: float) -> Callable[[Tensor], Tensor]
     return jeffreys_objective(problem, 2, beta, backward_target=problem.log_ref + crude)
 
 
-def halfway(problem: Problem, n: int) -> EnumerablePolicy:
+def halfway(problem: Problem, n: Goal) -> EnumerablePolicy:
     """The full policy half-way, in logits, from the reference to Best-of-n: where estimators are looked at."""
     policy = problem.policy("full")
     with torch.no_grad():

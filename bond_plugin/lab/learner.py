@@ -21,6 +21,7 @@ from bond_plugin.lab.problem import (
     RESPONSES,
     VOCABULARY,
     EnumerablePolicy,
+    Goal,
     Point,
     Problem,
     next_token_log_probs,
@@ -210,14 +211,14 @@ class Learner:
         return rows, found.advantages, found.classifier_targets
 
 
-def train(problem: Problem, method: Method, policy: EnumerablePolicy, n: int, training: Training) -> Run:
+def train(problem: Problem, method: Method, policy: EnumerablePolicy, n: Goal, training: Training) -> Run:
     """Train ``policy`` in place, measuring it exactly against Best-of-n of the reference every few steps.
 
     Args:
         problem: where rewards and reference come from.
         method: an algorithm or a reward transform, as training builds it.
         policy: from :meth:`Problem.policy`; its parameters move.
-        n: of the Best-of-n it is measured against, which need not be the method's own.
+        n: of the Best-of-n it is measured against, or another target; it need not be the method's own.
         training: batch, steps, learning rate and seed.
 
     Raises:

@@ -162,10 +162,10 @@ def _sensitivity(axes: Axes, report: Report) -> None:
 def _both_directions(axes: Axes, report: Report) -> None:
     """Both KLs over the steps of one method."""
     table = report.tables["one"]
-    points = table.rows[2].trajectory
-    _line(axes, points, lambda p: (p.step, p.kl_to_bon), color=_BLUE, linewidth=2, label="KL(pi || BoN), backward")
+    points, aim = table.rows[2].trajectory, "BoN" if table.n else "aim"
+    _line(axes, points, lambda p: (p.step, p.kl_to_bon), color=_BLUE, linewidth=2, label=f"KL(pi || {aim}), backward")
     _line(axes, points, lambda p: (p.step, p.kl_from_bon), color=_ORANGE, linewidth=2, linestyle="--",
-          label="KL(BoN || pi), forward")  # fmt: skip
+          label=f"KL({aim} || pi), forward")  # fmt: skip
     axes.set_yscale("log")
     axes.set(title=table.title, xlabel="step", ylabel="nats")
     axes.legend(frameon=False, fontsize=11, loc="best")

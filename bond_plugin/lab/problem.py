@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities
+from bond_plugin.bestofn.targets import Target
+
+#: What a policy is measured against: Best-of-N of the reference, or another target.
+Goal = float | Target
 
 VOCABULARY, LENGTH, EOS = 4, 3, 0
 
@@ -92,7 +96,7 @@ class Point:
 
     Attributes:
         step: optimiser steps taken.
-        kl_to_bon: KL(pi || pi_BoN), backward.
+        kl_to_bon: KL(pi || pi_BoN), backward; of another target, to that.
         kl_from_bon: KL(pi_BoN || pi), forward.
         reward: E[r(y)].
         quantile: E[(p_< + p_<=) / 2], the quantile of the reward under the reference; 0.5 for the reference.
@@ -166,16 +170,20 @@ class Problem:
         """p_< and p_<= of each response under the reference, ``[S]`` each."""
         return level_probabilities(self.log_ref.exp(), self.rewards)
 
-    def best_of(self, n: float) -> Tensor:
+    def best_of(self, n: Goal) -> Tensor:
         """``[S]`` log pi_BoN, exactly, ties at random. A real n >= 1 fills the curve between whole ones.
+
+        Or of another target than Best-of-N.
 
         Raises:
             ValueError: n < 1.
         """
+        if isinstance(n, Target):
+            return self.log_ref + n.log_tilt(*self.levels())
         return bon_log_probs(self.log_ref, self.rewards, n)
 
-    def measure(self, log_probs: Tensor, n: float, step: int = 0) -> Point:
-        """Measure the distribution ``log_probs`` (``[S]``) against Best-of-n of the reference."""
+    def measure(self, log_probs: Tensor, n: Goal, step: int = 0) -> Point:
+        """Measure the distribution ``log_probs`` (``[S]``) against Best-of-n of the reference, or another target."""
         with torch.no_grad():
             target = self.best_of(n)
             mass = log_probs.exp()

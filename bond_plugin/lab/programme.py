@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bond_plugin.algorithms.base import AdvantageInputs, RewardTransform
 from bond_plugin.algorithms.bond import BOND
+from bond_plugin.bestofn.targets import BestOfN, Target
 from bond_plugin.lab.estimators import (
     GradientError,
     draw_gradients,
@@ -21,7 +22,7 @@ from bond_plugin.lab.estimators import (
 )
 from bond_plugin.lab.learner import Run, Training, train
 from bond_plugin.lab.methods import CACHE, HarmonicBOND, HarmonicVBoN, Method, VBoNByN, build
-from bond_plugin.lab.problem import EnumerablePolicy, Point, Problem
+from bond_plugin.lab.problem import EnumerablePolicy, Goal, Point, Problem
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one problem and one class of policies, measured against Best-of-``n``."""
+    """Rows of one problem and one class of policies, measured against Best-of-``n``, or another target (``None``)."""
 
     title: str
     policy: str
     rewards: str
-    n: int
+    n: int | None
     rows: list[Row]
 
 
@@ -223,22 +224,23 @@ def sensitivity(problem: Problem, seed: int) -> list[Cached]:
 
 def training_of(method: Method, seed: int, steps: int = 160) -> Training:
     """The batch that suits a method: cached rewards stay from step to step, so fewer prompts have more samples."""
-    size = {"prompts": 64, "samples": 32} if method.needs().reward_cache else {}
+    needs = method.needs()
+    size = {"prompts": 64, "samples": 32} if needs.reward_cache else {"samples": max(8, needs.least)}
     return Training(steps=steps, seed=seed, **size)
 
 
-def examine(name: str, method: Method, n: int, training: Training, policy: str, rewards: str) -> Report:
+def examine(name: str, method: Method, n: Goal, training: Training, policy: str, rewards: str) -> Report:
     """Train one method, and look at its gradient: what ``bond lab --algorithm NAME`` runs.
 
     Its gradient, with the reference for an anchor and half-way from it to Best-of-N, is laid beside those of
-    both directions and of Jeffreys' divergence, times the KL coefficient for a reward transform. N is the
-    method's own; without one it is 2 for a moving anchor, as in J-BOND, else n. An estimator that is right up
-    to a factor has the cosine 1 with one of them.
+    both directions and of Jeffreys' divergence, times the KL coefficient for a reward transform. N, or another
+    target (the "aim"), is the method's own; without one it is 2 for a moving anchor, as in J-BOND, else n. An
+    estimator that is right up to a factor has the cosine 1 with one of them.
 
     Args:
         name: for the table.
         method: from :func:`build`.
-        n: of the Best-of-n that it is measured against.
+        n: of the Best-of-n that it is measured against, or another target.
         training: batch, steps, learning rate and seed.
         policy, rewards: see :meth:`Problem.policy` and :meth:`Problem.make`.
 
@@ -252,17 +254,30 @@ def examine(name: str, method: Method, n: int, training: Training, policy: str, 
     moving = method.needs().anchor
     if moving:
         rows.append(Row(f"{name}, closest", run.closest, f"step {run.closest.step} of {training.steps}"))
-    own = getattr(method.config, "n", None) or (2 if moving else n)
+    own = other_target(method) or getattr(method.config, "n", None) or (2 if moving else n)
     scale = (method.kl_coefficient or 1.0) if isinstance(method, RewardTransform) else 1.0
     beta = getattr(method.config, "beta", 0.5)
-    weights = (("KL(BoN || pi)", 0.0), ("KL(pi || BoN)", 1.0), (f"Jeffreys {beta:g}", beta))
+    aim = "aim" if isinstance(own, Target) else "BoN"
+    weights = ((f"KL({aim} || pi)", 0.0), (f"KL(pi || {aim})", 1.0), (f"Jeffreys {beta:g}", beta))
     targets = [(against, jeffreys_objective(problem, own, weight, scale)) for against, weight in weights]
-    estimators = _compared(
-        f"{name}, N {own}", problem, method, halfway(problem, own), targets, training.cached, training.seed + 1
-    )
-    table = Table(f"{name}, against Best-of-{n}", policy, rewards, n, rows)
-    largest = max(2.0 * n, problem.worth(run.end)[0] * 1.25)
-    return Report(training.seed, {"one": table}, _rounds(problem, own, run), estimators, problem.curve(largest))
+    label = f"{name}, {own}" if isinstance(own, Target) else f"{name}, N {own}"
+    policy_there, seed = halfway(problem, own), training.seed + 1
+    estimators = _compared(label, problem, method, policy_there, targets, training.cached, seed)
+    number = None if isinstance(n, Target) else n
+    table = Table(f"{name}, against {_called(n)}", policy, rewards, number, rows)
+    largest = max(2.0 * (number or 2), problem.worth(run.end)[0] * 1.25)
+    rounds = [] if isinstance(own, Target) else _rounds(problem, own, run)
+    return Report(training.seed, {"one": table}, rounds, estimators, problem.curve(largest))
+
+
+def other_target(method: Method) -> Target | None:
+    """The method's own target, if that is another than Best-of-N."""
+    goal = getattr(method.config, "goal", None)
+    return goal if isinstance(goal, Target) and not isinstance(goal, BestOfN) else None
+
+
+def _called(n: Goal) -> str:
+    return str(n) if isinstance(n, Target) else f"Best-of-{n}"
 
 
 def _compared(
@@ -285,10 +300,10 @@ def _compared(
     ]
 
 
-def _levels(problem: Problem, n: int) -> list[Row]:
+def _levels(problem: Problem, n: Goal) -> list[Row]:
     return [
         Row("reference", problem.measure(problem.log_ref, n)),
-        Row(f"Best-of-{n}, exact", problem.measure(problem.best_of(n), n)),
+        Row(f"{_called(n)}, exact", problem.measure(problem.best_of(n), n)),
     ]
 
 

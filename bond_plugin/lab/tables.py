@@ -26,9 +26,10 @@ def _laid_out(title: str, columns: dict[str, str], rows: Iterable[tuple[object, 
 
 
 def _policies(table: Table) -> str:
+    aim = "BoN" if table.n else "aim"
     columns = {
-        "": "<30", "KL(pi||BoN)": ">12", "KL(BoN||pi)": ">12", "Jeffreys": ">9", "reward": ">8", "quantile": ">9",
-        "KL(pi||ref)": ">12", " ": "",
+        "": "<30", f"KL(pi||{aim})": ">12", f"KL({aim}||pi)": ">12", "Jeffreys": ">9", "reward": ">8",
+        "quantile": ">9", "KL(pi||ref)": ">12", " ": "",
     }  # fmt: skip
     rows = (
         (
