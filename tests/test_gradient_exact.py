@@ -1,8 +1,8 @@
 """pkpo, maxrl and posterior on a policy small enough to enumerate: their expected gradients are those of objectives.
 
-The policy is that of test_pooled_exact.py: two tokens of two letters, four responses. All sets of n samples of a prompt
-are summed over, in float64, through what training runs: ``assemble`` and PPO's ratio. Then the laboratory trains each
-to its exact optimum.
+The policy is that of test_pooled_exact.py: two tokens of two letters, four responses. All draws of n samples are
+summed over, in float64, through what training runs: ``assemble`` and PPO's ratio. Then the laboratory trains each to
+its exact optimum.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def lab(algorithm: Algorithm, rewards: str, **training: Any) -> Tensor:
 
 
 def optimum(problem: Problem, objective: Callable[[Tensor], Tensor]) -> Tensor:
-    """``[40]``: log pi of the largest ``objective``, by Newton's method in disguise."""
+    """``[40]``: log pi of the largest ``objective``, by L-BFGS."""
     logits = problem.log_ref.clone().requires_grad_()
     solver = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
@@ -106,7 +106,7 @@ def optimum(problem: Problem, objective: Callable[[Tensor], Tensor]) -> Tensor:
         return loss
 
     solver.step(closure)
-    assert logits.grad.norm() < 1e-6
+    assert logits.grad.norm() < 1e-5
     return logits.detach().log_softmax(-1)
 
 
@@ -229,14 +229,15 @@ def test_maxrl_refuses_rewards_that_are_not_right_or_wrong(wrong: float) -> None
 def test_maxrl_says_how_many_prompts_teach_nothing() -> None:
     rewards = torch.tensor([[0, 0, 0], [1, 1, 1], [0, 0, 1], [0, 1, 1]], dtype=torch.float64)
     found = MaxRL(MaxRL.Config()).advantages(AdvantageInputs(rewards, rewards[:, :0], {}, torch.Generator()))
-    assert found.advantages.tolist() == [[0, 0, 0], [0, 0, 0], [-1, -1, 2], [-1, pytest.approx(0.5), pytest.approx(0.5)]]
+    wanted = torch.tensor([[0, 0, 0], [0, 0, 0], [-1, -1, 2], [-1, 0.5, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(found.advantages, wanted)
     assert found.metrics == {"bond/pass_at_n": 0.75, "bond/no_signal": 0.5}
 
 
 # posterior
 
 
-C = 0.8
+C = 2.0
 
 
 def posterior(log_ref: Tensor, rewards: Tensor, c: float) -> Tensor:
@@ -271,7 +272,12 @@ def test_posterior_has_the_gradient_of_the_divergence(rewards: Tensor, n: int, b
     longer = stretch(rewards, n, mu.sum(-1) if moved else None)
     wanted = C * ((1 - beta) * longer * forward + beta * backward)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
-    assert 1 < longer < 1 + 3.5 / (n - 1)
+
+
+def test_the_forward_part_is_the_longer_the_fewer_samples() -> None:
+    few, some, many = (stretch(STRICT, n) - 1 for n in (3, 5, 8))
+    assert 1 > few > some > many > 0
+    assert many < 0.5 * few
 
 
 class SelfNormalised(Posterior):
@@ -296,18 +302,16 @@ def test_self_normalised_weights_turn_the_gradient_and_leave_one_out_does_not() 
     assert length[0] < length[1] < 1 and turned[0] > 1.5 * turned[1] > 0.02
     length, turned = zip(*(off(Posterior, n) for n in (3, 6)), strict=True)
     assert length[0] > length[1] > 1 and max(turned) < 1e-6
-    assert length[1] - 1 < 1 - off(SelfNormalised, 6)[0]
 
 
-@pytest.mark.parametrize("rewards", ["strict", "tied"])
+@pytest.mark.parametrize(("rewards", "c"), [("strict", 2.0), ("tied", 0.5)])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0], ids=["forward", "jeffreys", "backward"])
-def test_posterior_ends_at_the_target(rewards: str, beta: float) -> None:
+def test_posterior_ends_at_the_target(rewards: str, c: float, beta: float) -> None:
     problem = LAB[rewards]
-    target = posterior(problem.log_ref, problem.rewards, 1.0)
-    assert kl(problem.log_ref, target) > 0.1
-    found = lab(Posterior(PosteriorConfig(kl_coef=1.0, beta=beta)), rewards)
-    print(kl(found, target), kl(target, found))
-    assert kl(found, target) < 2e-3 and kl(target, found) < 2e-3
+    target = posterior(problem.log_ref, problem.rewards, c)
+    assert kl(target, problem.log_ref) > 0.4
+    found = lab(Posterior(PosteriorConfig(kl_coef=c, beta=beta)), rewards, steps=320)
+    assert kl(found, target) < 1e-3 and kl(target, found) < 1e-3  # 1.6e-4 at most
 
 
 def test_without_the_kl_the_policy_collapses() -> None:
@@ -328,7 +332,7 @@ def test_no_sample_makes_up_a_step() -> None:
     under: Mapping[str, Tensor] = dict.fromkeys(("policy", "reference"), torch.zeros(1, 8, 2, dtype=torch.float64))
     batch = AdvantageInputs(rewards, rewards[:, :0], under, torch.Generator())
     found = Posterior(PosteriorConfig(kl_coef=1.0, beta=0.0)).advantages(batch)
-    assert found.advantages[0, :, 0].tolist() == pytest.approx([-1.0] * 7 + [9.0])
+    assert found.advantages[0].tolist() == pytest.approx([-1.0] * 7 + [9.0])
     assert found.metrics["bond/truncated"] == 1 and found.metrics["bond/ess"] == pytest.approx(1 / 8)
 
 

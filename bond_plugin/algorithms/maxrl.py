@@ -7,8 +7,8 @@ the first part is the mean of grad log pi over the right ones, which has the exp
 
     E[1{c > 0} / c  sum r_i grad log pi_i]   =  (1 - (1 - p)^n) grad log p  =  sum_{j=1..n} grad pass@j / j
 
-with pass@j = 1 - (1 - p)^j, as grad pass@j / j = (1 - p)^(j-1) grad p. That is the theorem of the paper: the series of
-log p, cut at n. But its second part, the mean of all grad log pi, is a control variate of expectation zero only if it
+with pass@j = 1 - (1 - p)^j, as grad pass@j / j = (1 - p)^(j-1) grad p. That is the theorem of the paper: the series
+of log p, cut at n. The second part, the mean of all grad log pi, is a control variate of expectation zero only if it
 is taken off at c = 0 as well. Where it is not, it leaves out
 
     E[1{c = 0}  (1 / n) sum grad log pi_i]   =  -(1 - p)^(n-1) grad p
@@ -51,9 +51,9 @@ class MaxRL(Algorithm):
         if len(other):
             raise ValueError(
                 f"maxrl needs rewards that are 0 or 1, got {other[0].item():g} (and {len(other) - 1} more of "
-                f"{rewards.numel()}): make --reward.remote_url a checker of right and wrong, or give it a threshold, "
-                "and drop --reward.overlong_buffer_len and --reward.stop_properly_penalty_coef, which change rewards; "
-                "for other rewards there is --algo.advantage.estimator pkpo"
+                f"{rewards.numel()}): give --reward.remote_url a threshold, and drop --reward.overlong_buffer_len "
+                "and --reward.stop_properly_penalty_coef, which change rewards; for rewards of any size there is "
+                "--algo.advantage.estimator pkpo"
             )
         mean = rewards.mean(dim=-1, keepdim=True)
         advantages = torch.where(mean > 0, (rewards - mean) / mean, 0.0)
