@@ -121,7 +121,7 @@ def test_maxrl_stops_at_rewards_that_are_neither_right_nor_wrong(bond: Callable[
     flags = {"algo.advantage.estimator": "maxrl", "rollout.n_samples_per_prompt": 2, "train.batch_size": 32}
     failed = bond(tmp_path, flags, check=False)  # the share of vowels
     assert failed.status not in (0, -1)
-    assert "maxrl needs rewards that are 0 or 1, got 0." in failed.output
+    assert "rewards must be 0 or 1 for maxrl, got 0." in failed.output
 
 
 def test_posterior_by_jeffreys_divergence(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:

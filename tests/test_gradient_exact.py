@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ import torch
 from test_pooled_exact import INITIAL, POLICY, STRICT, TIED, table, tokens_of
 from torch import Tensor
 
-from bond_plugin.algorithms import AdvantageInputs, Algorithm, LossInputs, assemble
+from bond_plugin.algorithms import AdvantageInputs, Algorithm, DataError, LossInputs, assemble
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.algorithms.maxrl import MaxRL
 from bond_plugin.algorithms.pkpo import PKPO, PKPOConfig
 from bond_plugin.algorithms.posterior import Posterior, PosteriorConfig
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.bestofn.estimates import max_credit
+from bond_plugin.cli.main import main
 from bond_plugin.lab.learner import Training, train
 from bond_plugin.lab.problem import Problem
 
@@ -222,7 +224,7 @@ def test_maxrl_ends_at_the_optimum(samples: int) -> None:
 def test_maxrl_refuses_rewards_that_are_not_right_or_wrong(wrong: float) -> None:
     rewards = torch.tensor([[0.0, 1.0, wrong]], dtype=torch.float64)
     batch = AdvantageInputs(rewards, rewards[:, :0], {}, torch.Generator())
-    with pytest.raises(ValueError, match=rf"0 or 1, got {wrong:g} .*threshold.*overlong.*pkpo"):
+    with pytest.raises(DataError, match=rf"0 or 1 for maxrl, got {wrong:g} .*threshold.*overlong.*pkpo"):
         MaxRL(MaxRL.Config()).advantages(batch)
 
 
@@ -358,3 +360,10 @@ def test_what_each_needs() -> None:
     assert PKPO(PKPOConfig()).needs().log_probs == set()
     assert MaxRL(MaxRL.Config(gamma_ref=0.1)).needs().log_probs == {"reference"}
     assert {cls.policy_loss for cls in (PKPO, MaxRL, Posterior)} == {"ppo"}
+
+
+def test_the_laboratory_says_which_rewards_maxrl_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--steps", "2", "--prompts", "16", "--output-dir", str(tmp_path / "out")]
+    assert main(["lab", "--algorithm", "maxrl", *few]) == 1
+    assert "bond lab: error: maxrl: rewards must be 0 or 1" in capsys.readouterr().err
+    assert main(["lab", "--algorithm", "maxrl", "--reward", "tied", *few]) == 0

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import torch
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Needs
+from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, DataError, Needs
 from bond_plugin.algorithms.pooled import PulledConfig, pulled
 
 
@@ -44,16 +44,16 @@ class MaxRL(Algorithm):
         """As above.
 
         Raises:
-            ValueError: a reward that is neither 0 nor 1.
+            DataError: a reward that is neither 0 nor 1.
         """
         rewards = batch.rewards
         other = rewards[(rewards != 0) & (rewards != 1)]
         if len(other):
-            raise ValueError(
-                f"maxrl needs rewards that are 0 or 1, got {other[0].item():g} (and {len(other) - 1} more of "
-                f"{rewards.numel()}): give --reward.remote_url a threshold, and drop --reward.overlong_buffer_len "
-                "and --reward.stop_properly_penalty_coef, which change rewards; for rewards of any size there is "
-                "--algo.advantage.estimator pkpo"
+            raise DataError(
+                f"rewards must be 0 or 1 for maxrl, got {other[0].item():g} (and {len(other) - 1} more of "
+                f"{rewards.numel()}): give --reward.remote_url a threshold (bond lab: --reward tied), and drop "
+                "--reward.overlong_buffer_len and --reward.stop_properly_penalty_coef, which change rewards; for "
+                "rewards of any size there is --algo.advantage.estimator pkpo"
             )
         mean = rewards.mean(dim=-1, keepdim=True)
         advantages = torch.where(mean > 0, (rewards - mean) / mean, 0.0)
