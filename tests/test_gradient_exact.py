@@ -366,4 +366,3 @@ def test_the_laboratory_says_which_rewards_maxrl_takes(tmp_path: Path, capsys: p
     few = ["--steps", "2", "--prompts", "16", "--output-dir", str(tmp_path / "out")]
     assert main(["lab", "--algorithm", "maxrl", *few]) == 1
     assert "bond lab: error: maxrl: rewards must be 0 or 1" in capsys.readouterr().err
-    assert main(["lab", "--algorithm", "maxrl", "--reward", "tied", *few]) == 0
