@@ -18,8 +18,8 @@ Z_i is the mean of w over the prompt's *other* samples. The -1 is a baseline, as
 vanishes at pi = p*, sample by sample. For L_i stands its reward-to-go (:mod:`bond_plugin.algorithms.pooled`).
 
 Why the others. Z_i does not depend on y_i, so that a prompt's forward part has the direction of its exact gradient
-for every n, and E[Z / Z_i] = 1 + O(1 / n) times its length: prompts far from p* count for more. Divided by the mean of
-all n (self-normalised), it has a bias of order 1 / n that turns it. By enumeration (four responses, c = 1,
+for every n, and E[Z / Z_i] = 1 + O(1 / n) times its length: prompts far from p* count for more. Divided by the mean
+of all n (self-normalised), it has a bias of order 1 / n that turns it. By enumeration (four responses, c = 1,
 KL(p* || pi) = 0.71), at n = 4 and 8:
 
     self-normalised                    0.68, 0.86 of the length, turned by 16, 9 degrees
