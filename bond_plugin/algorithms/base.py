@@ -23,6 +23,10 @@ from bond_plugin.bestofn.targets import TARGETS
 Source = Literal["anchor", "reference", "stored"]
 
 
+class DataError(ValueError):
+    """What an algorithm raises of rewards that it cannot take. The message says what to do, and is shown as it is."""
+
+
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a :class:`Config`: its default, and the help text of its ``--bond.*`` flag.
 

@@ -269,6 +269,22 @@ def _to_go(log_ratios: Tensor, weights: Tensor, centred: bool) -> Tensor:
     return to_go - (weighted.sum(dim=1, keepdim=True) - weighted) / rest
 
 
+@dataclass(frozen=True)
+class PulledConfig(Config):
+    """Of an algorithm with no divergence of its own that can be held near the initial policy by :func:`pulled`."""
+
+    gamma_ref: float = flag(0.0, "coefficient of KL(pi || initial policy), >= 0; 0 needs no log-probabilities of it")
+
+    def __post_init__(self) -> None:
+        if not (self.gamma_ref >= 0.0 and math.isfinite(self.gamma_ref)):
+            raise ValueError(f"--bond.gamma_ref must be at least 0, got {self.gamma_ref}")
+
+    @property
+    def log_probs(self) -> set[str]:
+        """What :attr:`Needs.log_probs` is for the pull."""
+        return {"reference"} if self.gamma_ref else set()
+
+
 def pulled(advantages: Tensor, batch: AdvantageInputs, gamma_ref: float) -> Tensor:
     """``[P, n]`` advantages with the pull to the initial policy, ``[P, n, A]``; as they are for ``gamma_ref`` 0."""
     if not gamma_ref:

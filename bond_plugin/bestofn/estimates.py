@@ -38,6 +38,51 @@ def expected_max(rewards: Tensor, n: int) -> Tensor:
     return (ordered * log_weight.exp()).sum(dim=-1).to(dtype)
 
 
+def max_credit(rewards: Tensor, n: int) -> Tensor:
+    """What each of k samples did for the reward of Best-of-n: its mean times grad log pi has that one's gradient.
+
+        n (mean of max r over the subsets of n samples that hold i  -  the same over those of the others)
+
+    d E[max of n] = n E[max r(y_1 ... y_n) d log pi(y_1)], and the first mean is the U-statistic of that; the second
+    does not depend on sample i, so that it is a baseline. For n < k the k numbers add up to zero, as the mean of
+    leave-one-out U-statistics is the whole one. For n = k no subset of n leaves i out; the largest of the other
+    k - 1 is the baseline then, and no number is negative. n = 1 is the reward less the mean of the others.
+
+    Sorted, in time O(k log k); the weights are those of :func:`expected_max`, and the rewards count relative to the
+    largest, so that nothing cancels where all are large and alike.
+
+    Args:
+        rewards: ``[..., k]``, independent samples from one distribution along the last dimension, k >= 2.
+        n: how many samples Best-of-n draws, 1 <= n <= k.
+
+    Returns:
+        ``[..., k]`` float64, in units of the reward; the same for equal rewards.
+
+    Raises:
+        ValueError: n < 1, n > k or k < 2.
+    """
+    k = rewards.shape[-1] if rewards.dim() else 0
+    if not (1 <= n <= k and k >= 2):
+        raise ValueError(f"max_credit needs 1 <= n <= samples and two samples, got n = {n} with {k} samples")
+    ordered, index = rewards.double().sort(dim=-1)
+    ordered = ordered - ordered[..., -1:]
+    below = torch.arange(k, dtype=torch.float64, device=rewards.device)
+
+    def share(total: Tensor, chosen: int, of: int) -> Tensor:
+        """C(total, chosen) / C(k - 1, of), 0 where there is no such subset."""
+        some = (total >= chosen) & (chosen >= 0)
+        log = _log_binomial(total.clamp(min=chosen), max(chosen, 0)) - _log_binomial(total.new_tensor(k - 1.0), of)
+        return torch.where(some, log.exp(), 0.0)
+
+    left = min(n, k - 1)  # the size of the baseline's subsets
+    # Of the others, those above sample i have one fewer below them than their place says.
+    above = ordered * (share(below - 1, n - 2, n - 1) - share(below - 1, left - 1, left))
+    under = ordered * share(below, left - 1, left)
+    credit = ordered * share(below, n - 1, n - 1)
+    credit = credit + (above.flip(-1).cumsum(dim=-1).flip(-1) - above) - (under.cumsum(dim=-1) - under)
+    return n * credit.gather(-1, index.argsort(dim=-1))
+
+
 def pass_at_n(rewards: Tensor, n: int) -> Tensor:
     """The probability that at least one of n samples is right, estimated without bias from k >= n samples.
 

@@ -97,6 +97,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from bond_plugin.algorithms.assemble import ContractError
+    from bond_plugin.algorithms.base import DataError
     from bond_plugin.lab import plots, programme, tables
 
     def say(message: str) -> None:
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> int:
             report = programme.examine(
                 name.rpartition(":")[2], method, n, training, args.policy or "full", args.reward or "strict"
             )
-    except (ContractError, FloatingPointError, RegistryError) as error:
+    except (ContractError, DataError, FloatingPointError, RegistryError) as error:
         print(f"bond lab: error: {name}: {error}", file=sys.stderr)
         return 1
     finally:
