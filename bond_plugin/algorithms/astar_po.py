@@ -9,9 +9,9 @@ squares (:mod:`bond_plugin.algorithms.regression`), at beta2:
 
     (beta2 (log pi(y) - log pi_ref(y)) - (r(y) - V*))^2
 
-On samples of the policy, as in the paper, V* is a baseline: the target is pi_ref exp(r / beta2) / Z for every beta1.
-There beta1 decides about noise alone: where it is large V* is near the mean reward, the better baseline at the start; where
-it is beta2 the bracket is zero at the target. Offline pi* must be normalised, so there beta1 must be beta2.
+On samples of the policy, as in the paper, V* is a baseline: the target is pi_ref exp(r / beta2) / Z for every beta1,
+which decides about noise alone. Where beta1 is large V* is near the mean reward, the better baseline at the start;
+where it is beta2 the bracket is zero at the target. Offline pi* must be normalised, so there beta1 must be beta2.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class AStarPOConfig(RegressionConfig):
                 raise ValueError(f"--bond.{name} must be above 0, got {value}")
         if self.offline and self.beta1 != self.beta2:
             raise ValueError(
-                f"--bond.offline with --bond.beta1 {self.beta1} and --bond.beta2 {self.beta2}: without samples of the "
-                "policy the target must be normalised, which takes the same for both"
+                f"--bond.offline with --bond.beta1 {self.beta1} and --bond.beta2 {self.beta2}: without samples of "
+                "the policy the target must be normalised, which takes the same for both"
             )
 
 

@@ -20,8 +20,9 @@ log Z (``--bond.partition``):
 
 F is uniform only if no two rewards are equal. With h = 1 / (M beta) and no ties, cache - uniform is
 log(h / (1 - exp(-h))), which is h/2 for many rewards: they agree. With ties, uniform is too small however many there
-are: by 1.14 nats for a 0/1 reward with one response of four right at beta = 0.1, and where all rewards are the same
-it asks for more of every response instead of pi_ref. It matters offline; on samples of the policy log Z is a baseline.
+are: by 1.14 nats for a 0/1 reward with one response of four right at beta = 0.1; and where all rewards are the same
+it asks for more of every response instead of pi_ref. That matters offline; on samples of the policy log Z is a
+baseline.
 """
 
 from __future__ import annotations
