@@ -49,13 +49,12 @@ def test_qrpo_on_stored_responses(bond: Callable[..., Run], stored: Path, tmp_pa
             "rollout.n_samples_per_prompt": STORED,
             "train.batch_size": PROMPTS * STORED,
             "train.max_epochs": 2,
-            "bond.kl_ref": False,
+            "no-bond.kl_ref": True,
             "actor.adam.lr": 2e-4,
             "actor.max_norm": 0.0,
         },
     )
     steps, known = done.metrics, rewards_of(stored)
-    print([{name: step[name] for name in ("bond/loss", "bond/residual", "bond/log_ratio")} for step in steps])
     assert len(steps) == 5
     share = (known.unsqueeze(-1) >= known.unsqueeze(-2)).double().mean(-1)
     tilt = share / 0.3 - (share / 0.3).exp().mean(-1, keepdim=True).log()
@@ -66,7 +65,7 @@ def test_qrpo_on_stored_responses(bond: Callable[..., Run], stored: Path, tmp_pa
         assert step["rollout/generated_tokens"] == 0
         assert "bond/kl_ref" not in step  # no initial policy is kept
     assert abs(steps[0]["bond/log_ratio"]) < 1e-2  # the stored log-probabilities are the trainer's
-    assert steps[-1]["bond/residual"] < 0.97 * steps[0]["bond/residual"]
+    assert steps[-1]["bond/residual"] < 0.6 * steps[0]["bond/residual"]
 
 
 @pytest.mark.e2e
@@ -75,7 +74,6 @@ def test_astar_po_on_samples_of_the_policy(bond: Callable[..., Run], stored: Pat
     sizes = {**SIZES, "rollout.n_samples_per_prompt": 4, "train.batch_size": 64, "train.num_episodes": 10}
     steps = bond(tmp_path, {**ASTAR, **sizes, "bond.reward_cache": str(stored)}).metrics
     assert len(steps) == 10
-    print([{name: step[name] for name in ("bond/loss", "bond/kl_ref", "reward/policy")} for step in steps])
     value = 0.5 * (rewards_of(stored) / 0.5).exp().mean(-1).log().mean().item()
     for step in steps:
         assert step["bond/optimal_advantage"] == pytest.approx(step["reward/policy"] - value, abs=1e-5)
