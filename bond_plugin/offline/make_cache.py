@@ -110,12 +110,14 @@ def problems(args: SimpleNamespace) -> list[str]:
 
     The path is absolute already. Settles the number of samples in ``args``, for the processes that follow.
     """
-    path, stored = getattr(args.bond, "reward_cache", ""), plan.of(args).stored
+    path, run = getattr(args.bond, "reward_cache", ""), plan.of(args)
+    stored = run.stored
     if not path:
-        wanted = (
-            f"{args.algo.advantage.estimator} trains on stored responses: give {flags.REWARD_CACHE}, {_WITH_TOKENS}"
-        )
-        return [wanted] if stored else []
+        why, how = "needs the initial policy's rewards", "made with bond cache"
+        if stored:
+            why, how = "trains on stored responses", _WITH_TOKENS
+        wanted = f"{args.algo.advantage.estimator} {why}: give {flags.REWARD_CACHE}, {how}"
+        return [wanted] if run.needs.reward_cache else []
     if args.bond.cache_samples < 0:
         return [f"--bond.cache_samples must be at least 0, got {args.bond.cache_samples}"]
     if not Path(path).is_file():
