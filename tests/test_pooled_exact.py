@@ -83,13 +83,28 @@ def series(samples: int, rewards: Tensor) -> Tensor:
     return -sum((above + level / 2) ** j / j for j in range(1, samples))
 
 
+def of_ties(n: int, rewards: Tensor, samples: int, largest: float = math.inf) -> Tensor:
+    """``[4]``: what ties are expected to add, the log of a level's mean of F^(N-1) less that of its middle."""
+    pi, anchor = (tokens_of(of.detach()).sum(-1).exp() for of in (POLICY, ANCHOR))
+    others = torch.tensor(list(itertools.product(range(4), repeat=samples - 1)))
+    weight = (anchor / pi).clamp(max=largest)[others]
+    found = []
+    for mine in rewards:
+        below, equal = ((weight * part).sum(-1) for part in (rewards[others] < mine, rewards[others] == mine))
+        low = torch.where(equal > 0, below / (below + equal), 1.0)
+        mean = torch.where(low < 1, (1 - low**n) / (1 - low), n) / n
+        found.append((pi[others].prod(-1) * (mean / ((1 + low) / 2) ** (n - 1)).log()).sum())
+    return torch.stack(found)
+
+
 def wanted(n: int, rewards: Tensor, samples: int, beta: float, gamma: float = 0.0, gamma_ref: float = 0.0) -> Tensor:
     """The gradient of (1 - beta) KL(BoN || pi) + beta E_pi[log pi / anchor - (N - 1) log F] + the two other KLs."""
     log_pi = tokens_of(POLICY).sum(-1)
     to_anchor = log_pi - tokens_of(ANCHOR).sum(-1)
     pi, target = log_pi.exp(), best_of(n, rewards)
     value = (1 - beta) * (target.exp() * (target - log_pi)).sum()
-    value = value + beta * (pi * (to_anchor - (n - 1) * series(samples, rewards))).sum()
+    log_tilt = (n - 1) * series(samples, rewards) + of_ties(n, rewards, samples)
+    value = value + beta * (pi * (to_anchor - log_tilt)).sum()
     value = value + gamma * (pi * to_anchor).sum()
     value = value + gamma_ref * (pi * (log_pi - tokens_of(INITIAL).sum(-1))).sum()
     return torch.autograd.grad(value, POLICY)[0]
@@ -110,13 +125,16 @@ def test_expected_gradient_is_that_of_the_objective(
     torch.testing.assert_close(found, wanted(2, rewards, 2, beta, gamma, gamma_ref), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
 @pytest.mark.parametrize("n", [2, 3])
-def test_more_samples_and_larger_n(n: int) -> None:
+def test_more_samples_and_larger_n(n: int, rewards: Tensor) -> None:
     config = JBONDConfig(n=n, beta=0.5)
-    found = expected(JBOND(config).advantages, STRICT, samples=3, prompts=1)
-    torch.testing.assert_close(found, wanted(n, STRICT, 3, 0.5), rtol=1e-10, atol=1e-12)
+    found = expected(JBOND(config).advantages, rewards, samples=3, prompts=1)
+    torch.testing.assert_close(found, wanted(n, rewards, 3, 0.5), rtol=1e-10, atol=1e-12)
     ours = BOND(BONDConfig(n=n, n_anchor_samples=0, beta=0.5, anchor="ema"))
-    torch.testing.assert_close(expected(ours.advantages, STRICT, samples=3, prompts=1), found, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        expected(ours.advantages, rewards, samples=3, prompts=1), found, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_of_three_samples_equals_count_one_half_each() -> None:
@@ -174,7 +192,8 @@ def test_cut_off_weights_have_the_cut_off_anchor_for_their_target(n: int) -> Non
     above = (cut * (STRICT.unsqueeze(1) < STRICT)).sum(-1) + cut / 2
     log_quantile = -sum(above**j / j for j in (1, 2))
     log_pi = tokens_of(POLICY).sum(-1)
-    value = (log_pi.exp() * (log_pi - anchor.log() - (n - 1) * log_quantile)).sum()
+    log_tilt = (n - 1) * log_quantile + of_ties(n, STRICT, 3, largest)
+    value = (log_pi.exp() * (log_pi - anchor.log() - log_tilt)).sum()
     exact = torch.autograd.grad(value, POLICY)[0]
     found = expected(JBOND(replace(config, beta=1.0)).advantages, STRICT, samples=3, prompts=1)
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)

@@ -77,7 +77,7 @@ class SinKD(Algorithm):
         return Needs(log_probs={"teacher"}, logits=True)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        metrics = {"sinkd/kl_teacher": batch.log_ratio("teacher").mean().item()}
+        metrics = {"bond/kl_teacher": batch.log_ratio("teacher").mean().item()}
         return AdvantageOutputs(torch.zeros_like(batch.rewards), metrics=metrics)
 
     def token_losses(self, logits: Logits) -> Tensor:

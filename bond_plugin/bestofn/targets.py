@@ -63,6 +63,11 @@ class Target:
         """
         raise NotImplementedError
 
+    def _of_ties(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
+        """The log of a level's mean of g less log g of the level's middle, 0 where nothing ties; the same shape."""
+        middle = (p_lt + p_le) / 2
+        return torch.where(p_le > p_lt, self.log_tilt(p_lt, p_le) - self.log_tilt(middle, middle), 0.0)
+
     def pooled(self, rewards: Tensor, weights: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
         """The factor of each sample and log g - log g(1), estimated from the other samples of its prompt.
 
@@ -100,9 +105,19 @@ class BestOfN(Target):
         return log_bon_ratio(p_lt.double(), p_le.double(), self.n)
 
     def pooled(self, rewards: Tensor, weights: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
-        """By :func:`pooled_tilt` and :func:`harmonic_log_quantile`, with equals as one half in the latter."""
+        """By :func:`pooled_tilt` and :func:`harmonic_log_quantile`, with equals as one half in the latter.
+
+        That is right for N = 2, whose g is linear. Of other N the mean of g over a level of equal rewards is not g of
+        its middle; the difference of their logarithms is added. By enumeration as below, at S = 8, 16, 32, the bias is
+        at most 0.020, 0.007, 0.003 nats for N = 4 and 0.077, 0.036, 0.018 for N = 8; without it 0.69 and 2.8 at any S.
+        """
         tilt = pooled_tilt(rewards, weights, self.n, normalised)
-        return tilt, (self.n - 1) * harmonic_log_quantile(rewards, weights, normalised)
+        log_tilt = (self.n - 1) * harmonic_log_quantile(rewards, weights, normalised)
+        if self.n > 2:
+            p_lt, p_le = pooled_quantiles(rewards, weights, normalised)
+            low = torch.where(p_le > p_lt, p_lt / p_le, 1.0)  # of F^(N-1) the scale cancels, and p_le may be above 1
+            log_tilt = log_tilt + self._of_ties(low, torch.ones_like(low))
+        return tilt, log_tilt
 
 
 @dataclass(frozen=True)
@@ -139,9 +154,7 @@ class _Poisson(Target):
         tilt = pooled_mixture(rewards, weights, self.law(rewards.shape[-1]), normalised)
         above = pooled_tilt(-rewards, weights, 2, normalised) / 2
         series = harmonic_log_quantile(rewards, weights, normalised, self.ratio) if self.ratio else 0.0
-        p_lt, p_le = pooled_quantiles(rewards, weights, normalised)
-        middle = (p_lt + p_le) / 2
-        return tilt, series - self.rate * above + self.log_tilt(p_lt, p_le) - self.log_tilt(middle, middle)
+        return tilt, series - self.rate * above + self._of_ties(*pooled_quantiles(rewards, weights, normalised))
 
 
 class BestOfPoisson(_Poisson):
