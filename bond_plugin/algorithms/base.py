@@ -149,6 +149,7 @@ class AdvantageInputs:
         reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
         classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
             ``None``.
+        step: rollouts that the run has trained on before, counted on after a resumption.
     """
 
     rewards: Tensor
@@ -157,6 +158,7 @@ class AdvantageInputs:
     generator: torch.Generator
     reference_rewards: Tensor | None = None
     classifier_logits: Tensor | None = None
+    step: int = 0
 
     @property
     def n(self) -> int:

@@ -81,6 +81,7 @@ class Learner:
         # At the weights that drew the samples, the host's own loss has the gradient of J-BOND's: all ratios are 1.
         name = getattr(method, "policy_loss", "ppo")
         self.policy_loss = registry.policy_loss("jbond" if name == "ppo" else name, method)
+        self.step = 0
         self.cache: Tensor | None = None
         if self.needs.reward_cache:
             self.draw_cache()
@@ -118,6 +119,7 @@ class Learner:
         classified = None
         if targets is not None:
             classified = binary_cross_entropy_with_logits(self.classifier[drawn], targets)
+        self.step += 1
         return found.row_loss.sum() / self.training.prompts, classified
 
     def gradient(self) -> Tensor:
@@ -174,6 +176,7 @@ class Learner:
             self.generator,
             reference_rewards=self.cache,
             classifier_logits=self.classifier.detach()[drawn] if needs.classifier else None,
+            step=self.step,
         )
         return rows, found.advantages, found.classifier_targets
 
