@@ -211,7 +211,8 @@ class LossInputs:
             one optimiser step a rollout.
         clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
         under: log-probabilities of each response token under other weights, ``[B, A]`` each, without gradient:
-            of those that :attr:`Needs.log_probs` names, for an algorithm with a loss of its own.
+            of those that :attr:`Needs.log_probs` names, for an algorithm with a loss of its own; where stored
+            responses are trained on, ``behaviour`` too, what each row was drawn from.
     """
 
     log_probs: Tensor

@@ -102,7 +102,8 @@ class Learner:
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
             rows, advantages, targets = made(drawn, tokens.detach())
-            under = {name: self.policy.token_log_probs(self._parameters(name)) for name in self.needs.log_probs}
+            under = {name: self.policy.token_log_probs(self._parameters(name))[rows] for name in self.needs.log_probs}
+            under |= self._behaviour(rows, tokens.detach())
         flat = rows.flatten()
         inputs = LossInputs(
             log_probs=tokens[flat],
@@ -113,7 +114,7 @@ class Learner:
             on_policy=True,
             clip_low=0.2,
             clip_high=0.2,
-            under={name: values[flat] for name, values in under.items()},
+            under={name: values.flatten(0, 1) for name, values in under.items()},
         )
         found = assemble.weighed_loss(self.policy_loss, inputs, self.rows)
         classified = None
@@ -140,6 +141,14 @@ class Learner:
         """Of the anchor or the reference, of which stored responses are too."""
         return self.anchor if name == "anchor" else torch.zeros_like(self.anchor)
 
+    def _behaviour(self, rows: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """What each of the rows was drawn from, where some are stored responses: ``[P, n + f, A]``."""
+        if not (self.needs.offline or self.needs.source == "stored"):
+            return {}
+        stored = self.policy.token_log_probs(self._parameters("stored"))[rows]
+        own = torch.arange(rows.shape[-1]) < (0 if self.needs.offline else self.rows.policy)
+        return {"behaviour": torch.where(own.unsqueeze(-1), tokens[rows], stored)}
+
     def _draw(self, log_probs: Tensor, count: int) -> Tensor:
         size = self.training.prompts * count
         drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
@@ -164,10 +173,7 @@ class Learner:
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
         rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
         under = {name: self.policy.token_log_probs(self._parameters(name))[rows] for name in needs.log_probs}
-        if needs.offline or needs.source == "stored":
-            stored = self.policy.token_log_probs(self._parameters("stored"))[rows]
-            own = torch.arange(rows.shape[-1]) < (0 if needs.offline else drawn.shape[-1])
-            under["behaviour"] = torch.where(own.unsqueeze(-1), tokens[rows], stored)
+        under |= self._behaviour(rows, tokens)
         found = assemble.advantages(
             self.method,
             rewards[drawn],
