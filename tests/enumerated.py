@@ -6,6 +6,7 @@ What is compared with them is written here too, by the states (prefixes) of the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import comb
 
 import torch
 from torch import Tensor
@@ -100,19 +101,18 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     return (kl(p, middle) + kl(q, middle)) / 2
 
 
-def difference_of_advantages(right: Tensor, n: int) -> Tensor:
+def difference_of_advantages(right: float, n: int) -> float:
     """E[A | right] - E[A | wrong] of group-normalised 0/1 rewards: what GRPO's expected gradient has before grad p.
 
     Args:
-        right: p, the chance of a right response, ``[]``.
+        right: p, the chance of a right response.
         n: samples a prompt.
     """
-    total = torch.zeros((), dtype=torch.float64)
-    for others in range(n):
-        ways = torch.distributions.Binomial(n - 1, right).log_prob(torch.tensor(float(others))).exp()
-        for own, sign in ((1.0, 1), (0.0, -1)):
-            group = torch.tensor([own] + [1.0] * others + [0.0] * (n - 1 - others), dtype=torch.float64)
-            spread = group.std()
-            if spread > 0:
-                total = total + sign * ways * (own - group.mean()) / spread
+    total = 0.0
+    for others in range(n):  # that are right
+        chance = comb(n - 1, others) * right**others * (1 - right) ** (n - 1 - others)
+        for own, sign in ((1, 1), (0, -1)):
+            mean = (own + others) / n
+            spread = (n * mean * (1 - mean) / (n - 1)) ** 0.5
+            total += sign * chance * (own - mean) / spread if spread else 0.0
     return total

@@ -12,7 +12,7 @@ from torch import Tensor
 from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.kdrl import KDRL, KDRLConfig
 from bond_plugin.lab.learner import Learner, Training, train
-from bond_plugin.lab.problem import Problem
+from bond_plugin.lab.problem import RESPONSES, Problem
 
 STRICT, TIED = Problem.make("strict"), Problem.make("tied")
 
@@ -82,43 +82,34 @@ def resting_place(beta: float, level: str, n: int) -> Tensor:
     Of whole responses, pi = pi_T exp(d r / beta) / Z, d the difference of advantages at pi. Per token, each state's
     next tokens are the teacher's times exp(E[d r | the token] / beta).
     """
-    policy, log_teacher = TIED.policy(), TIED.log_ref
-    teacher, log_pi = policy.token_log_probs().detach(), log_teacher
-    for _ in range(2000):
-        value = difference_of_advantages(log_pi.exp() @ TIED.rewards, n) * TIED.rewards / beta
+    # [prefixes, S]: where a response begins so. Of each prefix, the places of those that go on from the same state.
+    prefixes = sorted({r[: t + 1] for r in RESPONSES for t in range(len(r))})
+    begins = torch.tensor([[float(r[: len(p)] == p) for r in RESPONSES] for p in prefixes], dtype=torch.float64)
+    beside = torch.tensor([[prefixes.index((*p[:-1], token)) for token in range(4)] for p in prefixes])
+    mass = begins @ TIED.log_ref.exp()
+    taught = (mass / mass[beside].sum(dim=-1)).log()  # the teacher's next tokens
+    log_pi = TIED.log_ref
+    for _ in range(200):
+        chance = log_pi.exp()
+        value = difference_of_advantages((chance @ TIED.rewards).item(), n) * TIED.rewards / beta
         if level == "sequence":
-            wanted = (log_teacher + value).log_softmax(0)
+            wanted = (TIED.log_ref + value).log_softmax(0)
         else:
-            wanted = by_state(log_pi, teacher, value)
-        log_pi = (0.9 * log_pi + 0.1 * wanted).log_softmax(0)
+            each = taught + (begins @ (chance * value)) / (begins @ chance)
+            wanted = begins.T @ (each - each[beside].logsumexp(dim=-1))
+        log_pi = (0.8 * log_pi + 0.2 * wanted).log_softmax(0)
     return log_pi
 
 
-def by_state(log_pi: Tensor, teacher: Tensor, value: Tensor) -> Tensor:
-    from bond_plugin.lab.problem import RESPONSES
-
-    chance, found = log_pi.exp(), torch.zeros(SIZE, dtype=torch.float64)
-    weights = {}
-    for prefix in {r[: t + 1] for r in RESPONSES for t in range(len(r))}:
-        begins = torch.tensor([r[: len(prefix)] == prefix for r in RESPONSES])
-        expected = (chance[begins] @ value[begins]) / chance[begins].sum()
-        weights[prefix] = teacher[begins.double().argmax(), len(prefix) - 1] + expected
-    for i, r in enumerate(RESPONSES):
-        for t in range(len(r)):
-            found[i] += weights[r[: t + 1]] - torch.stack([weights[(*r[:t], v)] for v in range(4)]).logsumexp(0)
-    return found
-
-
 @pytest.mark.parametrize("level", ["sequence", "token"])
-def test_training_comes_to_rest_where_it_should(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Learner, "_parameters", lambda self, name: torch.zeros_like(self.anchor))
+def test_training_comes_to_rest_where_it_should(level: str) -> None:
     policy = TIED.policy()
     algorithm = build(0.5, level=level)
     train(TIED, algorithm, policy, 4, Training(steps=300, lr=0.1, prompts=512, seed=7))
     rest = resting_place(0.5, level, n=8)
-    assert kl(policy.log_probs().detach(), rest) < 1e-3
+    assert kl(policy.log_probs().detach(), rest) < 2e-3
     other = resting_place(0.5, {"token": "sequence", "sequence": "token"}[level], n=8)
-    assert kl(rest, other) > 5e-3
+    assert kl(rest, other) > 0.05
 
 
 def test_beta_falls_linearly_with_the_steps_of_the_run() -> None:
