@@ -10,11 +10,17 @@ probabilities, 1 - (1 - p)^k, and not an estimate.
 All methods draw as many samples: what DPH-RL draws before training is taken off its steps, and what it draws on prompts
 where it has no use for them counts. The losses are those that training runs (`bond_plugin.algorithms`). GRPO with a KL
 is KDRL with the initial policy for a teacher.
+
+What came out (five tasks, 153,600 samples each): the divergence keeps the variety of right responses on solved prompts
+(KL 0.07 to 0.4 nats from the initial policy's, GRPO 2.3), and that is all that it is better at. GRPO goes on training
+on those prompts, where a single wrong response has a large advantage, and forgets less of them; its Pass@1 is higher,
+and with a KL of 0.3 so is its Pass@16. Pass@16 falls on one unsolved prompt in seven under either. So the paper's
+ordering (arXiv 2509.07430) is not reproduced here, where a policy is linear and prompts have nothing in common.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import mean, stdev
 
 import torch
@@ -27,7 +33,7 @@ from bond_plugin.algorithms.kdrl import KDRL, KDRLConfig
 
 PROMPTS, RESPONSES, FEATURES, RIGHT = 64, 16, 16, 3
 SAMPLES, STORED, K = 8, 8, 16
-STEPS, RATE, SEEDS = 150, 0.02, 5
+STEPS, RATE, SEEDS = 300, 0.05, 5
 
 
 @dataclass(frozen=True)
@@ -77,29 +83,35 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a policy, in shares; the last two on D_pef and D_exp alone.
+    """Of a policy.
 
     Attributes:
         pass_1, pass_k: means over all prompts.
-        forgotten: of the prompts in D_pef, what the policy no longer gets right of what the initial policy did.
-        lost: of the prompts in D_exp, how many the policy solves less often with K samples than the initial policy.
+        lost: share of the prompts in D_exp whose Pass@K is lower than the initial policy's, by more than 0.01.
+        forgotten: on D_pef, how much smaller the chance of a right response has become, where it has; a mean.
+        narrowed: on D_pef, KL(pi_ref(. | right) || pi(. | right)) in nats: 0 where the right responses have kept
+            their proportions, large where one has taken the place of the others.
     """
 
     pass_1: float
     pass_k: float
-    forgotten: float
     lost: float
+    forgotten: float
+    narrowed: float
 
 
 def measure(task: Task, log_probs: Tensor) -> Outcome:
     right, before = ((p.exp() * task.right).sum(dim=-1) for p in (log_probs, task.log_ref))
     k, k_before = 1 - (1 - right) ** K, 1 - (1 - before) ** K
     held = task.solved
+    ratio = (task.log_ref - before.log().unsqueeze(-1)) - (log_probs - right.log().unsqueeze(-1))
+    narrowed = (task.log_ref.exp() * task.right * ratio).sum(dim=-1) / before
     return Outcome(
         pass_1=right.mean().item(),
         pass_k=k.mean().item(),
-        forgotten=(before - right)[held].clamp(min=0).mean().item(),
         lost=(k < k_before - 0.01)[~held].double().mean().item(),
+        forgotten=(before - right)[held].clamp(min=0).mean().item(),
+        narrowed=narrowed[held].mean().item(),
     )
 
 
@@ -160,19 +172,18 @@ def dph(divergence: str, eta: float) -> Algorithm:
 
 METHODS: dict[str, Algorithm] = {
     "GRPO": grpo(0.0),
-    **{f"GRPO, KL {beta}": grpo(beta) for beta in (0.01, 0.1, 0.3)},
-    **{f"DPH, forward KL, eta {eta}": dph("forward_kl", eta) for eta in (0.1, 0.3, 1.0)},
-    **{f"DPH, Jensen-Shannon, eta {eta}": dph("jensen_shannon", eta) for eta in (0.3, 1.0, 3.0)},
+    **{f"GRPO, KL {beta}": grpo(beta) for beta in (0.1, 0.3)},
+    **{f"DPH, forward KL, eta {eta}": dph("forward_kl", eta) for eta in (0.1, 1.0, 10.0)},
+    **{f"DPH, Jensen-Shannon, eta {eta}": dph("jensen_shannon", eta) for eta in (1.0, 10.0)},
 }
 
 
 def line(name: str, found: list[Outcome]) -> str:
-    def share(key: str) -> str:
+    def cell(key: str) -> str:
         values = [getattr(outcome, key) for outcome in found]
-        error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        return f"{100 * mean(values):9.1f} ± {100 * error:3.1f}"
+        return f"{mean(values):9.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
 
-    return f"{name:30}" + "".join(share(key) for key in ("pass_1", "pass_k", "forgotten", "lost"))
+    return f"{name:31}" + "".join(cell(f.name) for f in fields(Outcome))
 
 
 def main() -> None:
@@ -180,7 +191,7 @@ def main() -> None:
     tasks = [Task.make(seed) for seed in range(SEEDS)]
     held = mean(task.solved.double().mean().item() for task in tasks)
     print(f"{SEEDS} tasks of {PROMPTS} prompts, {held:.0%} of them in D_pef; {STEPS * PROMPTS * SAMPLES:,} samples each")
-    print(f"{'per cent':30}{'Pass@1':>15}{f'Pass@{K}':>15}{'forgotten':>15}{'lost':>15}")
+    print(" " * 31 + "".join(f"{name:>17}" for name in ("Pass@1", f"Pass@{K}", "lost", "forgotten", "narrowed")))
     print(line("initial policy", [measure(task, task.log_ref) for task in tasks]))
     for name, algorithm in METHODS.items():
         print(line(name, [train(algorithm, task, STEPS, seed) for seed, task in enumerate(tasks)]))
