@@ -1,6 +1,7 @@
 """Expected gradients of an algorithm on the laboratory's policy of 40 responses, by going through all of them.
 
-What is compared with them is written here too, by the states (prefixes) of the policy, and not by the code under test.
+What is compared with them is written here too, by the states (prefixes) of the policy, and not by the code under
+test.
 """
 
 from __future__ import annotations

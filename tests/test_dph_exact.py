@@ -1,4 +1,4 @@
-"""DPH-RL on a policy that can be enumerated: which divergence its loss is, who is held, and where it comes to rest."""
+"""DPH-RL on a policy that can be enumerated: which divergence its loss is, who is held, where it comes to rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KDRL and DPH-RL in the real host on a tiny model: the teacher in the reference model's place, and stored responses."""
+"""KDRL and DPH-RL in the real host on a tiny model: a teacher in the reference model's place, stored responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KDRL on a policy that can be enumerated: which objective its expected gradient is of, and where it comes to rest."""
+"""KDRL on a policy that can be enumerated: which objective its gradient is of, and where it comes to rest."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_the_reward_and_the_kl_to_the_teacher(problem: P
 
 
 def test_masks_leave_out_what_is_right() -> None:
-    """By response: k2 of the wrong ones. By group: of two wrong ones, which has the chance of the other being wrong."""
+    """By response: k2 of the wrong ones. By group: of a wrong one, if the other is wrong too."""
     wrong = 1 - TIED.rewards
     found = expected_gradient(build(0.8, mask="response"), TIED)
     torch.testing.assert_close(found, exact_gradient(TIED, 0.8, "token", wrong), rtol=0, atol=1e-9)

@@ -1,27 +1,29 @@
 """DPH-RL: GRPO without a KL where there is something to learn, a divergence to the reference where there is not.
 
-Before training, M responses a prompt are drawn from the initial policy (``bond cache --cache.log_probs``). Prompts of
-which all are right (``--bond.solved``) are D_pef, the others D_exp (arXiv 2509.07430). With u = pi / pi_ref of stored
-responses,
+Before training, M responses a prompt are drawn from the initial policy (``bond cache --cache.log_probs``). Prompts
+of which all are right (``--bond.solved``) are D_pef, the others D_exp (arXiv 2509.07430). With u = pi / pi_ref of
+stored responses,
 
     on D_exp    PPO's clipped loss, A_i = (r_i - mean r) / std r, no KL
     on D_pef    eta f(u),   f(u) = -log u                                        forward KL
                             f(u) = 1/2 (u log u - (u + 1) log((u + 1) / 2))      Jensen-Shannon
 
-u needs the stored log-probabilities alone: no reference model runs (leave ``--bond.kl_ref`` off too). f is made anew at
-each optimiser step, and stored responses are the reference's whatever the policy has become, so eta E_ref[f(u)] and its
-gradient are exact at every one.
+u needs the stored log-probabilities alone: no reference model runs (leave ``--bond.kl_ref`` off too). f is made
+anew at each optimiser step, and stored responses are the reference's whatever the policy has become, so eta
+E_ref[f(u)] and its gradient are exact at every one.
 
 Where paper and proof disagree. (1) D_f(pi || pi_ref) = E_ref[f(u)] holds for u of whole responses (``--bond.level
-sequence``). The authors' code takes u of each token. That is the divergence of the next tokens' distributions, summed
-over the states that the reference visits: for the forward KL the same number, for Jensen-Shannon another. Of long
-responses u is all but 0 or huge, where Jensen-Shannon of sequences has no gradient: take ``token`` there. (2) Responses
-to a prompt that is in D_pef because all of them are right are samples of pi_ref(. | right): the forward KL is to that,
-up to a constant, and imitates what the reference has right. Of Jensen-Shannon it is the part of right responses.
+sequence``). The authors' code takes u of each token. That is the divergence of the next tokens' distributions,
+summed over the states that the reference visits: for the forward KL the same number, for Jensen-Shannon another. Of
+long responses u is all but 0 or huge, where Jensen-Shannon of sequences has no gradient: take ``token`` there. (2)
+Responses to a prompt that is in D_pef because all of them are right are samples of pi_ref(. | right): the forward
+KL is to that, up to a constant, and imitates what the reference has right. Of Jensen-Shannon it is the part of
+right responses.
 
-The loss is the mean over all prompts of a step, so D_pef counts by its share of the prompts. The policy's samples are
-drawn on D_pef too, where they have no advantage, and stored responses enter with weight 0 on D_exp. That costs the share
-of D_pef in generation, and ``--bond.n_stored`` in n of training on D_exp; ``bond/kept`` is made of the former.
+The loss is the mean over all prompts of a step, so D_pef counts by its share of the prompts. The policy's samples
+are drawn on D_pef too, where they have no advantage, and stored responses enter with weight 0 on D_exp. That costs
+the share of D_pef in generation, and ``--bond.n_stored`` in n of training on D_exp; ``bond/kept`` is made of the
+former.
 """
 
 from __future__ import annotations
@@ -42,7 +44,6 @@ from bond_plugin.algorithms.base import (
     LossOutputs,
     Needs,
     flag,
-    reward_cache_flag,
 )
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.bestofn.baselines import group_normalised
@@ -63,7 +64,9 @@ class DPHConfig(Config):
     solved: float = flag(1.0, "a prompt is in D_pef if this share of its stored responses is right, in (0, 1]")
     right: float = flag(1.0, "the reward from which on a response counts as right")
     n_stored: int = flag(1, "stored responses a prompt and step, >= 1, at most as many as the cache has")
-    reward_cache: str = reward_cache_flag()
+    reward_cache: str = flag(
+        "", "the file of stored responses, made by `bond cache --cache.log_probs`", option="bond.reward_cache"
+    )
 
     def __post_init__(self) -> None:
         if not (self.eta >= 0 and math.isfinite(self.eta)):

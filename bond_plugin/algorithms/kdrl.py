@@ -8,15 +8,15 @@ log pi_T(y_t), which an advantage expresses, so that the loss is the host's own,
     A_it = (r_i - mean r) / std r - beta m_i L_it                     ``--bond.level token``, the paper's
     A_it = (r_i - mean r) / std r - beta m_i sum_{s >= t} L_is        ``--bond.level sequence``
 
-Where paper and proof disagree: k2 of tokens does not have the gradient of KL(pi || pi_T). It has, exactly, that of the
-KL between the next tokens' distributions, summed over the states that the policy visits, with the states held fixed:
-how a token leads to states where the teacher agrees less is left out. k2 of whole responses, 1/2 (sum_t L_t)^2, has
-the gradient of KL(pi || pi_T); ``sequence`` is that without the terms before a token, whose expectation is 0. Both
-rest at pi = pi_T where the rewards teach nothing.
+Where paper and proof disagree: k2 of tokens does not have the gradient of KL(pi || pi_T). It has, exactly, that of
+the KL between the next tokens' distributions, summed over the states that the policy visits, with the states held
+fixed: how a token leads to states where the teacher agrees less is left out. k2 of whole responses, 1/2 (sum_t
+L_t)^2, has the gradient of KL(pi || pi_T); ``sequence`` is that without the terms before a token, whose expectation
+is 0. Both rest at pi = pi_T where the rewards teach nothing.
 
-beta falls linearly from ``--bond.kl_coef`` to ``--bond.kl_coef_end``. The mask m leaves out responses that are right
-(``response``), or all of a prompt of which one is (``group``). What is left is k2 on the others: it rests at the
-teacher, but is the gradient of no KL, as what is left out depends on the sample.
+beta falls linearly from ``--bond.kl_coef`` to ``--bond.kl_coef_end``. The mask m leaves out responses that are
+right (``response``), or all of a prompt of which one is (``group``). What is left is k2 on the others: it rests at
+the teacher, but is the gradient of no KL, as what is left out depends on the sample.
 
 At later optimiser steps of a rollout L is that of the rollout, times PPO's ratio. The teacher stands in the host's
 reference model's place, ``--ref.model_name_or_path``: any size, the policy's vocabulary.
@@ -33,7 +33,7 @@ from bond_plugin.bestofn.baselines import group_normalised
 
 @dataclass(frozen=True)
 class KDRLConfig(Config):
-    """Settings of KDRL. The two coefficients are the paper's; over how many steps one becomes the other is the run's."""
+    """Settings of KDRL. The coefficients are the paper's; how many steps lie between them is the run's."""
 
     kl_coef: float = flag(5e-3, "beta at the first step: the coefficient of the KL to the teacher, >= 0")
     kl_coef_end: float = flag(1e-3, "beta after anneal_steps, >= 0")

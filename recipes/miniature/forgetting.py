@@ -2,20 +2,21 @@
 
     python recipes/miniature/forgetting.py
 
-A prompt has 16 responses, three of which are right. The initial policy solves a third of the prompts nearly always, the
-others with a chance between 0.5 % and 50 %. The policy is the initial one with logits that are linear in 16 features of
-the prompt, fewer than there are prompts: what it learns on one moves the others. Pass@k is that of the policy's own
-probabilities, 1 - (1 - p)^k, and not an estimate.
+A prompt has 16 responses, three of which are right. The initial policy solves a third of the prompts nearly always,
+the others with a chance between 0.5 % and 50 %. The policy is the initial one with logits that are linear in 16
+features of the prompt, fewer than there are prompts: what it learns on one moves the others. Pass@k is that of the
+policy's own probabilities, 1 - (1 - p)^k, and not an estimate.
 
-All methods draw as many samples: what DPH-RL draws before training is taken off its steps, and what it draws on prompts
-where it has no use for them counts. The losses are those that training runs (`bond_plugin.algorithms`). GRPO with a KL
-is KDRL with the initial policy for a teacher.
+All methods draw as many samples: what DPH-RL draws before training is taken off its steps, and what it draws on
+prompts where it has no use for them counts. The losses are those that training runs (`bond_plugin.algorithms`).
+GRPO with a KL is KDRL with the initial policy for a teacher.
 
-What came out (five tasks, 153,600 samples each): the divergence keeps the variety of right responses on solved prompts
-(KL 0.07 to 0.4 nats from the initial policy's, GRPO 2.3), and that is all that it is better at. GRPO goes on training
-on those prompts, where a single wrong response has a large advantage, and forgets less of them; its Pass@1 is higher,
-and with a KL of 0.3 so is its Pass@16. Pass@16 falls on one unsolved prompt in seven under either. So the paper's
-ordering (arXiv 2509.07430) is not reproduced here, where a policy is linear and prompts have nothing in common.
+What came out (five tasks, 153,600 samples each): the divergence keeps the variety of right responses on solved
+prompts (KL 0.07 to 0.4 nats from the initial policy's, GRPO 2.3), and that is all that it is better at. GRPO goes
+on training on those prompts, where a single wrong response has a large advantage, and forgets less of them; its
+Pass@1 is higher, and with a KL of 0.3 so is its Pass@16. Pass@16 falls on one unsolved prompt in seven under
+either. So the paper's ordering (arXiv 2509.07430) is not reproduced here, where a policy is linear and prompts have
+nothing in common.
 """
 
 from __future__ import annotations
@@ -190,7 +191,9 @@ def main() -> None:
     torch.set_num_threads(1)
     tasks = [Task.make(seed) for seed in range(SEEDS)]
     held = mean(task.solved.double().mean().item() for task in tasks)
-    print(f"{SEEDS} tasks of {PROMPTS} prompts, {held:.0%} of them in D_pef; {STEPS * PROMPTS * SAMPLES:,} samples each")
+    print(
+        f"{SEEDS} tasks of {PROMPTS} prompts, {held:.0%} of them in D_pef; {STEPS * PROMPTS * SAMPLES:,} samples each"
+    )
     print(" " * 31 + "".join(f"{name:>17}" for name in ("Pass@1", f"Pass@{K}", "lost", "forgotten", "narrowed")))
     print(line("initial policy", [measure(task, task.log_ref) for task in tasks]))
     for name, algorithm in METHODS.items():

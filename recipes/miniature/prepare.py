@@ -304,8 +304,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hidden",
         type=positive,
-        help="width of the policy, a multiple of 32 (default 192, for sums 128): a larger one, in a folder of its own, "
-        "is a teacher with the same vocabulary",
+        help="width of the policy, a multiple of 32 (default 192, for sums 128): a larger one, in a folder of its "
+        "own, is a teacher with the same vocabulary",
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything (default %(default)s)")
     return parser
