@@ -45,7 +45,8 @@ def stored_gradient(algorithm: DPH, chance: Tensor) -> Tensor:
     that has moved since the rollout.
     """
     start, policy = moved(TIED, 3).token_log_probs().detach(), moved(TIED, 1)
-    rows = torch.arange(SIZE).unsqueeze(-1).expand(-1, 3)
+    good, bad = int(TIED.rewards.argmax()), int(TIED.rewards.argmin())
+    rows = torch.stack([torch.full((SIZE,), good), torch.full((SIZE,), bad), torch.arange(SIZE)], dim=-1)
     found = assembled(algorithm, rows, ALL, start, TIED.rewards)
     losses = row_losses(algorithm, policy, rows, found.advantages, n=2, old=start, behaviour=REFERENCE)
     assert (losses[:, :2] == 0).all()  # the policy's samples teach nothing there
@@ -131,7 +132,7 @@ def test_who_is_held_and_what_is_shown_of_them() -> None:
     cached = torch.stack([ALL, torch.cat([ALL[:7], NONE[:1]]), NONE])
     rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     stored = torch.tensor([[[-1.0, -1.0]], [[-2.0, 0.0]], [[-3.0, 0.0]]], dtype=torch.float64)
-    own = torch.full((3, 2, 2), -1.0, dtype=torch.float64)
+    own = torch.full((3, 2, 2), -0.25, dtype=torch.float64)
     under = {"policy": torch.cat([own, stored], dim=1), "behaviour": torch.full((3, 3, 2), -0.5, dtype=torch.float64)}
     batch = AdvantageInputs(rewards, torch.ones(3, 1), under, torch.Generator(), cached)
     found = build(eta=0.3).advantages(batch)
