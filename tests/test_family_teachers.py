@@ -41,6 +41,7 @@ def test_kdrl_follows_its_teacher_and_anneals(
         "bond.kl_coef": 1.0,
         "bond.kl_coef_end": 0.4,
         "bond.anneal_steps": 6,
+        "train.micro_batch_size": 64,  # the host's mean is one of each micro-batch
         "actor.adam.lr": 4e-3,
         "data.max_samples": 320,
     }
@@ -50,9 +51,9 @@ def test_kdrl_follows_its_teacher_and_anneals(
         assert step["bond/kl_coef"] == pytest.approx(max(0.4, 1.0 - 0.1 * i))
         assert step["bond/taught"] == 1
         a_token = step["bond/kl_teacher"] / step["rollout/response_length_mean"]
-        assert step["policy_loss"] == pytest.approx(step["bond/kl_coef"] * a_token, rel=0.05, abs=2e-3)
+        assert step["policy_loss"] == pytest.approx(step["bond/kl_coef"] * a_token, rel=0.01, abs=1e-3)
     assert steps[0]["bond/kl_ref"] == 0 < steps[0]["bond/kl_teacher"]
-    assert mean(step["bond/kl_teacher"] for step in steps[-5:]) < steps[0]["bond/kl_teacher"] / 2
+    assert mean(step["bond/kl_teacher"] for step in steps[-5:]) < 0.75 * steps[0]["bond/kl_teacher"]
 
 
 def test_dph_holds_what_is_solved(
