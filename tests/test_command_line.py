@@ -310,8 +310,9 @@ def test_shipped_recipes_and_matrices_are_accepted(
         stored = {"rewards": list(range(32)), "tokens": [[5, 1]] * 32, "log_probs": [[-1.5, -0.5]] * 32}
         rows = [{"prompt": prompt, **stored} for prompt in sorted(set(prompts))]
         flags["bond.reward_cache"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if flat.get("critic.model_name_or_path"):
-        flags["critic.model_name_or_path"] = tiny.model
+    for model in ("critic.model_name_or_path", "ref.model_name_or_path"):
+        if flat.get(model):
+            flags[model] = tiny.model
     if flat.get("data.label_key"):
         flags["data.label_key"] = "input"
     path = tmp_path / "recipe.yaml"

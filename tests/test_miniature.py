@@ -440,3 +440,32 @@ def test_where_jbond_comes_to_rest() -> None:
     assert stationary.at_rest(0.6) == (pytest.approx(kl, abs=5e-3), pytest.approx(win_rate, abs=1e-3))
     assert win_rate < stationary.limit(kl) < 1
     assert stationary.limit(0.0) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_what_is_forgotten_is_measured_exactly_and_divergences_keep_variety() -> None:
+    import torch
+
+    forgetting = load(RECIPES / "miniature" / "forgetting.py")
+    task = forgetting.Task.make(0)
+    torch.testing.assert_close(task.log_ref.logsumexp(dim=-1), torch.zeros(64, dtype=torch.float64))
+    start = forgetting.measure(task, task.log_ref)
+    assert (start.lost, start.forgotten, start.narrowed) == (0, 0, pytest.approx(0, abs=1e-12))
+    wrong = 1 - (task.log_ref.exp() * task.right).sum(dim=-1)
+    all_wrong = wrong.clone()
+    for _ in range(forgetting.K - 1):
+        all_wrong = all_wrong * wrong
+    assert start.pass_k == pytest.approx(1 - all_wrong.mean().item())
+    assert (wrong[task.solved] < 0.5).all() and 0.2 < task.solved.double().mean() < 0.35
+    one = task.right * task.log_ref.argsort(dim=-1)  # one right response in the place of all that are right
+    place = one.argmax(dim=-1, keepdim=True)
+    certain = torch.full_like(task.log_ref, -30.0).scatter(1, place, 0.0)
+    narrow = forgetting.measure(task, certain)
+    assert (narrow.pass_1, narrow.pass_k, narrow.forgotten) == (pytest.approx(1), pytest.approx(1), 0)
+    assert narrow.narrowed > 5
+    found = {
+        name: forgetting.train(forgetting.METHODS[name], task, 60, seed=0)
+        for name in ("GRPO", "GRPO, KL 0.3", "DPH, Jensen-Shannon, eta 10.0")
+    }
+    assert all(outcome.pass_1 > start.pass_1 + 0.2 for outcome in found.values())
+    grpo, pulled, dph = (outcome.narrowed for outcome in found.values())
+    assert grpo > 2 * pulled > 2 * dph

@@ -99,6 +99,7 @@ def advantages(
     *,
     reference_rewards: Tensor | None = None,
     classifier_logits: Tensor | None = None,
+    step: int = 0,
 ) -> Assembled:
     """The advantages of all rows.
 
@@ -106,13 +107,13 @@ def advantages(
         algorithm: see there.
         rewards: ``[P, n]`` float64, of the policy's samples.
         source_rewards: ``[P, m]`` float64, of all source samples.
-        under, generator, reference_rewards, classifier_logits: as in :class:`AdvantageInputs`.
+        under, generator, reference_rewards, classifier_logits, step: as in :class:`AdvantageInputs`.
 
     Raises:
         ContractError: the algorithm returns another shape than its interface says, or a number that is not finite.
     """
     needs = algorithm.needs()
-    inputs = AdvantageInputs(rewards, source_rewards, under, generator, reference_rewards, classifier_logits)
+    inputs = AdvantageInputs(rewards, source_rewards, under, generator, reference_rewards, classifier_logits, step)
     found = algorithm.advantages(inputs)
     tokens = under["policy"].shape[-1]
     made = per_token("advantages", found.advantages, rewards.shape, tokens)

@@ -179,6 +179,7 @@ class AdvantageInputs:
         reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
         classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
             ``None``.
+        step: rollouts that the run has trained on before, counted on after a resumption.
     """
 
     rewards: Tensor
@@ -187,6 +188,7 @@ class AdvantageInputs:
     generator: torch.Generator
     reference_rewards: Tensor | None = None
     classifier_logits: Tensor | None = None
+    step: int = 0
 
     @property
     def n(self) -> int:
@@ -239,7 +241,8 @@ class LossInputs:
             one optimiser step a rollout.
         clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
         under: log-probabilities of each response token under other weights, ``[B, A]`` each, without gradient:
-            of those that :attr:`Needs.log_probs` names, for an algorithm with a loss of its own.
+            of those that :attr:`Needs.log_probs` names, for an algorithm with a loss of its own; where stored
+            responses are trained on, ``behaviour`` too, what each row was drawn from.
         token_losses: ``[B, A]``, what :meth:`Algorithm.token_losses` gave, 0 beyond a response's end; ``None``
             without :attr:`Needs.logits`.
     """

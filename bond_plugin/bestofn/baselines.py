@@ -48,3 +48,15 @@ def leave_one_out_mean(values: Tensor, dim: int | None = None) -> Tensor:
         raise ValueError("a leave-one-out mean needs at least two values")
     total = values.sum() if dim is None else values.sum(dim=dim, keepdim=True)
     return (total - values) / (count - 1)
+
+
+def group_normalised(rewards: Tensor) -> Tensor:
+    """GRPO's advantages (arXiv 2402.03300): (r - mean) / std over a prompt's samples; zeros where all are equal.
+
+    Args:
+        rewards: ``[P, n]``, n >= 2.
+
+    Returns:
+        ``[P, n]``. As in the host, the standard deviation is that of n - 1 degrees of freedom, and 1e-9 is added.
+    """
+    return (rewards - rewards.mean(dim=-1, keepdim=True)) / (rewards.std(dim=-1, keepdim=True) + 1e-9)

@@ -139,6 +139,7 @@ def assembled(
         state.of(maker).generator("advantages"),
         reference_rewards=reference_rewards,
         classifier_logits=classifier_logits,
+        step=state.of(maker).step,
     )
 
 

@@ -56,6 +56,7 @@ class PromptMeanLoss(nn.Module):
         self._clip = tuple(args.actor.eps_clip_low_high)
         one_step = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
         self._on_policy = one_step and not plan.of(args).needs.offline
+        self._stored = plan.of(args).stored > 0
         self._values = hooks.policy_loss_values()
         self._from_source: Tensor | None = None
         self._under: dict[str, Tensor] = {}
@@ -84,7 +85,9 @@ class PromptMeanLoss(nn.Module):
         batch_num_tokens: Any = None,
         global_batch_size: Any = None,
     ) -> tuple[Any, ...]:
-        from_source = self._from_source
+        from_source, under = self._from_source, self._under
+        if self._stored and rollout_log_probs is not None:
+            under = {**under, "behaviour": rollout_log_probs}
         if from_source is None:
             from_source = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
         token_losses = None
@@ -101,7 +104,7 @@ class PromptMeanLoss(nn.Module):
             on_policy=self._on_policy,
             clip_low=self._clip[0],
             clip_high=self._clip[1],
-            under=self._under,
+            under=under,
             token_losses=token_losses,
         )
         found = weighed_loss(self._loss, inputs, self.rows)

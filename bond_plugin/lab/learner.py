@@ -96,6 +96,7 @@ class Learner:
         # At the weights that drew the samples, the host's own loss has the gradient of J-BOND's: all ratios are 1.
         name = getattr(method, "policy_loss", "ppo")
         self.policy_loss = registry.policy_loss("jbond" if name == "ppo" else name, method)
+        self.step = 0
         self.cache: Tensor | None = None
         if self.needs.reward_cache:
             self.draw_cache()
@@ -116,7 +117,8 @@ class Learner:
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
             rows, advantages, targets = made(drawn, tokens.detach())
-            under = {name: self._token_log_probs(name) for name in self.needs.log_probs}
+            under = {name: self._token_log_probs(name)[rows] for name in self.needs.log_probs}
+            under |= self._behaviour(rows, tokens.detach())
         flat = rows.flatten()
         inputs = LossInputs(
             log_probs=tokens[flat],
@@ -127,13 +129,14 @@ class Learner:
             on_policy=True,
             clip_low=0.2,
             clip_high=0.2,
-            under={name: values[flat] for name, values in under.items()},
+            under={name: values.flatten(0, 1) for name, values in under.items()},
             token_losses=self._token_losses(flat) if self.needs.logits else None,
         )
         found = assemble.weighed_loss(self.policy_loss, inputs, self.rows)
         classified = None
         if targets is not None:
             classified = binary_cross_entropy_with_logits(self.classifier[drawn], targets)
+        self.step += 1
         return found.row_loss.sum() / self.training.prompts, classified
 
     def gradient(self) -> Tensor:
@@ -171,6 +174,14 @@ class Learner:
         losses = assemble.checked("token_losses", losses, (int(mask.sum()),), finite=False)
         return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, losses)
 
+    def _behaviour(self, rows: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """What each of the rows was drawn from, where some are stored responses: ``[P, n + f, A]``."""
+        if not (self.needs.offline or self.needs.source == "stored"):
+            return {}
+        stored = self.policy.token_log_probs(self._parameters("stored"))[rows]
+        own = torch.arange(rows.shape[-1]) < (0 if self.needs.offline else self.rows.policy)
+        return {"behaviour": torch.where(own.unsqueeze(-1), tokens[rows], stored)}
+
     def _draw(self, log_probs: Tensor, count: int) -> Tensor:
         size = self.training.prompts * count
         drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
@@ -195,10 +206,7 @@ class Learner:
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
         rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
         under = {name: self._token_log_probs(name)[rows] for name in needs.log_probs}
-        if needs.offline or needs.source == "stored":
-            stored = self.policy.token_log_probs(self._parameters("stored"))[rows]
-            own = torch.arange(rows.shape[-1]) < (0 if needs.offline else drawn.shape[-1])
-            under["behaviour"] = torch.where(own.unsqueeze(-1), tokens[rows], stored)
+        under |= self._behaviour(rows, tokens)
         found = assemble.advantages(
             self.method,
             rewards[drawn],
@@ -207,6 +215,7 @@ class Learner:
             self.generator,
             reference_rewards=self.cache,
             classifier_logits=self.classifier.detach()[drawn] if needs.classifier else None,
+            step=self.step,
         )
         return rows, found.advantages, found.classifier_targets
 

@@ -301,6 +301,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--train", type=positive, default=2000, help="training prompts (default %(default)s)")
     parser.add_argument("--heldout", type=positive, default=96, help="held-out prompts (default %(default)s)")
+    parser.add_argument(
+        "--hidden",
+        type=positive,
+        help="width of the policy, a multiple of 32 (default 192, for sums 128): a larger one, in a folder of its "
+        "own, is a teacher with the same vocabulary",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything (default %(default)s)")
     return parser
 
@@ -315,7 +321,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.task in (task, "all"):
                 folder = args.out_dir if task == "reviews" else args.out_dir / task
                 folder.mkdir(parents=True, exist_ok=True)
-                for message in steps(folder, replace(settings, **given)):
+                policy = replace(settings.policy, hidden=args.hidden or settings.policy.hidden)
+                for message in steps(folder, replace(settings, policy=policy, **given)):
                     print(f"[{time.monotonic() - started:5.1f} s] {message}", flush=True)
     except models.TrainingError as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)

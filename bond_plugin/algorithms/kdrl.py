@@ -1,0 +1,94 @@
+"""KDRL: group-normalised rewards and the backward KL to a teacher, on the policy's own samples.
+
+    J = J_GRPO - beta k2(pi || pi_T),    k2 = 1/2 sum_t (log pi(y_t) - log pi_T(y_t))^2
+
+(arXiv 2506.02208). On samples of the policy the gradient of k2 is sum_t L_t grad log pi(y_t), L_t = log pi(y_t) -
+log pi_T(y_t), which an advantage expresses, so that the loss is the host's own, with its clip and in all its modes:
+
+    A_it = (r_i - mean r) / std r - beta m_i L_it                     ``--bond.level token``, the paper's
+    A_it = (r_i - mean r) / std r - beta m_i sum_{s >= t} L_is        ``--bond.level sequence``
+
+Where paper and proof disagree: k2 of tokens does not have the gradient of KL(pi || pi_T). It has, exactly, that of
+the KL between the next tokens' distributions, summed over the states that the policy visits, with the states held
+fixed: how a token leads to states where the teacher agrees less is left out. k2 of whole responses, 1/2 (sum_t
+L_t)^2, has the gradient of KL(pi || pi_T); ``sequence`` is that without the terms before a token, whose expectation
+is 0. Both rest at pi = pi_T where the rewards teach nothing.
+
+beta falls linearly from ``--bond.kl_coef`` to ``--bond.kl_coef_end``. The mask m leaves out responses that are
+right (``response``), or all of a prompt of which one is (``group``). What is left is k2 on the others: it rests at
+the teacher, but is the gradient of no KL, as what is left out depends on the sample.
+
+At later optimiser steps of a rollout L is that of the rollout, times PPO's ratio. The teacher stands in the host's
+reference model's place, ``--ref.model_name_or_path``: any size, the policy's vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
+from bond_plugin.bestofn.baselines import group_normalised
+
+
+@dataclass(frozen=True)
+class KDRLConfig(Config):
+    """Settings of KDRL. The coefficients are the paper's; how many steps lie between them is the run's."""
+
+    kl_coef: float = flag(5e-3, "beta at the first step: the coefficient of the KL to the teacher, >= 0")
+    kl_coef_end: float = flag(1e-3, "beta after anneal_steps, >= 0")
+    anneal_steps: int = flag(100, "rollouts over which beta falls linearly; 0: it stays at kl_coef")
+    level: str = flag(
+        "token",
+        "'token': the KL of each next token, at the states that the policy visits (the paper's); 'sequence': "
+        "KL(pi || teacher) of whole responses",
+        choices=("token", "sequence"),
+    )
+    mask: str = flag(
+        "none",
+        "what is not pulled to the teacher: 'response', responses that are right; 'group', all responses to a "
+        "prompt of which one is right; or 'none'",
+        choices=("none", "response", "group"),
+    )
+    right: float = flag(1.0, "the reward from which on a response counts as right")
+
+    def __post_init__(self) -> None:
+        for name, value in (("kl_coef", self.kl_coef), ("kl_coef_end", self.kl_coef_end)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"--bond.{name} must be at least 0, got {value}")
+        if self.anneal_steps < 0:
+            raise ValueError(f"--bond.anneal_steps must be at least 0 (0: beta stays), got {self.anneal_steps}")
+
+    def coefficient(self, step: int) -> float:
+        """beta of the rollout after ``step`` others."""
+        part = min(step / self.anneal_steps, 1.0) if self.anneal_steps else 0.0
+        return self.kl_coef + part * (self.kl_coef_end - self.kl_coef)
+
+
+class KDRL(Algorithm):
+    """The loss is the host's; with ``kl_coef`` 0 this is GRPO without a KL."""
+
+    Config = KDRLConfig
+    config: KDRLConfig
+
+    def needs(self) -> Needs:
+        return Needs(least=2, log_probs={"teacher"})
+
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        cfg = self.config
+        pull = batch.log_ratios("teacher")[:, : batch.n]
+        if cfg.level == "sequence":
+            pull = pull.flip(-1).cumsum(dim=-1).flip(-1)
+        right = batch.rewards >= cfg.right
+        if cfg.mask == "group":
+            right = right.any(dim=-1, keepdim=True).expand_as(right)
+        taught = (~right if cfg.mask != "none" else right.new_ones(right.shape)).double()
+        beta = cfg.coefficient(batch.step)
+        return AdvantageOutputs(
+            advantages=group_normalised(batch.rewards).unsqueeze(-1) - beta * taught.unsqueeze(-1) * pull,
+            metrics={
+                "bond/kl_teacher": batch.log_ratio("teacher").mean().item(),
+                "bond/kl_coef": beta,
+                "bond/taught": taught.mean().item(),
+            },
+        )
