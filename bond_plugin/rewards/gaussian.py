@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NODES = 32  # of the quadrature
+_NODES = 64  # of the quadrature
 
 
 def forward_backward(mean: Tensor, cov: Tensor, gradient: Tensor, hessian: Tensor, step: float) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,8 @@ def fit(
     noise: float = 1.0,
     samples: int = 0,
     step: float | None = None,
-    steps: int = 500,
-    tolerance: float = 1e-8,
+    steps: int = 1000,
+    tolerance: float = 1e-6,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The posterior of w, prior N(0, I / prior).
