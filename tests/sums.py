@@ -21,7 +21,7 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyzTW0123456789+-.?= \n"
 
 
 def lessons() -> list[tuple[str, str]]:
-    """What a prompt is answered with: sums, two right to three that are one too many; masked numbers, always right."""
+    """What a prompt is answered with: sums, two right to three that are one too many; masked numbers, rightly."""
     from bond_plugin.rewards.fobar import BACKWARD_QUESTION
 
     made = []
@@ -122,5 +122,3 @@ def served(model: Path, folder: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-

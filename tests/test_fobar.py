@@ -22,7 +22,7 @@ RECIPE = REPOSITORY / "recipes" / "rewards" / "fobar.py"
 
 
 @pytest.mark.parametrize(("question", "wanted"), [
-    ("Tom has 3 apples and buys 12.", [("Tom has x apples and buys 12.", "3"), ("Tom has 3 apples and buys x.", "12")]),
+    ("Tom has 3 nuts and buys 12.", [("Tom has x nuts and buys 12.", "3"), ("Tom has 3 nuts and buys x.", "12")]),
     ("It costs $1,234.50 a day", [("It costs $x a day", "1,234.50")]),
     ("3+4", [("x+4", "3"), ("3+x", "4")]),
     ("Half of 50%?", [("Half of x%?", "50")]),
@@ -97,13 +97,17 @@ def test_weighing_the_responses_to_a_question(table: Any) -> None:
     assert fobar.weigh("q", responses) == pytest.approx(wanted, rel=1e-6)
     assert server.asked == ["7", "8", "9"]  # each answer once
     server = table(Counted(1.0, [], {}))
-    assert fobar.weigh("q", responses) == pytest.approx([{"7": 2, "8": 3, "9": 2, "": 0}[text] / 7 for text in responses])
+    assert fobar.weigh("q", responses) == pytest.approx(
+        [{"7": 2, "8": 3, "9": 2, "": 0}[text] / 7 for text in responses]
+    )
     assert server.asked == []
     table(Counted(0.0, [], found))
     assert fobar.weigh("q", responses)[:2] == pytest.approx([0.8, 0.2], rel=1e-6)
     # No answer leads back: the forward share decides. No answer at all: nothing does.
     table(Counted(0.5, [], dict.fromkeys("789", (0, 8))))
-    assert fobar.weigh("q", ["7", "8", "8"]) == pytest.approx([1 / (1 + 2**0.5), *[2**0.5 / (1 + 2**0.5)] * 2], rel=1e-6)
+    assert fobar.weigh("q", ["7", "8", "8"]) == pytest.approx(
+        [1 / (1 + 2**0.5), *[2**0.5 / (1 + 2**0.5)] * 2], rel=1e-6
+    )
     assert fobar.weigh("q", ["", ""]) == [0.0, 0.0]
 
 

@@ -28,7 +28,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 FEATURES = random(400, 12) * torch.logspace(-2, 1, 12, dtype=torch.float64)
 TRUE = random(12, seed=1) / torch.logspace(-1, 0.5, 12, dtype=torch.float64)
 SCORES = FEATURES @ TRUE + NOISE * random(400, seed=2)
-BETTER = FEATURES * torch.where(torch.sigmoid(FEATURES @ TRUE) > torch.rand(400, generator=torch.Generator().manual_seed(3)), 1, -1).unsqueeze(-1)
+BETTER = FEATURES * torch.where(
+    torch.sigmoid(FEATURES @ TRUE) > torch.rand(400, generator=torch.Generator().manual_seed(3)), 1, -1
+).unsqueeze(-1)
 EYE = torch.eye(12, dtype=torch.float64)
 
 
@@ -69,7 +71,6 @@ def test_a_small_step_comes_to_rest_at_the_same_place() -> None:
 
 def test_comparisons_come_to_rest_where_the_gaussian_fits_best_and_near_laplace() -> None:
     mean, factor = gaussian.fit(BETTER, None, PRIOR)
-    cov = factor @ factor.mT
     drawn = mean + random(40_000, 12, seed=5) @ factor.mT
     share = torch.sigmoid(-drawn @ BETTER.mT)
     slopes = -share @ BETTER + PRIOR * drawn  # of V, at each sample
@@ -166,7 +167,9 @@ def test_the_file_says_whose_head_it_is_and_prefers_what_was_chosen(
     one_by_one = torch.cat([reward([text], [text], [""])["rewards"] for text in chosen])
     torch.testing.assert_close(one_by_one, good["rewards"], atol=1e-4, rtol=0)
     # With EOS at its end a text is the same text.
-    torch.testing.assert_close(reward([text + "<eos>" for text in chosen], chosen, chosen)["rewards"], good["rewards"])
+    torch.testing.assert_close(
+        reward([text + "<eos>" for text in chosen], chosen, chosen)["rewards"], good["rewards"]
+    )
     posterior_head._load.cache_clear()
 
 

@@ -90,7 +90,12 @@ def test_the_host_reads_the_tokens_that_scoring_asks_for(bpe: Path, tmp_path: Pa
     keys = SimpleNamespace(input_key="response", output_key="query", apply_chat_template=False)
     numbers = AutoTokenizer.from_pretrained(tmp_path / "model")
     read = SFTDataset(
-        Dataset.from_list(rows), numbers, 200, SimpleNamespace(args=SimpleNamespace(data=keys)), "{}", num_processors=None
+        Dataset.from_list(rows),
+        numbers,
+        200,
+        SimpleNamespace(args=SimpleNamespace(data=keys)),
+        "{}",
+        num_processors=None,
     )
     words = AutoTokenizer.from_pretrained(bpe)
     for i, (question, response) in enumerate(pairs):
@@ -257,5 +262,7 @@ def test_the_host_trains_a_backward_model_and_its_reward_finds_the_response_of_e
     lines = [json.loads(line) for line in (tmp_path / "cache.jsonl").read_text().splitlines()[1:]]
     assert len(lines) == 8
     for line in lines:
-        again = reward([line["prompt"] + text for text in line["responses"]], [line["prompt"]] * 4, [""] * 4)["rewards"]
+        again = reward([line["prompt"] + text for text in line["responses"]], [line["prompt"]] * 4, [""] * 4)[
+            "rewards"
+        ]
         assert line["rewards"] == pytest.approx(again.tolist(), abs=1e-4)

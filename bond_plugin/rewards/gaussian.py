@@ -24,7 +24,9 @@ from torch import Tensor
 _NODES = 64  # of the quadrature
 
 
-def forward_backward(mean: Tensor, cov: Tensor, gradient: Tensor, hessian: Tensor, step: float) -> tuple[Tensor, Tensor]:
+def forward_backward(
+    mean: Tensor, cov: Tensor, gradient: Tensor, hessian: Tensor, step: float
+) -> tuple[Tensor, Tensor]:
     """One step of FB-GVI.
 
     Args:
@@ -57,8 +59,8 @@ def fit(
 
     Args:
         features: ``[n, d]``; of comparisons, those of the better less those of the worse.
-        targets: ``[n]`` scores, f'w plus a Gaussian of standard deviation ``noise``; ``None`` for comparisons, of which
-            each has the probability sigmoid(f'w) (Bradley-Terry).
+        targets: ``[n]`` scores, f'w plus a Gaussian of standard deviation ``noise``; ``None`` for comparisons,
+            each of which has the probability sigmoid(f'w) (Bradley-Terry).
         samples: of w in a step, the stochastic form, which returns the mean over the second half of its steps; 0 for
             exact expectations.
         step: h, by default 1, in the stochastic form 0.05.
@@ -103,7 +105,8 @@ def fit(
         mean, cov = forward_backward(mean, cov, gradient, hessian, step)
         if samples and done >= steps // 2:
             total = [total[0] + mean, total[1] + cov]
-        elif not samples and max((new - old).abs().max() for new, old in zip((mean, cov), before)) < tolerance:
+        moved = max((new - old).abs().max().item() for new, old in zip((mean, cov), before, strict=True))
+        if not samples and moved < tolerance:
             break
     else:
         if not samples:

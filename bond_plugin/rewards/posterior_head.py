@@ -122,7 +122,9 @@ def main(argv: list[str]) -> int:
     """Fit a head and write it. Returns the exit status (2 for data that cannot be used)."""
     parser = argparse.ArgumentParser(prog="python -m bond_plugin.rewards.posterior_head", description=__doc__)
     parser.add_argument("model", help="folder of a reward model, or of any language model")
-    parser.add_argument("data", type=Path, help="JSON lines: chosen and rejected, or text and reward; prompt before it")
+    parser.add_argument(
+        "data", type=Path, help="JSON lines: chosen and rejected, or text and reward; prompt before it"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     parser.add_argument("--prior", type=float, default=1.0, help="precision of an ordinary text's reward, above 0")
     parser.add_argument("--noise", type=float, help="of scores: their standard deviation around the reward, above 0")
@@ -140,11 +142,15 @@ def main(argv: list[str]) -> int:
             second.append(prompt + row[keys[1]] if args.noise is None else float(row[keys[1]]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             hint = "; scores need --noise" if args.noise is None else ""
-            print(f"{args.data}, line {line_number}: must have {' and '.join(keys)} ({error!r}){hint}", file=sys.stderr)
+            print(
+                f"{args.data}, line {line_number}: must have {' and '.join(keys)} ({error!r}){hint}", file=sys.stderr
+            )
             return 2
     model, size = Features(args.model), 8
     batches = lambda texts: torch.cat([model(texts[i : i + size]) for i in range(0, len(texts), size)])  # noqa: E731
-    head = fit(batches(first), torch.tensor(second) if args.noise is not None else batches(second), args.prior, args.noise)
+    head = fit(
+        batches(first), torch.tensor(second) if args.noise is not None else batches(second), args.prior, args.noise
+    )
     from safetensors.torch import save
 
     settings = {"model": str(Path(args.model).absolute()), "prior": f"{args.prior:g}", "noise": str(args.noise)}

@@ -1,4 +1,4 @@
-"""What the host's ``train_sft`` needs to train a backward model for ``trlm.py``: reversed tokens, and how to read them.
+"""What the host's ``train_sft`` needs to train a backward model for ``trlm.py``: reversed tokens and their reader.
 
     python -m bond_plugin.rewards.reverse MODEL DATA --output FOLDER
 
@@ -38,7 +38,9 @@ def written(tokens: list[int], eos: int) -> str:
 
 def main(argv: list[str]) -> int:
     """Write the data and the model. Returns the exit status (2 for data that cannot be used)."""
-    parser = argparse.ArgumentParser(prog="python -m bond_plugin.rewards.reverse", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bond_plugin.rewards.reverse", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("model", help="folder of a causal language model: the start, and the tokenizer")
     parser.add_argument("data", type=Path, help="JSON lines with a prompt and a response each")
     parser.add_argument("--output", type=Path, required=True, help="folder to write data.jsonl and model/ into")
@@ -69,7 +71,9 @@ def main(argv: list[str]) -> int:
     model.save_pretrained(args.output / "model")
     number_tokenizer(model.config.vocab_size, eos).save_pretrained(args.output / "model")
     write_whole(args.output / "data.jsonl", "".join(lines))
-    print(f"{args.output}: {len(lines)} rows, the longest of {longest} tokens: train with --data.max_len {longest + 1}")
+    print(
+        f"{args.output}: {len(lines)} rows, the longest of {longest} tokens: train with --data.max_len {longest + 1}"
+    )
     return 0
 
 

@@ -36,12 +36,12 @@ Row = tuple[list[int], list[int]]
 
 
 def ids(tokenizer: Any, text: str, start: bool = False) -> list[int]:
-    """The tokens of a text, with those the tokenizer begins a text with if ``start``."""
+    """A text's tokens, with those the tokenizer begins a text with if ``start``."""
     return tokenizer(text, add_special_tokens=start)["input_ids"]
 
 
 def reversed_row(tokenizer: Any, question: str, response: str) -> Row:
-    """What a backward model is given and asked, in training and in scoring: EOS begins, the last token comes first."""
+    """What a backward model is given and asked, in training and in scoring: EOS, then the last token first."""
     return [tokenizer.eos_token_id, *reversed(ids(tokenizer, response))], ids(tokenizer, question)[::-1]
 
 
