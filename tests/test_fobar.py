@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import signal
 import sys
 import threading
 import time
@@ -179,6 +180,30 @@ def test_an_answer_that_never_ends_is_given_up_in_any_thread(monkeypatch: pytest
     assert found[0] is False and 0.9 < found[1] < 3
     monkeypatch.setattr(answers, "_LIMIT", 60.0)
     assert answers.same(answers.read("3"), three)  # by another process
+
+
+LEFT = """
+import os, signal
+from bond_plugin.rewards import answers
+
+if __name__ == "__main__":
+    answers.read("7")
+    print(*answers._process()._processes, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.usefixtures("math_verify")
+def test_the_process_ends_with_the_one_that_asks_it(tmp_path: Path) -> None:
+    (tmp_path / "left.py").write_text(LEFT)
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    done = execute([sys.executable, str(tmp_path / "left.py")], tmp_path, PYTHONPATH=path)
+    assert done.status == -signal.SIGKILL
+    child = Path("/proc", done.output.split()[-1])
+    deadline = time.monotonic() + 10
+    while child.exists() and "State:\tZ" not in (child / "status").read_text():
+        assert time.monotonic() < deadline, "the process of the answers is left behind"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -203,6 +203,7 @@ def test_calls_of_many_threads_are_batched_and_each_gets_its_own() -> None:
     failed = [i for i, value in found.items() if value == "seven"]
     assert len(failed) <= 3
     assert all(found[i] == [i * i, (i + 100) ** 2] for i in found if i not in failed)
+    assert calls.Batches(lambda items: items, 4)(range(10)) == list(range(10))
     assert sum(sizes) == 32 and max(sizes) == 4 and len(sizes) < 16
 
 

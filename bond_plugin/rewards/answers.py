@@ -14,6 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as OutOfTime
 from typing import Any, NamedTuple
 
+from bond_plugin.host.watch import end_with_parent
+
 _LIMIT = 60.0  # seconds, for what even a signal does not end
 _lock = threading.Lock()
 
@@ -46,7 +48,7 @@ def _process() -> ProcessPoolExecutor:
         import math_verify  # noqa: F401
     except ImportError as error:
         raise ImportError("answers are read with math-verify: pip install 'openrlhf-bond[fobar]'") from error
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
 
 def _asked(function: Callable[..., Any], *texts: str, otherwise: Any) -> Any:
