@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
 import signal
 import sys
 import threading
@@ -198,7 +199,7 @@ from bond_plugin.rewards import answers
 
 if __name__ == "__main__":
     answers.read("7")
-    print(*answers._process()._processes, flush=True)
+    print("answers in", *answers._process()._processes, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -209,7 +210,7 @@ def test_the_process_ends_with_the_one_that_asks_it(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     done = execute([sys.executable, str(tmp_path / "left.py")], tmp_path, PYTHONPATH=path)
     assert done.status == -signal.SIGKILL
-    wait_for_the_end_of(int(done.output.split()[-1]))
+    wait_for_the_end_of(int(re.search(r"answers in (\d+)", done.output)[1]))
 
 
 @pytest.fixture(scope="module")
