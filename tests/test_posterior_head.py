@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -228,5 +227,5 @@ def test_training_is_rewarded_by_mean_less_std(bond: Callable[..., Run], head: P
     done = bond(tmp_path, {"reward.remote_url": str(REWARD)}, BOND_HEAD_FILE=str(head), BOND_HEAD_KAPPA="2")
     assert len(done.metrics) == 3
     for step in done.metrics:
-        print(json.dumps({name: value for name, value in step.items() if "rollout" in name or "extra" in name}))
-    assert sys.exc_info() == (None, None, None)
+        assert step["extra_logs/std"] > 0.1
+        assert step["reward"] == pytest.approx(step["score"] - 2 * step["extra_logs/std"], abs=1e-4)
