@@ -94,6 +94,26 @@ def test_the_stochastic_form_goes_to_the_same_place(targets: Tensor | None) -> N
     assert mean_off < 0.15 and variance_off < 1.05
 
 
+def test_a_head_of_scores_is_the_gaussian_process_of_its_features() -> None:
+    """In the form with a kernel, which has no weights: prior variance 1 / PRIOR for an ordinary text."""
+    seen, new = FEATURES[:50] + 3.0, FEATURES[50:80] + 3.0
+    head = posterior_head.fit(seen.float(), SCORES[:50] + 7.0, PRIOR, NOISE)
+    mean, std = posterior_head.value(new.float(), head)
+    centre = seen.mean(dim=0)
+    scale = (seen - centre).square().sum(dim=-1).mean()
+
+    def kernel(one: Tensor, other: Tensor) -> Tensor:
+        return (one - centre) @ (other - centre).mT / (PRIOR * scale)
+
+    noisy = kernel(seen, seen) + NOISE**2 * torch.eye(50, dtype=torch.float64)
+    solved = torch.linalg.solve(noisy, kernel(seen, new)).mT
+    level = SCORES[:50].mean() + 7.0
+    wanted = level + solved @ (SCORES[:50] + 7.0 - level)
+    variance = kernel(new, new).diag() - (solved * kernel(new, seen)).sum(dim=-1)
+    torch.testing.assert_close(mean.double(), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(std.double(), variance.sqrt(), atol=1e-4, rtol=1e-4)
+
+
 def gold_of_best_of_64(seed: int, kappas: tuple[float, ...], flaw: bool = True, width: float = 3.0) -> list[float]:
     """The gold reward of Best-of-64 by mean - kappa std of a head that learned from 200 comparisons.
 

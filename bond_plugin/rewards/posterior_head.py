@@ -62,6 +62,10 @@ class Features:
         states = self._model(pad(rows).to(self._model.device), attention_mask=mask).last_hidden_state
         return states[torch.arange(len(rows)), mask.sum(dim=-1) - 1].float().cpu()
 
+    def all(self, texts: Sequence[str], size: int = 8) -> Tensor:
+        """The same of any number of texts, ``size`` at a time."""
+        return torch.cat([self(texts[i : i + size]) for i in range(0, len(texts), size)])
+
 
 def value(features: Tensor, head: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the reward, each ``[n]`` float32, of features ``[n, d]``."""
@@ -146,16 +150,15 @@ def main(argv: list[str]) -> int:
                 f"{args.data}, line {line_number}: must have {' and '.join(keys)} ({error!r}){hint}", file=sys.stderr
             )
             return 2
-    model, size = Features(args.model), 8
-    batches = lambda texts: torch.cat([model(texts[i : i + size]) for i in range(0, len(texts), size)])  # noqa: E731
-    head = fit(
-        batches(first), torch.tensor(second) if args.noise is not None else batches(second), args.prior, args.noise
-    )
+    model = Features(args.model)
+    texts = model.all(first)
+    other = model.all(second) if args.noise is None else torch.tensor(second)
+    head = fit(texts, other, args.prior, args.noise)
     from safetensors.torch import save
 
     settings = {"model": str(Path(args.model).absolute()), "prior": f"{args.prior:g}", "noise": str(args.noise)}
     write_whole(args.output, save(head, metadata=settings))
-    mean, std = value(batches(first), head)
+    mean, std = value(texts, head)
     print(f"{args.output}: {len(first)} rows; reward {mean.mean():.3f}, std {std.mean():.3f} of the first texts")
     return 0
 
