@@ -229,13 +229,14 @@ def test_settings(head: Path, monkeypatch: pytest.MonkeyPatch, name: str, value:
 
 @pytest.mark.parametrize(("line", "extra", "says"), [
     ('{"text": "a", "reward": 1}', [], "scores need --noise"),
+    ("", [], "data.jsonl has no rows"),
     ('{"chosen": "a"}', [], "line 1: must have chosen and rejected"),
     ('{"text": "a", "reward": "x"}', ["--noise", "1"], "line 1: must have text and reward"),
 ])  # fmt: skip
 def test_data_that_cannot_be_used(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, extra: list[str], says: str
 ) -> None:
-    (tmp_path / "data.jsonl").write_text(line + "\n")
+    (tmp_path / "data.jsonl").write_text(line)
     made = [str(tiny.model), str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "head.safetensors"), *extra]
     assert posterior_head.main(made) == 2
     assert says in capsys.readouterr().err

@@ -150,6 +150,9 @@ def main(argv: list[str]) -> int:
                 f"{args.data}, line {line_number}: must have {' and '.join(keys)} ({error!r}){hint}", file=sys.stderr
             )
             return 2
+    if not first:
+        print(f"{args.data} has no rows", file=sys.stderr)
+        return 2
     model = Features(args.model)
     texts = model.all(first)
     other = model.all(second) if args.noise is None else torch.tensor(second)
