@@ -236,7 +236,7 @@ def test_a_server_of_vllm_and_the_answer_that_is_wrong_most_often(
     Counting answers is then wrong more often than not, and answers that lead back to the question are right. Then
     `bond cache` with the model itself as the policy: its rewards tell right from wrong too.
     """
-    settings = {"BOND_FOBAR_URL": url, "BOND_FOBAR_CHAINS": "16", "BOND_FOBAR_TOKENS": "4"}
+    settings = {"BOND_FOBAR_URL": url, "BOND_FOBAR_CHAINS": "32", "BOND_FOBAR_TOKENS": "4"}
     settings["BOND_FOBAR_TEMPERATURE"] = "1"
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
