@@ -109,7 +109,7 @@ class BestOfN(Target):
 
         That is right for N = 2, whose g is linear. Of other N the mean of g over a level of equal rewards is not g
         of its middle; the difference of their logarithms is added. By enumeration as below, at S = 8, 16, 32, the
-        bias is at most 0.020, 0.007, 0.003 nats for N = 4, and 0.077, 0.036, 0.018 for N = 8; without it 0.69 and
+        bias is at most 0.020, 0.007, 0.003 nats for N = 4, and 0.077, 0.036, 0.017 for N = 8; without it 0.69 and
         2.77 at any S.
         """
         tilt = pooled_tilt(rewards, weights, self.n, normalised)

@@ -1,0 +1,123 @@
+"""TRLM: how well a response tells its query, log P(query | response) per token (arXiv 2412.02626).
+
+    Fo    (1/T) sum_t log P_Fo(q_t | prompt(response), q_<t)             an ordinary model, asked for the question
+    Ba    (1/T) sum_t log P_Ba(q_t | reversed response, q_T, ..., q_t+1)  a model of the reversed order of tokens
+    FoBa  the mean of both
+
+T is the number of the query's tokens. It is the same for all responses to a prompt, so dividing by it changes no
+order among them; it makes rewards of short and long prompts comparable. ``reverse.py`` prepares the training of Ba.
+
+Settings, by environment variables: BOND_TRLM_FORWARD, a model's folder, for Fo; BOND_TRLM_BACKWARD, a folder, for Ba,
+with BOND_TRLM_TOKENIZER, the folder of the tokenizer whose tokens were reversed; both for FoBa.
+BOND_TRLM_PROMPT is what Fo is asked, with ``{response}`` in it. BOND_TRLM_DEVICE (cpu), BOND_TRLM_BATCH (8), and
+BOND_REWARD_QUESTION of ``calls.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bond_plugin.rewards.calls import Batches, number, parts, setting
+
+FORWARD, BACKWARD, TOKENIZER = "BOND_TRLM_FORWARD", "BOND_TRLM_BACKWARD", "BOND_TRLM_TOKENIZER"
+PROMPT, DEVICE, BATCH = "BOND_TRLM_PROMPT", "BOND_TRLM_DEVICE", "BOND_TRLM_BATCH"
+DEFAULT_PROMPT = "{response}\n\nThe text above answers this question:\n"
+
+_loading = threading.Lock()
+#: Tokens that are given, and those whose probability is asked for.
+Row = tuple[list[int], list[int]]
+
+
+def ids(tokenizer: Any, text: str, start: bool = False) -> list[int]:
+    """A text's tokens, with those the tokenizer begins a text with if ``start``."""
+    return tokenizer(text, add_special_tokens=start)["input_ids"]
+
+
+def reversed_row(tokenizer: Any, question: str, response: str) -> Row:
+    """What a backward model is given and asked, in training and in scoring: EOS, then the last token first."""
+    return [tokenizer.eos_token_id, *reversed(ids(tokenizer, response))], ids(tokenizer, question)[::-1]
+
+
+@torch.no_grad()
+def mean_log_probs(model: Any, rows: Sequence[Row]) -> Tensor:
+    """The mean log-probability of each row's asked tokens after those given.
+
+    Returns:
+        ``[len(rows)]`` float32, on the CPU.
+
+    Raises:
+        ValueError: a row has more tokens than the model has positions.
+    """
+    whole = [torch.tensor(given + asked) for given, asked in rows]
+    longest, most = max(map(len, whole)), getattr(model.config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise ValueError(f"query and response are {longest} tokens, {model.config.name_or_path} takes {most}")
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    mask = pad([torch.ones_like(row) for row in whole]).to(model.device)
+    first = min(len(given) for given, _ in rows)
+    # The logits at a position are of the token after it.
+    logits = model(pad(whole).to(model.device), attention_mask=mask, logits_to_keep=longest - first + 1).logits
+    found = []
+    for row, (given, asked) in zip(logits, rows, strict=True):
+        begin = len(given) - first
+        log_probs = row[begin : begin + len(asked)].float().log_softmax(dim=-1)
+        found.append(log_probs.gather(-1, torch.tensor(asked, device=row.device).unsqueeze(-1)).mean())
+    return torch.stack(found).cpu()
+
+
+@functools.cache
+def _directions() -> list[tuple[Callable[[str, str], Row], Batches]]:
+    """For each model: how its row is made of question and response, and how rows are scored."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = os.environ.get(DEVICE, "cpu")
+    prompt = os.environ.get(PROMPT, DEFAULT_PROMPT)
+    if "{response}" not in prompt:
+        raise ValueError(f"the environment variable {PROMPT} must have {{response}} in it, got '{prompt}'")
+
+    def scored(folder: str) -> Batches:
+        kind = torch.float32 if device == "cpu" else torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).to(device).eval()
+        return Batches(functools.partial(mean_log_probs, model), number(BATCH, 8, 1))
+
+    found: list[tuple[Callable[[str, str], Row], Batches]] = []
+    if folder := os.environ.get(FORWARD):
+        forward = AutoTokenizer.from_pretrained(folder)
+
+        def asked(question: str, response: str) -> Row:
+            return ids(forward, prompt.replace("{response}", response), start=True), ids(forward, question)
+
+        found.append((asked, scored(folder)))
+    if folder := os.environ.get(BACKWARD):
+        tokenizer = AutoTokenizer.from_pretrained(
+            setting(TOKENIZER, f"the folder of the tokenizer whose tokens {BACKWARD} learned in reverse")
+        )
+        found.append((functools.partial(reversed_row, tokenizer), scored(folder)))
+    if not found:
+        raise ValueError(f"set the environment variable {FORWARD}, {BACKWARD} or both to a model's folder")
+    return found
+
+
+def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> dict[str, Any]:
+    """Score each query (prompt and response, decoded with special tokens); labels are not used.
+
+    Returns:
+        `rewards`: nats a token, float32 [len(queries)], at most 0. `scores`: their exponential, in (0, 1].
+        `extra_logs`: empty.
+
+    Raises:
+        ValueError: a setting, a prompt or a length; see `parts` and `mean_log_probs`.
+    """
+    with _loading:
+        directions = _directions()
+    pairs = [parts(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    found = [torch.stack(score([row(*pair) for pair in pairs])) for row, score in directions]
+    rewards = torch.stack(found).mean(dim=0)
+    return {"rewards": rewards, "scores": rewards.exp(), "extra_logs": {}}
