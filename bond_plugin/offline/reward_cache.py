@@ -17,12 +17,11 @@ Rewards are compared as the host has them, rounded to float32; so a tie in train
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -31,6 +30,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from bond_plugin.files import Busy, LineFile, open_file, parse_json
+from bond_plugin.offline import engine
 from bond_plugin.offline.engine import PromptSamples
 from bond_plugin.offline.prompts import Pairs, label_text
 from bond_plugin.offline.scoring import Score
@@ -278,16 +278,21 @@ def _read(path: Path, lines: Iterable[bytes]) -> tuple[Cache, int]:
     return cache, number
 
 
-def differences(record: Record, run: Record) -> list[str]:
+def differences(
+    record: Record,
+    run: Record,
+    compared: Mapping[str, str] = COMPARED,
+    where: tuple[str, str] = ("in the cache", "in this run"),
+) -> list[str]:
     """What a run has otherwise than the record of a cache, in words.
 
     Models and rewards are compared by their hashes, and by name only where there is no hash.
     """
     found = []
-    for key, name in COMPARED.items():
+    for key, name in compared.items():
         cached, now = record.get(key), run.get(key)
         if _identity(cached, now) != _identity(now, cached):
-            found.append(f"{name}: {_describe(cached)} in the cache, {_describe(now)} in this run")
+            found.append(f"{name}: {_describe(cached)} {where[0]}, {_describe(now)} {where[1]}")
     return found
 
 
@@ -407,18 +412,13 @@ def fill(
     chunk: int,
     keep_responses: bool = True,
 ) -> Iterator[Sequence[float]]:
-    """Sample, score and write the prompts that a cache does not have.
-
-    Chunks are of the whole list of prompts, and one that is there in part is drawn again as a whole, so that its
-    samples are computed as they would have been without the interruption.
+    """Sample, score and write the prompts that a cache does not have: see :func:`engine.remaining`.
 
     Args:
         writer: of the cache.
         pairs: all (prompt, label), the prompts all different.
-        draw: a list of prompts to their samples, ``chunk`` prompts at a time and in order; see
-            :func:`bond_plugin.offline.engine.stream`.
+        draw, chunk: the sampler, and prompts in a chunk.
         score: the reward.
-        chunk: prompts in a chunk.
         keep_responses: write the responses beside their rewards.
 
     Yields:
@@ -427,18 +427,15 @@ def fill(
     Raises:
         PromptError: a reward is not finite. What ``draw`` and ``score`` raise passes. What is written stays.
     """
-    chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
-    unfinished = [part for part in chunks if any(prompt not in writer.cache for prompt, _ in part)]
-    wanted = [pair for part in unfinished for pair in part]
-    if not wanted:
-        return
-    with contextlib.closing(draw([prompt for prompt, _ in wanted])) as drawn:
-        for (prompt, label), samples in zip(wanted, itertools.chain.from_iterable(drawn), strict=True):
-            if prompt not in writer.cache:
-                rewards = score(prompt, label, samples)
-                stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
-                writer.append(prompt, rewards, samples.responses if keep_responses else None, label, stored)
-                yield rewards
+    prompts = [prompt for prompt, _ in pairs]
+    rest = engine.remaining(prompts, lambda i: prompts[i] in writer.cache, draw, chunk)
+    with contextlib.closing(rest):
+        for i, samples in rest:
+            prompt, label = pairs[i]
+            rewards = score(prompt, label, samples)
+            stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
+            writer.append(prompt, rewards, samples.responses if keep_responses else None, label, stored)
+            yield rewards
 
 
 @dataclass(frozen=True)
