@@ -67,7 +67,7 @@ def vote(answers: Tensor, weights: Tensor) -> Tensor:
         raise ValueError(f"votes are weighted with numbers of at least 0, got {weights.min().item():g}")
     same = (answers.unsqueeze(-1) == answers.unsqueeze(-2)) & (answers >= 0).unsqueeze(-2)
     votes = (same * weights.double().unsqueeze(-2)).sum(dim=-1)
-    top = (votes == votes.amax(dim=-1, keepdim=True)) / same.sum(dim=-1).clamp(min=1)
+    top = (votes == votes.amax(dim=-1, keepdim=True)).double() / same.sum(dim=-1).clamp(min=1)
     return top / top.sum(dim=-1, keepdim=True)
 
 

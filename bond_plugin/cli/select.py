@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 from bond_plugin.cli import evaluate
 from bond_plugin.files import Busy, unwritable
-from bond_plugin.words import reason
 
 _DESCRIPTION = """\
 Sample N responses to each prompt, score them, and select one:
@@ -186,7 +185,8 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
     """
     from bond_plugin.offline import answers, engine, fingerprints, prompts, scoring, selecting
 
-    settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _SETTINGS}
+    names = ("selector", "reward_temperature", "ties", "seed", "samples", "label_is_answer", "keep_responses")
+    settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     tokenizer, given, count = None, None, args.samples
     if args.model is not None:
         evaluate.check_files({"--model": args.model})
@@ -194,15 +194,12 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
     if args.responses is None:
         tokenizer, pairs = evaluate.read_prompts(args, run)
         count = count or 16
-        settings |= {
-            "--samples": count,
-            "--prompts": {"name": str(args.prompts), "sha256": fingerprints.of_value(pairs)},
-        }
+        settings |= {"--samples": count, "--max-new-tokens": args.max_new_tokens, "--temperature": args.temperature}
+        settings |= {"--prompts": {"name": str(args.prompts), "sha256": fingerprints.of_value(pairs)}}
+        settings["the training's --data.max_len"] = run.data.max_len
     else:
         try:
             given = selecting.read_given(args.responses, count)
-        except OSError as error:
-            raise ValueError(f"--responses {args.responses}: {reason(error)}") from error
         except ValueError as error:
             raise ValueError(f"--responses {error}") from error
         pairs = [(line.prompt, line.label) for line in given]
@@ -255,27 +252,14 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         )
         return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < there, draw, engine.chunk_of(count))
 
-    how = (
-        args.selector,
-        args.reward_temperature,
-        args.ties == "random",
-        args.seed,
-        parse,
-        clean,
-        args.keep_responses,
-    )
+    random = args.ties == "random" or args.selector == "soft"
+    draws = (args.reward_temperature, random, args.seed)
     return SimpleNamespace(
         pairs=pairs,
         score=score,
         right=right,
         rewards=[line.rewards for line in given] if given else [None] * len(pairs),
-        selection=selecting.Selection(*how),
+        selection=selecting.Selection(args.selector, *draws, parse, clean, args.keep_responses),
         samples=samples,
         open=functools.partial(selecting.Output, args.output, settings),
     )
-
-
-_SETTINGS = (
-    "selector", "reward_temperature", "ties", "label_is_answer", "samples", "max_new_tokens", "temperature", "seed",
-    "keep_responses",
-)  # fmt: skip

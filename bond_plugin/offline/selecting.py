@@ -20,7 +20,7 @@ from bond_plugin.offline.answers import Parser, SelectionError
 from bond_plugin.offline.prompts import label_text
 from bond_plugin.offline.reward_cache import Reward, differences
 from bond_plugin.schema import Open, explain
-from bond_plugin.words import shorten
+from bond_plugin.words import reason, shorten
 
 
 class Line(Open):
@@ -60,11 +60,13 @@ def read_given(path: Path, samples: int | None) -> list[Line]:
     """Responses that were sampled before: all, or the first ``samples`` of each prompt.
 
     Raises:
-        OSError: the file cannot be read.
-        ContentError: a line is no use.
+        ContentError: the file cannot be read, or a line is no use.
     """
-    with open_file(path) as file:
-        found = list(read_lines(path, file))
+    try:
+        with open_file(path) as file:
+            found = list(read_lines(path, file))
+    except OSError as error:
+        raise ContentError(f"{path}: {reason(error)}") from error
     if not found:
         raise ContentError(f"{path} has no prompts in it")
     for line in found:
@@ -115,7 +117,7 @@ class Selection:
     Attributes:
         selector: of :data:`~bond_plugin.bestofn.selectors.SELECTORS`.
         temperature: of ``soft``.
-        random: equals are drawn from; else the first is taken. ``soft`` always draws.
+        random: one is drawn; else the first of equals is taken, which is not for ``soft``.
         seed: of the draws, each with one of its own.
         parse: finds the answers, if they are wanted.
         clean: takes the special tokens from a response.
@@ -137,9 +139,7 @@ class Selection:
             SelectionError: votes cannot be weighted with these rewards.
         """
         answers = None if self.parse is None else [self.parse(self.clean(one)) for one in responses]
-        generator = None
-        if self.random or self.selector == "soft":
-            generator = torch.Generator().manual_seed(engine.seed(self.seed, "select", i))
+        generator = torch.Generator().manual_seed(engine.seed(self.seed, "select", i)) if self.random else None
         try:
             chances = SELECTORS[self.selector](*_tensors(rewards, answers, len(responses)), self.temperature)
         except ValueError as error:
