@@ -34,6 +34,7 @@ def test_each_selector_gives_the_probability_of_each_sample() -> None:
     assert given["weighted"] == [0, 0.5, 0, 0, 0.5]  # 2.5 against 0.5; a sample without an answer has no vote
     # Two answers of the same weight are equally likely, however many samples they have.
     assert vote(torch.tensor([0, 1, 1]), torch.tensor([1.0, 0.5, 0.5])).tolist() == [0.5, 0.25, 0.25]
+    assert vote(torch.tensor([-1, -1, 0]), torch.ones(3)).tolist() == [0, 0, 1]
     assert vote(torch.tensor([-1, -1]), torch.ones(2)).tolist() == [0.5, 0.5]
     with pytest.raises(ValueError, match="at least 0, got -1"):
         vote(torch.tensor([0, 1]), torch.tensor([1.0, -1.0]))
