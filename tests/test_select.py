@@ -283,6 +283,29 @@ def test_help_teaches(capsys: Any) -> None:
         assert words in printed
 
 
+def test_a_reward_model_scores_responses_that_are_given(tiny: Tiny, tmp_path: Path, capsys: Any) -> None:
+    from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
+
+    torch.manual_seed(3)
+    config = AutoConfig.from_pretrained(tiny.model)
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    tokenizer.save_pretrained(tmp_path / "rm")
+    texts = ["abc<eos>", "e", "zz<eos>"]
+    bare = write(tmp_path / "r.jsonl", {"prompt": "hi", "responses": texts})
+    assert select(responses=bare, reward=tmp_path / "rm", output=tmp_path / "s") == 0
+    (line,) = read(tmp_path / "s")
+    for text, reward in zip(texts, line["rewards"], strict=True):
+        with torch.no_grad():
+            ids = tokenizer("hi" + text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            assert reward == pytest.approx(model.score(model.model(ids).last_hidden_state[0, -1]).item(), abs=0.02)
+    assert line["response"] == texts[line["rewards"].index(max(line["rewards"]))]
+    assert len(set(line["rewards"])) == 3
+    capsys.readouterr()
+
+
 # Sampling.
 
 

@@ -90,16 +90,15 @@ def expected(
 ) -> float:
     """The mean of ``values`` at the sample that a selector selects of n, estimated without bias from k >= n samples.
 
-    The average over all subsets of n of the k samples; of other selectors than ``best``, whose average is known, over
-    so many subsets at random, with the selector's own probabilities in each.
+    The mean over all subsets of n of the k samples; of other selectors than ``best`` over so many of them at random,
+    with the selector's own probabilities in each.
 
     Args:
         name: of :data:`SELECTORS`.
         rewards, answers, values: ``[k]``, independent samples of one prompt.
         n: 1 <= n <= k.
         temperature: of ``soft``.
-        seed: of the subsets.
-        subsets: how many.
+        seed, subsets: which subsets, and how many.
     """
     k = len(values)
     if name == "best":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def parser(file: Path | None) -> Parser:
     try:
         if spec is None:
             raise SelectionError(f"{file}: name a Python file (.py) that defines {_FUNCTION}(response)")
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # there dataclasses look
         spec.loader.exec_module(module)
     except OSError as error:
         raise SelectionError(f"{file}: {reason(error)}") from error
