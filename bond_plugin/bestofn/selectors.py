@@ -53,8 +53,8 @@ def vote(answers: Tensor, weights: Tensor) -> Tensor:
     """The answer with the largest sum of weights.
 
     Args:
-        answers: ``[..., N]`` int64, equal numbers for equal answers; -1 for a sample without an answer, which has no
-            vote. Where nobody votes every sample is as good.
+        answers: ``[..., N]`` int64 from -1, small, equal numbers for equal answers; samples with -1 have no answer
+            and no vote.
         weights: ``[..., N]``, at least 0.
 
     Returns:
@@ -65,9 +65,14 @@ def vote(answers: Tensor, weights: Tensor) -> Tensor:
     """
     if (weights < 0).any():
         raise ValueError(f"votes are weighted with numbers of at least 0, got {weights.min().item():g}")
-    same = (answers.unsqueeze(-1) == answers.unsqueeze(-2)) & (answers >= 0).unsqueeze(-2)
-    votes = (same * weights.double().unsqueeze(-2)).sum(dim=-1)
-    top = (votes == votes.amax(dim=-1, keepdim=True)).double() / same.sum(dim=-1).clamp(min=1)
+    places = answers + 1
+
+    def of_answer(values: Tensor) -> Tensor:
+        sums = torch.zeros(*answers.shape[:-1], int(places.max()) + 1, dtype=torch.float64)
+        return sums.scatter_add(-1, places, values).gather(-1, places)
+
+    votes = of_answer(weights.double() * (answers >= 0))
+    top = (votes == votes.amax(dim=-1, keepdim=True)).double() / of_answer(torch.ones_like(votes))
     return top / top.sum(dim=-1, keepdim=True)
 
 
