@@ -341,7 +341,9 @@ def test_sampled_responses_are_scored_selected_and_drawn_once(
 @pytest.mark.e2e
 def test_whole_command_with_vllm(tiny: Tiny, tmp_path: Path) -> None:
     model = moved_model(tiny.model, tmp_path / "model", 7, 0.05)
-    prompts = write(tmp_path / "p.jsonl", *tiny.prompts.read_text().splitlines()[:5])
+    # Long prompts, more than vLLM computes at once.
+    texts = [*("abcd"[i:] for i in range(3)), *("abcdefghij"[i:] * 400 for i in range(2))]
+    prompts = write(tmp_path / "p.jsonl", *({"input": text} for text in texts))
     path = tmp_path / "s.jsonl"
     flags = {"model": model, "prompts": prompts, "reward": tiny.reward, "samples": 8, "max-new-tokens": 8}
     command = [sys.executable, "-m", "bond_plugin", "select", *to_argv({**flags, "output": path})]

@@ -276,6 +276,8 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
         # No longer than needed, so that a small cache suffices for a model with a long context.
         max_model_len=max(len(ids) + room for ids, room in requests),
         **({"logprobs_mode": "processed_logprobs"} if job["log_probs"] else {}),
+        # vLLM 0.29 cannot compute half a prompt whose request has a seed of its own on a CPU.
+        **({} if gpu else {"enable_chunked_prefill": False}),
         **job["engine"],
     )
     n, total, chunk = job["n"], len(requests) * job["n"], job["chunk"] or len(requests)
