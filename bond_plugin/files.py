@@ -26,7 +26,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Busy(RuntimeError):
-    """Another process writes the folder. The message says which."""
+    """Another process writes the folder or the file. The message says which."""
 
 
 class ContentError(ValueError):
@@ -198,3 +198,48 @@ def lock(folder: Path) -> IO[str]:
         file.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})")
         file.flush()
     return file
+
+
+class LineFile(contextlib.AbstractContextManager):
+    """JSON lines that this process alone appends to, each on the disk before :meth:`write` returns.
+
+    Args:
+        path: the file; made if missing, with its folder. What it holds stays.
+
+    Raises:
+        Busy: another process writes it.
+        OSError: it cannot be written, or its file system knows no locks.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        try:
+            with named(self.path):
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise Busy(f"{self.path}: another process is writing this file") from None
+            error.strerror = f"{error.strerror}; name a file on another file system"
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def finished(self) -> Iterator[bytes]:
+        """The lines that are there; after them, a last one that was not finished is taken away."""
+        end = self._file.seek(0)
+        for line in self._file:
+            if line.endswith(b"\n"):
+                end += len(line)
+                yield line
+        self._file.truncate(end)
+
+    def write(self, item: Any) -> None:
+        """Append one line."""
+        with named(self.path):
+            self._file.write(json.dumps(item, ensure_ascii=False, default=str).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())

@@ -245,7 +245,7 @@ def test_a_file_of_someone_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
     first = cache.Writer(tmp_path / "r.jsonl", RECORD)
-    with first, pytest.raises(CacheError, match="another `bond cache` is writing"):
+    with first, pytest.raises(CacheError, match="another process is writing this file"):
         cache.Writer(tmp_path / "r.jsonl", RECORD)
     cache.Writer(tmp_path / "r.jsonl", RECORD).__exit__(None, None, None)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.kdrl import KDRL, KDRLConfig
-from bond_plugin.lab.learner import Learner, Training, train
+from bond_plugin.lab.learner import TEACHER, Learner, Training, train
 from bond_plugin.lab.problem import RESPONSES, Problem
 
 STRICT, TIED = Problem.make("strict"), Problem.make("tied")
@@ -77,7 +77,7 @@ def test_masks_leave_out_what_is_right() -> None:
 
 
 def resting_place(beta: float, level: str, n: int) -> Tensor:
-    """``[S]`` log pi at which the expected gradient is zero, by iteration. The teacher is the reference.
+    """``[S]`` log pi at which the expected gradient is zero, by iteration. The teacher is the laboratory's.
 
     Of whole responses, pi = pi_T exp(d r / beta) / Z, d the difference of advantages at pi. Per token, each state's
     next tokens are the teacher's times exp(E[d r | the token] / beta).
@@ -86,14 +86,15 @@ def resting_place(beta: float, level: str, n: int) -> Tensor:
     prefixes = sorted({r[: t + 1] for r in RESPONSES for t in range(len(r))})
     begins = torch.tensor([[float(r[: len(p)] == p) for r in RESPONSES] for p in prefixes], dtype=torch.float64)
     beside = torch.tensor([[prefixes.index((*p[:-1], token)) for token in range(4)] for p in prefixes])
-    mass = begins @ TIED.log_ref.exp()
+    teacher = TIED.best_of(TEACHER)
+    mass = begins @ teacher.exp()
     taught = (mass / mass[beside].sum(dim=-1)).log()  # the teacher's next tokens
-    log_pi = TIED.log_ref
+    log_pi = teacher
     for _ in range(200):
         chance = log_pi.exp()
         value = difference_of_advantages((chance @ TIED.rewards).item(), n) * TIED.rewards / beta
         if level == "sequence":
-            wanted = (TIED.log_ref + value).log_softmax(0)
+            wanted = (teacher + value).log_softmax(0)
         else:
             each = taught + (begins @ (chance * value)) / (begins @ chance)
             wanted = begins.T @ (each - each[beside].logsumexp(dim=-1))

@@ -31,7 +31,6 @@ BEST_OF = (2, 4, 8, 16)
 
 _SPOT_CHECKS = 4
 _EXAMPLES = 4
-_SAY_EVERY = 10.0  # seconds
 
 Say = Callable[[str], None]
 
@@ -145,7 +144,7 @@ class Evaluation:
             quantile_samples=sampling.samples,
             kl_samples=sampling.kl_samples,
             temperature=sampling.temperature,
-            progress=_ticker(self.say, "KL"),
+            progress=engine.ticker(self.say, "KL"),
         )
         resampling, levels = Resampling(len(pairs)), [n for n in BEST_OF if n <= sampling.samples]
 
@@ -197,7 +196,7 @@ class Evaluation:
         self.say(f"{name}: sampling {len(prompts)} prompts x {count} from {model} (vLLM starts first)")
         started = time.monotonic()
         how = {key: getattr(self.sampling, key) for key in ("max_new_tokens", "max_len", "temperature")}
-        room, progress = scoring.room_beside(self.score), _ticker(self.say, name)
+        room, progress = scoring.room_beside(self.score), engine.ticker(self.say, name)
         drawn = engine.sample(model, prompts, count, seed=seed, engine=room, progress=progress, **how)
         tokens = sum(len(ids) for one in drawn for ids in one.response_ids)
         seconds = time.monotonic() - started
@@ -245,20 +244,6 @@ class Evaluation:
             if not torch.allclose(again, values[i, j], rtol=1e-6, atol=1e-9):
                 return False
         return True
-
-
-def _ticker(say: Say, what: str) -> Callable[[int, int], None]:
-    """A progress callback that says (done, total) at most every few seconds."""
-    started = last = time.monotonic()
-
-    def tick(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _SAY_EVERY and done < total:
-            last = now
-            say(f"{what}: {done} of {total} responses after {now - started:.0f} s")
-
-    return tick
 
 
 # What a reader sees.

@@ -32,10 +32,33 @@ def expected_max(rewards: Tensor, n: int) -> Tensor:
     if not 1 <= n <= k:
         raise ValueError(f"expected_max needs 1 <= n <= samples, got n = {n} with {k} samples")
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
-    position = torch.arange(n, k + 1, dtype=torch.float64, device=rewards.device)
+    return _over_subsets(rewards.double().sort(dim=-1).values, n).to(dtype)
+
+
+def expected_at_max(rewards: Tensor, values: Tensor, n: int) -> Tensor:
+    """The mean of ``values`` at the sample of Best-of-n, of equal rewards each equally likely; without bias.
+
+    Such as whether it is right, where the reward is a model's. As :func:`expected_max`, which it is for
+    ``values = rewards``; within a level of the reward the values are replaced by their mean.
+
+    Args:
+        rewards, values: ``[..., k]``.
+        n: 1 <= n <= k.
+
+    Returns:
+        ``[...]`` float64, in units of ``values``.
+    """
+    equal = (rewards.unsqueeze(-1) == rewards.unsqueeze(-2)).double()
+    of_level = (equal * values.double().unsqueeze(-2)).sum(dim=-1) / equal.sum(dim=-1)
+    return _over_subsets(of_level.gather(-1, rewards.argsort(dim=-1)), n)
+
+
+def _over_subsets(ordered: Tensor, n: int) -> Tensor:
+    """The mean over all subsets of n of what stands at their last place, ``[..., k]`` float64 to ``[...]``."""
+    k = ordered.shape[-1]
+    position = torch.arange(n, k + 1, dtype=torch.float64, device=ordered.device)
     log_weight = _log_binomial(position - 1, n - 1) - _log_binomial(position.new_tensor(k), n)
-    ordered = rewards.double().sort(dim=-1).values[..., n - 1 :]
-    return (ordered * log_weight.exp()).sum(dim=-1).to(dtype)
+    return (ordered[..., n - 1 :] * log_weight.exp()).sum(dim=-1)
 
 
 def max_credit(rewards: Tensor, n: int) -> Tensor:

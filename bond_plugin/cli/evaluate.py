@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,11 @@ class _Run(Open):
     vllm: _VLLM = _VLLM()
 
 
+REWARD_HELP = (
+    "a file with reward_func(queries, prompts, labels), a server's address or several with commas, or a reward "
+    "model's folder: what --reward.remote_url or --reward.model_name_or_path is in training"
+)
+
 #: The sampling, by name: default, the least that makes sense, what stands for it, and its help.
 _NUMBERS = {
     "samples": (16, 1, "K", "samples a prompt from each model; Best-of-N is reported for N up to K"),
@@ -96,7 +102,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; never look for them anywhere else
     try:
         metrics = check(args)
-        run = arguments(args)
+        run = arguments(args, args.before, args.after)
         pairs, score = inputs(args, run)
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
@@ -145,26 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
     models("--before", metavar="DIR", type=Path, required=True, help="initial policy: weights and tokenizer")
     models("--after", metavar="DIR", type=Path, required=True, help="trained policy, with the same tokenizer")
     models("--prompts", metavar="FILE.jsonl", type=Path, required=True, help="held-out prompts, a JSON object a line")
-    models("--input-key", metavar="KEY", default="input", help="the key that holds the prompt (default %(default)s)")
-    models("--label-key", metavar="KEY", help="the key that holds the label for the reward (default none)")
-    models(
-        "--apply-chat-template",
-        action=argparse.BooleanOptionalAction,
-        help="put the prompts into the tokenizer's chat template, as --data.apply_chat_template does in training "
-        "(default: what the training did, if --after has its run.json, else no)",
-    )
-    models(
-        "--input-template",
-        metavar="TEXT",
-        help="put each prompt in the place of {}, as --data.input_template does in training (default: likewise)",
-    )
-    models(
-        "--reward",
-        metavar="REWARD",
-        required=True,
-        help="a file with reward_func(queries, prompts, labels), a server's address or several with commas, or a "
-        "reward model's folder: what --reward.remote_url or --reward.model_name_or_path is in training",
-    )
+    prompt_flags(models, "--after")
+    models("--reward", metavar="REWARD", required=True, help=REWARD_HELP)
     sampling = parser.add_argument_group("sampling").add_argument
     for name, (default, _, metavar, text) in _NUMBERS.items():
         sampling(f"--{name}", metavar=metavar, type=int, default=default, help=f"{text} (default %(default)s)")
@@ -175,20 +163,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def prompt_flags(add: Callable[..., Any], folder: str) -> None:
+    """The flags that say what is in a file of prompts, for a command whose flag ``folder`` names a trained model."""
+    add("--input-key", metavar="KEY", default="input", help="the key that holds the prompt (default %(default)s)")
+    add("--label-key", metavar="KEY", help="the key that holds the label for the reward (default none)")
+    add(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="put the prompts into the tokenizer's chat template, as --data.apply_chat_template does in training "
+        f"(default: what the training did, if {folder} has its run.json, else no)",
+    )
+    add(
+        "--input-template",
+        metavar="TEXT",
+        help="put each prompt in the place of {}, as --data.input_template does in training (default: likewise)",
+    )
+
+
 def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Look at all that needs neither models nor the host. Returns the metrics, if there are to be curves.
 
     Raises:
         ValueError: the first problem found.
     """
-    at_least(vars(args), {name: least for name, (_, least, _, _) in _NUMBERS.items()})
+    check_sampling(args, _NUMBERS)
     if args.kl_samples > args.samples:
         raise ValueError(f"--kl-samples must be at most --samples = {args.samples}, got {args.kl_samples}")
-    if not 0 < args.temperature < float("inf"):
-        raise ValueError(f"--temperature must be above 0, got {args.temperature}")
-    if args.input_template is not None and (problem := template_problem(args.input_template)):
-        raise ValueError(f"--input-template {problem}")
-    sizes = [_vocabulary("--before", args.before), _vocabulary("--after", args.after)]
+    sizes = [vocabulary("--before", args.before), vocabulary("--after", args.after)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"--after {args.after} has a vocabulary of {sizes[1]} tokens and --before one of {sizes[0]}: "
@@ -211,20 +212,38 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     raise ValueError(f"--metrics {problem}. It is the file in the run's output folder")
 
 
-def arguments(args: argparse.Namespace) -> SimpleNamespace:
-    """The host's arguments, as far as prompts and reward need them: the training's, where --after has them.
+def check_sampling(args: argparse.Namespace, numbers: dict[str, tuple[Any, int, str, str]]) -> None:
+    """Look at the numbers and the template.
+
+    Raises:
+        ValueError: the first problem found.
+    """
+    at_least(vars(args), {name: least for name, (_, least, _, _) in numbers.items()})
+    if not 0 < args.temperature < float("inf"):
+        raise ValueError(f"--temperature must be above 0, got {args.temperature}")
+    if args.input_template is not None and (problem := template_problem(args.input_template)):
+        raise ValueError(f"--input-template {problem}")
+
+
+def arguments(args: argparse.Namespace, policy: Path | None, trained_in: Path | None) -> SimpleNamespace:
+    """The host's arguments, as far as prompts and reward need them: the training's, where its folder has them.
+
+    Args:
+        args: without a ``reward`` there is none.
+        policy: whose tokenizer is meant; without one, that of the reward model.
+        trained_in: the folder of a trained policy.
 
     Raises:
         ValueError: what is not as in the training, or a reward that is nowhere.
     """
     from bond_plugin.host.inputs import reward as reward_problems
 
-    trained = read_model(args.after / CONFIGURATION, _Run)
+    trained = None if trained_in is None else read_model(trained_in / CONFIGURATION, _Run)
     found = (trained or _Run()).model_dump(include=set(_Run.model_fields))
     for name, value in (("apply_chat_template", args.apply_chat_template), ("input_template", args.input_template)):
         if trained and value not in (None, found["data"][name]):
             raise ValueError(
-                f"--{name.replace('_', '-')} {value}: {args.after} was trained with {found['data'][name]} (see its "
+                f"--{name.replace('_', '-')} {value}: {trained_in} was trained with {found['data'][name]} (see its "
                 f"{CONFIGURATION}); without the flag, that is used"
             )
         if value is not None:
@@ -234,19 +253,20 @@ def arguments(args: argparse.Namespace) -> SimpleNamespace:
             f"--max-new-tokens must be below the training's --data.max_len = {found['data']['max_len']}, which has "
             f"the prompt in it too, got {args.max_new_tokens}"
         )
-    remote = "://" in args.reward or args.reward.endswith(".py")
-    if not remote and not Path(args.reward, "config.json").is_file():
+    reward = args.reward
+    remote = reward is not None and ("://" in reward or reward.endswith(".py"))
+    if reward is not None and not remote and not Path(reward, "config.json").is_file():
         raise ValueError(
-            f"--reward {args.reward}: name a Python file that defines reward_func, a server's http://..., or the "
+            f"--reward {reward}: name a Python file that defines reward_func, a server's http://..., or the "
             "folder of a reward model"
         )
-    urls = args.reward.split(",") if remote else []
+    urls = reward.split(",") if remote else []
     for url in urls:
         if problem := next(reward_problems(url), None):
             raise ValueError(f"--reward {url}: {problem}")
     found["reward"]["remote_url"] = urls or None
-    found["reward"]["model_name_or_path"] = args.reward
-    found["actor"] = {"model_name_or_path": str(args.before)}
+    found["reward"]["model_name_or_path"] = reward
+    found["actor"] = {"model_name_or_path": str(policy or reward)}
     return recipe.namespace(found)
 
 
@@ -256,31 +276,61 @@ def inputs(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
     Raises:
         ValueError: either is of no use.
     """
-    from bond_plugin.host import models
-    from bond_plugin.host.rewards import RewardError
-    from bond_plugin.offline import prompts, scoring
+    check_files({"--before": args.before, "--after": args.after})
+    tokenizer, pairs = read_prompts(args, run)
+    return pairs, load_reward(run, tokenizer, pairs[0])
 
-    for flag, folder in (("--before", args.before), ("--after", args.after)):
+
+def check_files(folders: dict[str, Path]) -> None:
+    """Whether policies, by their flags, are whole.
+
+    Raises:
+        ValueError: one is not.
+    """
+    from bond_plugin.host import models
+
+    for flag, folder in folders.items():
         if problem := next(models.files(folder, policy=True), None):
             raise ValueError(f"{flag} {folder}: {problem}")
+
+
+def read_prompts(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
+    """The policy's tokenizer, and the prompts with their labels.
+
+    Raises:
+        ValueError: they are of no use.
+    """
+    from bond_plugin.offline import prompts
+
     flags = ("--input-key", "--label-key", "--apply-chat-template")
     columns = prompts.Columns(args.input_key, args.label_key, run.data.apply_chat_template, flags)
     try:
         tokenizer = prompts.tokenizer_of(run)
         template = prompts.chat_template(tokenizer) if columns.chat else None
         rows = prompts.read_rows(args.prompts, prompts.Lines(columns, template))
-        pairs = prompts.held_out(rows, run.data, tokenizer, "--apply-chat-template")
+        return tokenizer, prompts.held_out(rows, run.data, tokenizer, "--apply-chat-template")
     except prompts.DataError as error:
         raise ValueError(f"--prompts {error}") from error
+
+
+def load_reward(run: SimpleNamespace, tokenizer: Any, pair: tuple[str, Any]) -> Any:
+    """The reward, after it was tried on a prompt.
+
+    Raises:
+        ValueError: it is of no use.
+    """
+    from bond_plugin.host.rewards import RewardError
+    from bond_plugin.offline import scoring
+
     try:
         score = scoring.scorer(run, tokenizer)
-        scoring.try_out(score, pairs[0], tokenizer)
+        scoring.try_out(score, pair, tokenizer)
     except RewardError as error:
         raise ValueError(f"--reward: {error}") from error
-    return pairs, score
+    return score
 
 
-def _vocabulary(flag: str, folder: Path) -> int | None:
+def vocabulary(flag: str, folder: Path) -> int | None:
     """The size of a model's vocabulary by its configuration, after a look at whether its files are there."""
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: no such folder. It names a model's folder, not a hub's model name")

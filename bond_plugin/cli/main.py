@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("bond_plugin.cli.train", "train with OpenRLHF's own PPO trainer and any installed algorithm"),
     "cache": ("bond_plugin.cli.cache", "score samples of the initial policy once, for --bond.reward_cache"),
     "evaluate": ("bond_plugin.cli.evaluate", "compare two models on held-out prompts: reward, win rate, KL"),
+    "select": ("bond_plugin.cli.select", "sample N responses a prompt and select one: Best-of-N, or a vote"),
     "bench": ("bond_plugin.cli.bench", "compare algorithms: reward and win rate against KL, with a report"),
     "recipes": ("bond_plugin.cli.recipes", "list the recipes that come with the package, or print one"),
     "lab": ("bond_plugin.cli.lab", "run every algorithm where Best-of-N is known exactly: a minute, no GPU"),

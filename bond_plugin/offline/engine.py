@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,7 @@ from typing import IO, Any
 from bond_plugin.host import ACTIVE_VARIABLE, DEVICE_VARIABLE, cpu, python
 
 _TAIL_LINES = 25
+_SAY_EVERY = 10.0  # seconds between two lines of progress
 _REPORT_EVERY = 0.2  # seconds between two reports of progress: they must never fill the pipe
 
 Progress = Callable[[int, int], None]
@@ -160,6 +161,56 @@ def stream(
             raise SamplingError(f"sampling from {job['model']} failed (exit status {status}); it ended with:\n{tail}")
 
 
+def chunk_of(samples: int, responses: int | None = None) -> int:
+    """How many prompts are sampled at a time: ``responses`` altogether, or as many as suit the device."""
+    import torch
+
+    return -(-(responses or (4096 if torch.cuda.is_available() else 512)) // samples)
+
+
+def remaining(
+    prompts: Sequence[str],
+    there: Callable[[int], bool],
+    draw: Callable[[list[str]], Generator[list[PromptSamples]]],
+    chunk: int,
+) -> Iterator[tuple[int, PromptSamples]]:
+    """Sample the prompts that an interrupted run has left.
+
+    Chunks are of the whole list of prompts, and one that is there in part is drawn again as a whole, so that its
+    samples are computed as they would have been without the interruption.
+
+    Args:
+        prompts: all of them.
+        there: whether the i-th is done; asked again before its samples are given.
+        draw: a list of prompts to their samples, ``chunk`` prompts at a time and in order: :func:`stream`.
+        chunk: prompts in a chunk.
+
+    Yields:
+        The places of prompts that are not there, each with its samples. Close it to stop the sampling.
+    """
+    chunks = [range(len(prompts))[start : start + chunk] for start in range(0, len(prompts), chunk)]
+    wanted = [i for part in chunks if not all(map(there, part)) for i in part]
+    if wanted:
+        with contextlib.closing(draw([prompts[i] for i in wanted])) as drawn:
+            for i, samples in zip(wanted, itertools.chain.from_iterable(drawn), strict=True):
+                if not there(i):
+                    yield i, samples
+
+
+def ticker(say: Callable[[str], None], what: str, unit: str = "responses") -> Progress:
+    """A progress callback that says (done, total) at most every few seconds."""
+    started = last = time.monotonic()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SAY_EVERY and done < total:
+            last = now
+            say(f"{what}: {done} of {total} {unit} after {now - started:.0f} s")
+
+    return tick
+
+
 def _environment(model: str) -> dict[str, str]:
     """The child's environment: this package importable, and without a GPU what vLLM needs, hooks included.
 
@@ -225,6 +276,8 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
         # No longer than needed, so that a small cache suffices for a model with a long context.
         max_model_len=max(len(ids) + room for ids, room in requests),
         **({"logprobs_mode": "processed_logprobs"} if job["log_probs"] else {}),
+        # vLLM 0.29 cannot compute half a prompt whose request has a seed of its own on a CPU.
+        **({} if gpu else {"enable_chunked_prefill": False}),
         **job["engine"],
     )
     n, total, chunk = job["n"], len(requests) * job["n"], job["chunk"] or len(requests)

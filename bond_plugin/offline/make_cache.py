@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WITH_TOKENS = "with bond cache --cache.log_probs"
-_CHUNK = {"cuda": 4096, "cpu": 512}  # responses sampled at a time
 
 _read = functools.cache(reward_cache.read_cache)
 
@@ -233,7 +232,6 @@ def _one_label_each(pairs: Pairs) -> None:
 
 
 def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, tokenizer: Any) -> None:
-    import torch
     from tqdm import tqdm
 
     there = sum(prompt in writer.cache for prompt, _ in pairs)
@@ -244,8 +242,7 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
     )
     if there == len(pairs):
         return
-    responses = args.cache.chunk or _CHUNK["cuda" if torch.cuda.is_available() else "cpu"]
-    chunk = -(-responses // args.cache.samples)
+    chunk = engine.chunk_of(args.cache.samples, args.cache.chunk)
     score = scoring.scorer(args, tokenizer)
     interactive = sys.stderr.isatty()
     total, count, progress = 0.0, 0, ""

@@ -17,21 +17,20 @@ Rewards are compared as the host has them, rounded to float32; so a tie in train
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import itertools
 import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from bond_plugin.files import named, open_file, parse_json
+from bond_plugin.files import Busy, LineFile, open_file, parse_json
+from bond_plugin.offline import engine
 from bond_plugin.offline.engine import PromptSamples
 from bond_plugin.offline.prompts import Pairs, label_text
 from bond_plugin.offline.scoring import Score
@@ -244,7 +243,7 @@ def read_cache(path: str | Path) -> Cache:
     path = Path(path)
     try:
         with open_file(path) as file:
-            cache = _read(path, file, unfinished=False)[0]
+            cache = _read(path, file)[0]
     except OSError as error:
         raise CacheError(f"{path}: {reason(error)}") from error
     if not cache:
@@ -252,12 +251,10 @@ def read_cache(path: str | Path) -> Cache:
     return cache
 
 
-def _read(path: Path, file: IO[bytes], unfinished: bool) -> tuple[Cache, int, int]:
-    """The content, its length in bytes and its lines: up to an unfinished last line, if that is allowed."""
+def _read(path: Path, lines: Iterable[bytes]) -> tuple[Cache, int]:
+    """The content of all lines, and how many they are."""
     cache, end, number = Cache(path), 0, 0
-    for number, line in enumerate(file, start=1):
-        if unfinished and not line.endswith(b"\n"):
-            return cache, end, number - 1
+    for number, line in enumerate(lines, start=1):
         start, end = end, end + len(line)
         if not line.strip():
             continue
@@ -278,19 +275,24 @@ def _read(path: Path, file: IO[bytes], unfinished: bool) -> tuple[Cache, int, in
             cache.record = item
         else:
             cache.add(item, number, start)
-    return cache, end, number
+    return cache, number
 
 
-def differences(record: Record, run: Record) -> list[str]:
+def differences(
+    record: Record,
+    run: Record,
+    compared: Mapping[str, str] = COMPARED,
+    where: tuple[str, str] = ("in the cache", "in this run"),
+) -> list[str]:
     """What a run has otherwise than the record of a cache, in words.
 
     Models and rewards are compared by their hashes, and by name only where there is no hash.
     """
     found = []
-    for key, name in COMPARED.items():
+    for key, name in compared.items():
         cached, now = record.get(key), run.get(key)
         if _identity(cached, now) != _identity(now, cached):
-            found.append(f"{name}: {_describe(cached)} in the cache, {_describe(now)} in this run")
+            found.append(f"{name}: {_describe(cached)} {where[0]}, {_describe(now)} {where[1]}")
     return found
 
 
@@ -310,7 +312,7 @@ def _describe(value: Any) -> str:
     return ", ".join(parts) or "none"
 
 
-class Writer(contextlib.AbstractContextManager):
+class Writer(LineFile):
     """Appends prompts to a cache, one line each, on the disk before :meth:`append` returns.
 
     Opening a file that exists goes on where it ends: a last line that was not finished is taken away, and
@@ -326,23 +328,16 @@ class Writer(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: str | Path, record: Record) -> None:
-        self.path = Path(path)
         self.record: Record = {_MARK: VERSION, **record}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            super().__init__(path)
+        except Busy as error:
+            raise CacheError(str(error)) from None
+        try:
             self.cache = self._resume()
-        except BaseException as error:
+        except BaseException:
             self._file.close()
-            if isinstance(error, BlockingIOError):
-                raise CacheError(f"{self.path}: another `bond cache` is writing this file") from None
-            if isinstance(error, OSError):
-                raise CacheError(f"{self.path}: {error.strerror}; name a file on another file system") from error
             raise
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
 
     def append(
         self,
@@ -378,13 +373,10 @@ class Writer(contextlib.AbstractContextManager):
         # For people: the shortest number that is the same in float32, 0.1 and not 0.10000000149011612.
         item["rewards"] = [float(str(value)) for value in numpy.array(rewards, dtype=numpy.float32)]
         self.cache.add(item, self._lines + 1, self._file.seek(0, os.SEEK_END))
-        self._write(item)
+        self.write(item)
 
-    def _write(self, item: Any) -> None:
-        with named(self.path):
-            self._file.write(json.dumps(item, ensure_ascii=False, default=str).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    def write(self, item: Any) -> None:
+        super().write(item)
         self._lines += 1
 
     def _resume(self) -> Cache:
@@ -392,11 +384,9 @@ class Writer(contextlib.AbstractContextManager):
         start = self._file.read(len(_START))
         if not _START.startswith(start):
             raise CacheError(f"{self.path} exists and is no file of `bond cache`: name another --cache.output")
-        self._file.seek(0)
-        cache, end, self._lines = _read(self.path, self._file, unfinished=True)
-        self._file.truncate(end)
+        cache, self._lines = _read(self.path, self.finished())
         if cache.record is None:  # new, or stopped in its first line
-            self._write(self.record)
+            self.write(self.record)
             return Cache(self.path, self.record)
         found = differences(cache.record, self.record)
         for key in ("samples", "seed", "log_probs"):
@@ -422,18 +412,13 @@ def fill(
     chunk: int,
     keep_responses: bool = True,
 ) -> Iterator[Sequence[float]]:
-    """Sample, score and write the prompts that a cache does not have.
-
-    Chunks are of the whole list of prompts, and one that is there in part is drawn again as a whole, so that its
-    samples are computed as they would have been without the interruption.
+    """Sample, score and write the prompts that a cache does not have: see :func:`engine.remaining`.
 
     Args:
         writer: of the cache.
         pairs: all (prompt, label), the prompts all different.
-        draw: a list of prompts to their samples, ``chunk`` prompts at a time and in order; see
-            :func:`bond_plugin.offline.engine.stream`.
+        draw, chunk: the sampler, and prompts in a chunk.
         score: the reward.
-        chunk: prompts in a chunk.
         keep_responses: write the responses beside their rewards.
 
     Yields:
@@ -442,18 +427,15 @@ def fill(
     Raises:
         PromptError: a reward is not finite. What ``draw`` and ``score`` raise passes. What is written stays.
     """
-    chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
-    unfinished = [part for part in chunks if any(prompt not in writer.cache for prompt, _ in part)]
-    wanted = [pair for part in unfinished for pair in part]
-    if not wanted:
-        return
-    with contextlib.closing(draw([prompt for prompt, _ in wanted])) as drawn:
-        for (prompt, label), samples in zip(wanted, itertools.chain.from_iterable(drawn), strict=True):
-            if prompt not in writer.cache:
-                rewards = score(prompt, label, samples)
-                stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
-                writer.append(prompt, rewards, samples.responses if keep_responses else None, label, stored)
-                yield rewards
+    prompts = [prompt for prompt, _ in pairs]
+    rest = engine.remaining(prompts, lambda i: prompts[i] in writer.cache, draw, chunk)
+    with contextlib.closing(rest):
+        for i, samples in rest:
+            prompt, label = pairs[i]
+            rewards = score(prompt, label, samples)
+            stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
+            writer.append(prompt, rewards, samples.responses if keep_responses else None, label, stored)
+            yield rewards
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,16 @@ def try_out(score: Score, pair: tuple[str, Any], tokenizer: Any) -> None:
     Raises:
         RewardError: as :func:`rewards`.
     """
-    ids = tokenizer(text=pair[0], add_special_tokens=False)["input_ids"]
-    rewards(score, [pair], [PromptSamples(ids, [[]], [pair[0]], [""])])
+    rewards(score, [pair], [of_texts(pair[0], [""], tokenizer)])
+
+
+def of_texts(prompt: str, responses: Sequence[str], tokenizer: Any = None) -> PromptSamples:
+    """Responses that are there as texts, as samples; without a tokenizer they have no tokens."""
+
+    def ids(text: str) -> list[int]:
+        return [] if tokenizer is None else tokenizer(text=text, add_special_tokens=False)["input_ids"]
+
+    return PromptSamples(ids(prompt), list(map(ids, responses)), [prompt + one for one in responses], list(responses))
 
 
 def identity(args: SimpleNamespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """1 for a right sum, 0 for a wrong one, by reasoning-gym's own checker. For `--reward.remote_url reward.py`.
 
-The answer is the first line of the response; `--data.label_key label` hands over the task's entry.
+The answer is the first line of the response, for `bond select --answer reward.py` too; `--data.label_key label` hands
+over the task's entry.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ def checker() -> Any:
     return _checker
 
 
+def answer_func(response: str) -> str:
+    """The answer of a response, "" for none."""
+    lines = SPECIAL_TOKEN.sub("", response).strip(" ").splitlines()
+    return lines[0].strip() if lines else ""
+
+
 def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> dict[str, Any]:
     """Score each query (prompt and response, decoded with special tokens).
 
@@ -33,8 +40,7 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> di
     """
     rewards = []
     for query, prompt, label in zip(queries, prompts, labels, strict=True):
-        response = SPECIAL_TOKEN.sub("", query[len(prompt) :]).strip(" ")
-        answer = response.splitlines()[0].strip() if response else ""
+        answer = answer_func(query[len(prompt) :])
         # The checker also gives a little for answers that merely contain the right one: only all of it counts.
         rewards.append(float(checker().score_answer(answer, entry=json.loads(label)) == 1.0))
     values = torch.tensor(rewards, dtype=torch.float32)

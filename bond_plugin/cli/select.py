@@ -1,0 +1,265 @@
+"""``bond select``: Best-of-N at inference, with any reward, or a vote over answers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+from bond_plugin.cli import evaluate
+from bond_plugin.files import Busy, unwritable
+
+_DESCRIPTION = """\
+Sample N responses to each prompt, score them, and select one:
+
+  best       the highest reward: Best-of-N
+  soft       one at random, with probability exp(reward / t) / sum of these: soft Best-of-N (arXiv 2505.03156)
+  majority   one with the answer that most have: self-consistency (arXiv 2203.11171); needs no reward
+  weighted   one with the answer whose rewards add up to most: verifier voting (arXiv 2206.02336)
+
+Then say what each smaller N would have given: the reward, and where rewards are 0 or 1 or --label-is-answer, how
+often each selector is right. These are estimates without bias from all N responses, each with a 95 % bootstrap
+interval over the prompts.
+"""
+
+_EPILOG = """\
+Written to --output: a JSON object a prompt, in their order, as soon as it is selected ("prompt", "response",
+"reward", "rewards", "answers", ...); and beside it NAME.settings.json. The same command started again goes on where
+it was stopped; other settings are refused. Answers are what stands in the last \\boxed{}, else the last line,
+normalised as sums are by the host's checker; or what --answer says.
+
+examples:
+  bond select --model demo/model --prompts demo/heldout.jsonl --reward recipes/reviews/reward.py \\
+    --samples 16 --output selected.jsonl
+  bond select --responses rewards.jsonl --selector soft --reward-temperature 0.5 --output selected.jsonl
+  bond select --model DIR --prompts sums.jsonl --label-key answer --label-is-answer --selector majority \\
+    --output selected.jsonl
+"""
+
+#: As in ``bond evaluate``.
+_NUMBERS = {
+    "samples": (None, 1, "N", "responses a prompt (default 16; with --responses all that are there)"),
+    "max-new-tokens": (512, 1, "T", "where responses are cut off (default %(default)s)"),
+    "tensor-parallel-size": (1, 1, "GPUS", "GPUs that the model is spread over (default %(default)s)"),
+    "seed": (0, 0, "SEED", "of sampling, draws and the table's subsets (default %(default)s)"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Select. Returns the exit status: 2 for unusable inputs, 1 if sampling, reward or answers fail."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; never look for them anywhere else
+    with contextlib.ExitStack() as stack:
+        try:
+            check(args)
+            run = evaluate.arguments(args, args.model, args.model)
+            run.vllm.tensor_parallel_size = args.tensor_parallel_size
+            job = prepare(args, run)
+            output = stack.enter_context(job.open())
+        except (ValueError, Busy) as error:
+            print(f"bond select: error: {error}", file=sys.stderr)
+            return 2
+
+        from bond_plugin.host.rewards import RewardError
+        from bond_plugin.offline import engine, scoring, selecting
+        from bond_plugin.offline.answers import SelectionError
+
+        started = time.monotonic()
+
+        def say(message: str) -> None:
+            print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
+
+        total, there = len(job.pairs), len(output.lines)
+        say(f"{total} prompts into {args.output}" + (f"; {there} are there already" if there else ""))
+        tick = engine.ticker(say, "selected", "prompts")
+        try:
+            with contextlib.closing(job.samples(there, engine.ticker(say, "sampled"))) as samples:
+                for i, drawn in samples:
+                    rewards = job.rewards[i]
+                    if job.score is not None:
+                        rewards = scoring.rewards(job.score, [job.pairs[i]], [drawn])[0].tolist()
+                    output.write(job.selection.line(i, *job.pairs[i], drawn.responses, rewards))
+                    tick(i + 1, total)
+        except KeyboardInterrupt:
+            print(f"\nbond select: stopped. {len(output.lines)} of {total} prompts are in {args.output}; the same "
+                  "command goes on")  # fmt: skip
+            return 130
+        except (engine.SamplingError, RewardError, SelectionError) as error:
+            print(f"bond select: error: {error}", file=sys.stderr)
+            return 1
+        say(f"{total} prompts are in {args.output}")
+        print(f"\n{selecting.table(output.lines, job.selection, job.right)}", flush=True)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="bond select",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what to select from").add_argument
+    what("--model", metavar="DIR", type=Path, help="the policy to sample: weights and tokenizer")
+    what("--prompts", metavar="FILE.jsonl", type=Path, help="prompts, a JSON object a line")
+    evaluate.prompt_flags(what, "--model")
+    what(
+        "--responses",
+        metavar="FILE.jsonl",
+        type=Path,
+        help="instead of --prompts: responses that are there, as bond cache writes them or with --keep-responses: "
+        '"prompt", "responses", and if they are there "rewards" and "label". A --model beside it is not sampled: its '
+        "tokenizer takes the special tokens out of the selected response",
+    )
+    how = parser.add_argument_group("selection").add_argument
+    how("--selector", choices=("best", "soft", "majority", "weighted"), default="best", help="default %(default)s")
+    how("--reward", metavar="REWARD", help=f"{evaluate.REWARD_HELP} (default: that of --responses)")
+    how("--reward-temperature", metavar="T", type=float, default=1.0, help="t of soft (default %(default)s)")
+    how("--ties", choices=("first", "random"), default="first", help="of equals (default %(default)s)")
+    how(
+        "--answer",
+        metavar="FILE.py",
+        type=Path,
+        help="a file with answer_func(response), which gives the answer as a text, or None; equal texts are equal",
+    )
+    how(
+        "--label-is-answer",
+        action="store_true",
+        help="labels are the right answers, read as responses are: report the accuracy of all selectors",
+    )
+    sampling = parser.add_argument_group("sampling").add_argument
+    for name, (default, _, metavar, text) in _NUMBERS.items():
+        sampling(f"--{name}", metavar=metavar, type=int, default=default, help=text)
+    sampling("--temperature", type=float, default=1.0, help="of the sampling (default %(default)s)")
+    output = parser.add_argument_group("output").add_argument
+    output("--output", metavar="FILE.jsonl", type=Path, required=True, help="made if missing, with its folder")
+    output("--keep-responses", action="store_true", help="write all responses, so that --responses can read them")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Look at all that needs neither models nor the host.
+
+    Raises:
+        ValueError: the first problem found.
+    """
+    evaluate.check_sampling(args, _NUMBERS)
+    if not 0 < args.reward_temperature < math.inf:
+        raise ValueError(f"--reward-temperature must be above 0, got {args.reward_temperature}")
+    if (args.prompts is None) == (args.responses is None):
+        raise ValueError("--prompts or --responses: give one of the two")
+    if args.responses is None:
+        if args.model is None:
+            raise ValueError("--model is missing: it names the policy that --prompts are given to")
+        if args.reward is None and args.selector != "majority":
+            raise ValueError(f"--reward is missing: --selector {args.selector} needs it")
+        if args.label_is_answer and args.label_key is None:
+            raise ValueError("--label-key is missing: --label-is-answer needs it")
+    else:
+        for flag in ("label_key", "apply_chat_template", "input_template"):
+            if getattr(args, flag) is not None:
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} goes with --prompts; --responses has prompts as they were"
+                )
+    if args.model is not None:
+        evaluate.vocabulary("--model", args.model)
+    if args.output.is_dir():
+        raise ValueError(f"--output {args.output}: a folder, not a file")
+    if problem := unwritable(args.output.absolute().parent):
+        raise ValueError(f"--output {problem}")
+
+
+def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
+    """Everything before the sampling: prompts, reward, answers, and the settings by which a file is known again.
+
+    Raises:
+        ValueError: one of them is of no use.
+    """
+    from bond_plugin.offline import answers, engine, fingerprints, prompts, scoring, selecting
+
+    names = ("selector", "reward_temperature", "ties", "seed", "samples", "label_is_answer", "keep_responses")
+    settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    tokenizer, given, count = None, None, args.samples
+    if args.model is not None:
+        evaluate.check_files({"--model": args.model})
+        settings["--model"] = {"name": str(args.model), "sha256": fingerprints.of_model(args.model)}
+    if args.responses is None:
+        tokenizer, pairs = evaluate.read_prompts(args, run)
+        count = count or 16
+        settings |= {"--samples": count, "--max-new-tokens": args.max_new_tokens, "--temperature": args.temperature}
+        settings |= {"--prompts": {"name": str(args.prompts), "sha256": fingerprints.of_value(pairs)}}
+        settings["the training's --data.max_len"] = run.data.max_len
+    else:
+        try:
+            given = selecting.read_given(args.responses, count)
+        except ValueError as error:
+            raise ValueError(f"--responses {error}") from error
+        pairs = [(line.prompt, line.label) for line in given]
+        settings["--responses"] = {"name": str(args.responses), "sha256": fingerprints.of_file(args.responses)}
+        if args.model is not None or (args.reward and not run.reward.remote_url):
+            tokenizer = prompts.tokenizer_of(run)
+        missing = next((line for line in given if line.rewards is None), None)
+        if args.reward is None and args.selector != "majority" and missing is not None:
+            raise ValueError(f"--reward is missing: {args.responses} has no 'rewards' of {missing.prompt[:60]!r}")
+    score = None if args.reward is None else evaluate.load_reward(run, tokenizer, pairs[0])
+    settings["--reward"] = None if score is None else scoring.identity(run)
+    parse = None
+    if args.selector in ("majority", "weighted") or args.answer is not None or args.label_is_answer:
+        try:
+            parse = answers.parser(args.answer)
+        except answers.SelectionError as error:
+            raise ValueError(f"--answer {error}") from error
+        settings["--answer"] = None if args.answer is None else fingerprints.of_file(args.answer)
+    right = None
+    if args.label_is_answer:
+        for prompt, label in pairs:
+            if isinstance(label, bool) or not isinstance(label, str | int | float) or label == "":
+                raise ValueError(
+                    f"--label-is-answer: the label of {prompt[:60]!r} is no text or number, but {label!r}"
+                )
+        right = [parse(str(label)) or str(label) for _, label in pairs]
+    special = [] if tokenizer is None or args.model is None else tokenizer.all_special_tokens
+
+    def clean(response: str) -> str:
+        return functools.reduce(lambda text, token: text.replace(token, ""), special, response)
+
+    def samples(there: int, progress: engine.Progress) -> Iterator[tuple[int, engine.PromptSamples]]:
+        if given is not None:
+            return (
+                (i, scoring.of_texts(given[i].prompt, given[i].responses, tokenizer))
+                for i in range(there, len(given))
+            )
+        draw = functools.partial(
+            engine.stream,
+            args.model,
+            n=count,
+            max_new_tokens=args.max_new_tokens,
+            max_len=run.data.max_len,
+            temperature=args.temperature,
+            seed=args.seed,
+            chunk=engine.chunk_of(count),
+            use_fast_tokenizer=not run.data.disable_fast_tokenizer,
+            engine={**scoring.room_beside(score), "tensor_parallel_size": args.tensor_parallel_size},
+            progress=progress,
+        )
+        return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < there, draw, engine.chunk_of(count))
+
+    random = args.ties == "random" or args.selector == "soft"
+    draws = (args.reward_temperature, random, args.seed)
+    return SimpleNamespace(
+        pairs=pairs,
+        score=score,
+        right=right,
+        rewards=[line.rewards for line in given] if given else [None] * len(pairs),
+        selection=selecting.Selection(args.selector, *draws, parse, clean, args.keep_responses),
+        samples=samples,
+        open=functools.partial(selecting.Output, args.output, settings),
+    )
