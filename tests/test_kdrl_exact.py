@@ -105,12 +105,12 @@ def resting_place(beta: float, level: str, n: int) -> Tensor:
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_training_comes_to_rest_where_it_should(level: str) -> None:
     policy = TIED.policy()
-    algorithm = build(0.5, level=level)
+    algorithm = build(1.0, level=level)
     train(TIED, algorithm, policy, 4, Training(steps=300, lr=0.1, prompts=512, seed=7))
-    rest = resting_place(0.5, level, n=8)
-    assert kl(policy.log_probs().detach(), rest) < 2e-3
-    other = resting_place(0.5, {"token": "sequence", "sequence": "token"}[level], n=8)
-    assert kl(rest, other) > 0.05
+    rest = resting_place(1.0, level, n=8)
+    assert kl(policy.log_probs().detach(), rest) < 5e-4
+    other = resting_place(1.0, {"token": "sequence", "sequence": "token"}[level], n=8)
+    assert kl(rest, other) > 5e-3
 
 
 def test_beta_falls_linearly_with_the_steps_of_the_run() -> None:
