@@ -127,6 +127,7 @@ HOOKS: tuple[Hook, ...] = (
     _hook(
         f"{_MAKER}.compute_advantages_and_returns", "self experiences", "advantages:compute_advantages_and_returns"
     ),
+    _hook(f"{_MAKER}.get_cumulative_returns", "self rewards action_mask gamma", "advantages:cumulative_returns"),
     # The training workers.
     _hook(
         f"{_LAUNCHER}:BaseModelActor.execute_batch",
