@@ -308,18 +308,14 @@ def _for_training(args: Any, experiences: list[Any], known: list[Row]) -> list[A
         experiences: with advantages.
         known: of each of their rows.
     """
-    from openrlhf.trainer.ppo_utils.experience import (
-        make_experience_batch,
-        remove_padding_in_sequences,
-        split_experience_batch,
-    )
+    from openrlhf.trainer.ppo_utils.experience import make_experience_batch, split_experience_batch
 
     rows: list[Any] = []
     for e in experiences:
         e.kl = e.values = e.returns = None
         e.info = {"reward": e.rewards.float(), ROWS: known[len(rows) : len(rows) + len(e.sequences)]}
         rows += split_experience_batch(e)
-    rows = remove_padding_in_sequences(rows)
+    # The ranks take the padding away themselves.
     ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
     share = len(rows) // ranks
     dealt = []

@@ -199,7 +199,6 @@ HOOKS: tuple[Hook, ...] = (
     _used(f"{_MAKER}.make_experience", "self samples_list"),
     _used("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args"),
     _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
-    _used("openrlhf.trainer.ppo_utils.experience:remove_padding_in_sequences", "items"),
     _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),
     _used("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer"),
     _used(
