@@ -22,6 +22,7 @@ from typing import IO, Any
 from bond_plugin.words import reason
 
 _DEEPEST = 50  # lists and objects in one another
+_CONTAINERS = (dict, list)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -133,16 +134,17 @@ def parse_json(content: bytes, finite: bool = True) -> Any:
 
     def number(text: str) -> float:
         value = float(text)
-        if finite and not math.isfinite(value):
+        if not math.isfinite(value):
             raise _Refused(f"has the number {text[:40]}, which is not finite")
         return value
 
     def whole(text: str) -> int:
-        if finite and len(text) > 18 and not -(2**63) <= int(text) < 2**63:
+        if len(text) > 18 and not -(2**63) <= int(text) < 2**63:
             raise _Refused(f"has the number {text[:40]}, which does not fit into 64 bits")
         return int(text)
 
-    hooks = {"parse_constant": number, "parse_float": number, "parse_int": whole}
+    # Without them json's own, which are in C: four times as fast on tokens and log-probabilities.
+    hooks = {"parse_constant": number, "parse_float": number, "parse_int": whole} if finite else {}
     try:
         text = content.decode("utf-8-sig")
         found = json.loads(text, object_pairs_hook=unique, **hooks)
@@ -169,11 +171,11 @@ class _Refused(ValueError):
 
 def _deeper(value: Any, levels: int) -> bool:
     """Whether lists and objects are nested deeper than ``levels``."""
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return False
-    return levels == 0 or any(_deeper(one, levels - 1) for one in value)
+    level = [value] if isinstance(value, _CONTAINERS) else []
+    for _ in range(levels):
+        inside = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for each in inside for one in each if isinstance(one, _CONTAINERS)]
+    return bool(level)
 
 
 def lock(folder: Path) -> IO[str]:

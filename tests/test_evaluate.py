@@ -513,7 +513,7 @@ def test_sampling_errors_carry_the_reason(
 ) -> None:
     interpreter = write(tmp_path / "python", f"#!/bin/sh\n{child}\n")
     interpreter.chmod(0o755)
-    monkeypatch.setattr(engine.sys, "executable", str(interpreter))
+    monkeypatch.setattr(sys, "executable", str(interpreter))
     with pytest.raises(engine.SamplingError, match=f"sampling from somewhere failed(.|\n)*{says}$"):
         engine.sample("somewhere", ["a"], 1, max_new_tokens=1, temperature=1.0, seed=0)
 
@@ -522,7 +522,7 @@ def test_sampling_errors_carry_the_reason(
 def test_the_hub_is_asked_for_names_only(folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter = write(tmp_path / "python", '#!/bin/sh\necho "offline=$HF_HUB_OFFLINE." >&2\nexit 1\n')
     interpreter.chmod(0o755)
-    monkeypatch.setattr(engine.sys, "executable", str(interpreter))
+    monkeypatch.setattr(sys, "executable", str(interpreter))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(engine.SamplingError, match=f"offline={1 if folder else ''}[.]"):
         model = tmp_path if folder else "owner/name"

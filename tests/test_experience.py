@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bond_plugin.host import log_probs, weights
-from bond_plugin.host.advantages import compute_advantages_and_returns
+from bond_plugin.host.advantages import compute_advantages_and_returns, cumulative_returns
 from bond_plugin.host.experience import Batch, of_step, under_weights
 from bond_plugin.host.rewards import RewardError
 
@@ -138,3 +138,71 @@ def test_a_reward_that_is_no_number_ends_a_run_of_the_hosts_estimators_too() -> 
     experiences[0].rewards[1] = math.nan
     with pytest.raises(RewardError, match="the reward is nan for the prompt 'cd'"):
         compute_advantages_and_returns(lambda _self, given: given, maker, experiences)
+
+
+def experiences_of(generator: torch.Generator) -> list[SimpleNamespace]:
+    """12 rows in three micro-batches of other orders than the rollout's, some responses in several turns or empty."""
+    found = []
+    for places in ([5, 0, 11, 2, 7], [1], [3, 4, 6, 8, 9, 10]):
+        mask = (torch.rand(len(places), 9, generator=generator) < 0.6).long()
+        mask[0] = 0 if len(places) > 1 else mask[0]
+        prompts = [f"prompt {place // 3}" for place in places]
+        values = torch.randn(mask.shape, generator=generator)
+        found.append(SimpleNamespace(index=places, prompts=prompts, action_mask=mask, action_log_probs=values))
+    return found
+
+
+def test_tokens_go_from_micro_batches_to_prompts_and_back() -> None:
+    """Against the definition, a token at a time."""
+    experiences = experiences_of(torch.Generator().manual_seed(0))
+    batch = Batch(experiences, 3)
+    found = batch.tokens([e.action_log_probs for e in experiences])
+    longest = max(int(e.action_mask.sum(dim=-1).max()) for e in experiences)
+    assert found.dtype == torch.float64
+    assert found.shape == (4, 3, longest)
+    rows = {}
+    for e in experiences:
+        for place, values, mask in zip(e.index, e.action_log_probs.tolist(), e.action_mask.tolist(), strict=True):
+            rows[place] = [value for value, kept in zip(values, mask, strict=True) if kept]
+    expected = [rows[place] + [0.0] * (longest - len(rows[place])) for place in range(12)]
+    assert found.flatten(0, 1).tolist() == expected
+
+    advantages = torch.randn(4, 3, longest, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for given in (advantages, advantages[..., :1].expand(advantages.shape)):  # a number a token, or one a response
+        batch.spread(given)
+        for e in experiences:
+            assert e.advantages.dtype == torch.float32
+            for place, values, mask in zip(e.index, e.advantages, e.action_mask.bool(), strict=True):
+                mine = given[place // 3, place % 3, : int(mask.sum())].float()
+                assert values[mask].equal(mine)
+                assert values[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_returns_are_the_hosts_to_the_last_bit(gamma: float, dtype: torch.dtype) -> None:
+    import inspect
+
+    from bond_plugin.host import cpu
+
+    with cpu.flash_attn_stand_in():
+        from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+
+    original = inspect.unwrap(RemoteExperienceMaker.get_cumulative_returns)
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(5, 300, generator=generator).mul(torch.logspace(-6, 6, 300)).to(dtype)
+    mask = (torch.rand(5, 300, generator=generator) < 0.7).long()
+    mask[:, -20:] = 0  # a negative reward there is a negative zero, and the first sum
+    calls = []
+
+    def counted(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return original(*given)
+
+    for kept in (mask, None):
+        found = cumulative_returns(counted, None, rewards, kept, gamma)
+        expected = original(None, rewards, kept, gamma)
+        assert found.dtype == expected.dtype
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert found.view(bits).equal(expected.view(bits))
+    assert bool(calls) == (gamma != 1.0 or dtype != torch.float32)

@@ -211,14 +211,14 @@ def advantages(
     def parts(log_ratios: Tensor) -> Tensor:
         if not to_go:
             log_ratios = log_ratios.sum(dim=-1, keepdim=True)
-        return own.unsqueeze(-1) * _to_go(log_ratios, own, centred)
+        return _to_go(log_ratios, own, centred).mul_(own.unsqueeze(-1))
 
     own, size = pool.own_policy, pool.rewards.shape[-1]
     base = _other_prompts(log_tilt, own, goal) if centred else 0.0
     each = (1 - beta) * (pool.own_anchor * tilt - own) + beta * own * (log_tilt - base)
-    found = each.unsqueeze(-1) - (beta + gamma) * parts(pool.log_ratios)
+    found = parts(pool.log_ratios).mul_(-(beta + gamma)).add_(each.unsqueeze(-1))
     if config.gamma_ref:
-        found = found - config.gamma_ref * parts(pool.reference_log_ratios)
+        found -= parts(pool.reference_log_ratios).mul_(config.gamma_ref)
 
     policy, anchor = slice(0, pool.n), slice(pool.n, None)
     m = size - pool.n
@@ -260,13 +260,14 @@ def _other_prompts(values: Tensor, weights: Tensor, goal: Target) -> Tensor | fl
 
 def _to_go(log_ratios: Tensor, weights: Tensor, centred: bool) -> Tensor:
     """``[P, S, A]``: the sum from each token on, less the weighted mean of the prompt's other samples' there."""
-    to_go = log_ratios.flip(-1).cumsum(dim=-1).flip(-1)
+    to_go = log_ratios.flip(-1).cumsum_(dim=-1).flip(-1)
     if not centred or to_go.shape[1] < 2:
         return to_go
-    weighted = weights.unsqueeze(-1) * to_go
+    weighted = weights.unsqueeze(-1) * to_go  # in place from here: a rollout's tokens in float64 are large
     total = weights.sum(dim=1, keepdim=True)
     rest = (total - weights).clamp(min=1e-300).unsqueeze(-1)
-    return to_go - (weighted.sum(dim=1, keepdim=True) - weighted) / rest
+    together = weighted.sum(dim=1, keepdim=True)
+    return to_go.sub_(weighted.neg_().add_(together).div_(rest))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ The reference is measured first: its samples are what every policy is compared w
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ def run(job: Job) -> None:
     if job.is_reference:
         scoring.try_out(score, pairs[0], tokenizer)
     prompts = [prompt for prompt, _ in pairs]
+    width = min(args.vllm.tensor_parallel_size, len(engine.gpus()) or 1)
+    # On a cluster, runs of other cells have GPUs of this machine that cannot be told from here.
+    engines = 1 if "RAY_ADDRESS" in os.environ else engine.count(width)
     drawn = engine.sample(
         job.model,
         prompts,
@@ -81,7 +85,9 @@ def run(job: Job) -> None:
         max_len=args.data.max_len,
         temperature=args.rollout.temperature,
         seed=job.seed,
-        engine=scoring.room_beside(score),
+        engines=engines,
+        tensor_parallel_size=width,
+        engine=scoring.room_beside(score, engines * width),
     )
     rewards = scoring.rewards(score, pairs, drawn)
     if job.is_reference:

@@ -286,14 +286,14 @@ class Runner:
             "seed": cell.seed,
             "flags": cell.own,
         }
-        trained = folder / "trained.json"
+        trained, variables = folder / "trained.json", self.free.get()
         try:
             known = read_json(trained) or {}
             whole = "training" in known and (folder / "policy").is_dir()
             if known.get("key") != self._training_key(cell) or not whole:
-                known = self._train_cell(cell, folder)
+                known = self._train_cell(cell, folder, variables)
                 write_json(trained, known)
-            found = self._measure(str(folder / "policy"), folder, self.configurations[cell.name])
+            found = self._measure(str(folder / "policy"), folder, self.configurations[cell.name], variables)
             result |= {
                 "status": "done",
                 "training": known["training"] | {"cached_tokens": found["cached_tokens"]},
@@ -306,17 +306,16 @@ class Runner:
             if self.processes.stopped:
                 raise
             result |= {"status": "failed", "error": str(error)}
+        finally:
+            self.free.put(variables)
         write_json(folder / "result.json", {"key": self._key(cell, reference), **result})
         return result
 
-    def _train_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
+    def _train_cell(self, cell: Cell, folder: Path, variables: Mapping[str, str]) -> dict[str, Any]:
         for old in ("policy", "run", "checkpoints"):
             shutil.rmtree(folder / old, ignore_errors=True)
-        started, variables = time.monotonic(), self.free.get()
-        try:
-            peak = self.processes.run("training", self._train(cell), folder / "train.log", variables, memory=True)
-        finally:
-            self.free.put(variables)
+        started = time.monotonic()
+        peak = self.processes.run("training", self._train(cell), folder / "train.log", variables, memory=True)
         seconds = time.monotonic() - started
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         policy = (folder / "run").rename(folder / "policy")
@@ -325,7 +324,14 @@ class Runner:
         training |= {"seconds": round(seconds, 1), "peak_memory_gib": None if peak is None else round(peak, 2)}
         return {"key": self._training_key(cell), "training": training}
 
-    def _measure(self, model: str, folder: Path, configuration: dict[str, Any], is_reference: bool = False) -> Any:
+    def _measure(
+        self,
+        model: str,
+        folder: Path,
+        configuration: dict[str, Any],
+        variables: Mapping[str, str] = {},
+        is_reference: bool = False,
+    ) -> Any:
         """What :mod:`bond_plugin.bench.measure` finds of a model; its log goes into ``folder``."""
         job, output = folder / "measure.job.json", folder / "measured.json"
         description = {
@@ -341,7 +347,7 @@ class Runner:
         write_json(job, description)
         try:
             arguments = ["-m", "bond_plugin.bench.measure", str(job)]
-            self.processes.run("measuring", arguments, folder / "measure.log")
+            self.processes.run("measuring", arguments, folder / "measure.log", variables)
             return read_json(output)
         finally:
             job.unlink()

@@ -110,6 +110,8 @@ class Evaluation:
         cache: folder where samples and rewards are kept, so that a second call with the same models and settings
             reuses them.
         say: takes progress messages.
+        engines: vLLM engines that sample side by side.
+        tensor_parallel_size: GPUs of each.
     """
 
     pairs: Pairs
@@ -118,6 +120,8 @@ class Evaluation:
     sampling: Sampling
     cache: Path
     say: Say
+    engines: int = 1
+    tensor_parallel_size: int = 1
 
     def of(self, before: str | Path, after: str | Path) -> BeforeAfter:
         """Sample both models on the same prompts, score the samples, and compute the KL between the models.
@@ -193,11 +197,21 @@ class Evaluation:
             self.say(f"{name}: samples reused from {path}")
             return kept[0]
         prompts, count = [prompt for prompt, _ in self.pairs], self.sampling.samples
-        self.say(f"{name}: sampling {len(prompts)} prompts x {count} from {model} (vLLM starts first)")
+        by = f" by {self.engines} engines" if self.engines > 1 else ""
+        self.say(f"{name}: sampling {len(prompts)} prompts x {count} from {model}{by} (vLLM starts first)")
         started = time.monotonic()
         how = {key: getattr(self.sampling, key) for key in ("max_new_tokens", "max_len", "temperature")}
-        room, progress = scoring.room_beside(self.score), engine.ticker(self.say, name)
-        drawn = engine.sample(model, prompts, count, seed=seed, engine=room, progress=progress, **how)
+        drawn = engine.sample(
+            model,
+            prompts,
+            count,
+            seed=seed,
+            engines=self.engines,
+            tensor_parallel_size=self.tensor_parallel_size,
+            engine=scoring.room_beside(self.score, self.engines * self.tensor_parallel_size),
+            progress=engine.ticker(self.say, name),
+            **how,
+        )
         tokens = sum(len(ids) for one in drawn for ids in one.response_ids)
         seconds = time.monotonic() - started
         self.say(f"{name}: {len(prompts) * count} responses, {tokens:,} tokens in {seconds:.0f} s")

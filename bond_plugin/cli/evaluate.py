@@ -121,7 +121,9 @@ def main(argv: list[str]) -> int:
     how = {name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "kl_samples", "seed")}
     sampling, cache = two.Sampling(**how, max_len=run.data.max_len), args.output_dir / "cache"
     try:
-        evaluation = two.Evaluation(pairs, score, scoring.identity(run), sampling, cache, say)
+        width = min(run.vllm.tensor_parallel_size, len(engine.gpus()) or 1)
+        engines = engine.count(width, args.engines)
+        evaluation = two.Evaluation(pairs, score, scoring.identity(run), sampling, cache, say, engines, width)
         result = evaluation.of(args.before, args.after)
     except (engine.SamplingError, RewardError, likelihood.VocabularyError, measure.TokenizerError) as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
@@ -157,6 +159,12 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (default, _, metavar, text) in _NUMBERS.items():
         sampling(f"--{name}", metavar=metavar, type=int, default=default, help=f"{text} (default %(default)s)")
     sampling("--temperature", type=float, default=1.0, help="of the sampling (default %(default)s)")
+    sampling(
+        "--engines",
+        metavar="E",
+        type=int,
+        help="vLLM engines that sample side by side, each with as many GPUs as in the training (default: all GPUs)",
+    )
     output = parser.add_argument_group("output").add_argument
     output("--metrics", metavar="FILE.jsonl", type=Path, help="metrics.jsonl of the run: also draw curves.png")
     output("--output-dir", metavar="DIR", type=Path, required=True, help="made if missing")
@@ -187,6 +195,7 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
         ValueError: the first problem found.
     """
     check_sampling(args, _NUMBERS)
+    at_least(vars(args), {"engines": 1})
     if args.kl_samples > args.samples:
         raise ValueError(f"--kl-samples must be at most --samples = {args.samples}, got {args.kl_samples}")
     sizes = [vocabulary("--before", args.before), vocabulary("--after", args.after)]

@@ -237,6 +237,7 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
                 (i, scoring.of_texts(given[i].prompt, given[i].responses, tokenizer))
                 for i in range(there, len(given))
             )
+        engines = engine.count(args.tensor_parallel_size)
         draw = functools.partial(
             engine.stream,
             args.model,
@@ -247,7 +248,9 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
             seed=args.seed,
             chunk=engine.chunk_of(count),
             use_fast_tokenizer=not run.data.disable_fast_tokenizer,
-            engine={**scoring.room_beside(score), "tensor_parallel_size": args.tensor_parallel_size},
+            engines=engines,
+            tensor_parallel_size=args.tensor_parallel_size,
+            engine=scoring.room_beside(score, engines * args.tensor_parallel_size),
             progress=progress,
         )
         return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < there, draw, engine.chunk_of(count))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from bond_plugin.host import plan, state, transform
@@ -36,6 +37,8 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
     batch = Batch(experiences, self.args.rollout.n_samples_per_prompt)
     found = assembled(self, algorithm, batch, batch.n)
     batch.spread(found.advantages)
+    for e in experiences:
+        e.returns = None  # which a critic would be trained on
     keep_for_loss(self, experiences)
 
     metrics = state.of(self).metrics
@@ -48,6 +51,22 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         metrics |= engine_gap(experiences, trainer, rows, "policy", limit)
     _warn_of_few(state.of(self), algorithm)
     return experiences
+
+
+@torch.no_grad()
+def cumulative_returns(
+    original: Any, self: Any, rewards: torch.Tensor, action_mask: torch.Tensor | None, gamma: float
+) -> torch.Tensor:
+    """The host's sums of what is still to come, ``[B, T]``, to the last bit, without its loop over tokens.
+
+    That loop, a Python step a token and micro-batch, is nearly all that the controller does on long responses.
+    """
+    if gamma != 1.0 or rewards.dtype != torch.float32 or rewards.device.type != "cpu":
+        return original(self, rewards, action_mask, gamma)
+    counted = rewards if action_mask is None else action_mask * rewards
+    # NumPy adds one after the other in float32, as the loop does; torch.cumsum does not. The loop begins with 0.
+    backwards = np.add.accumulate((counted + 0.0).numpy()[:, ::-1], axis=1)
+    return torch.from_numpy(backwards[:, ::-1].copy())
 
 
 def _warn_of_few(kept: state.State, algorithm: Any) -> None:

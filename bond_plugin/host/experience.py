@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class Batch:
         if self.size % n or prompts != [prompt for prompt in self.prompts for _ in range(n)]:
             raise RuntimeError(f"samples of different prompts are mixed up: {sorted(set(prompts))}")
 
+    @functools.cached_property
+    def lengths(self) -> list[list[int]]:
+        """Response tokens of each row of each experience."""
+        return [e.action_mask.bool().sum(dim=-1).tolist() for e in self.experiences]
+
     def rows(self, values: list[torch.Tensor]) -> torch.Tensor:
         """One number a row, ``[B]`` for each experience, as ``[P, n]`` float64."""
         return torch.cat([v.flatten() for v in values]).double()[self.order].reshape(-1, self.n)
@@ -60,12 +66,12 @@ class Batch:
 
     def tokens(self, values: list[torch.Tensor]) -> torch.Tensor:
         """One number a token, ``[B, A]`` for each experience, as ``[P, n, A']``: response tokens from the left."""
-        rows: list[torch.Tensor] = []
-        for value, e in zip(values, self.experiences, strict=True):
-            mask = e.action_mask.bool()
-            rows += value.double()[mask].split(mask.sum(dim=-1).tolist())
-        padded = torch.nn.utils.rnn.pad_sequence([rows[i] for i in self.order], batch_first=True)
-        return padded.reshape(-1, self.n, padded.shape[-1])
+        found = torch.zeros(self.size, max(map(max, self.lengths)), dtype=torch.float64)
+        for value, e, lengths in zip(values, self.experiences, self.lengths, strict=True):
+            rows = value.masked_select(e.action_mask.bool()).split(lengths)
+            for place, row in zip(e.index, rows, strict=True):
+                found[place, : len(row)] = row
+        return found.reshape(len(self.prompts), self.n, -1)
 
     def in_turn(self, values: torch.Tensor) -> torch.Tensor:
         """What belongs to rows, ``[P, n, ...]``, as the rows stand in the experiences, ``[P n, ...]``.
@@ -76,13 +82,11 @@ class Batch:
 
     def spread(self, advantages: torch.Tensor) -> None:
         """Give each experience its ``advantages``, ``[P, n, A']``: of response tokens from the left."""
-        start, ordered = 0, self.in_turn(advantages)
-        for e in self.experiences:
+        rows = advantages.flatten(0, 1)
+        for e, lengths in zip(self.experiences, self.lengths, strict=True):
+            kept = [rows[place, :length] for place, length in zip(e.index, lengths, strict=True)]
             mask = e.action_mask.bool()
-            part = ordered[start : start + len(mask)].float()
-            start += len(mask)
-            e.advantages = torch.zeros(mask.shape)
-            e.advantages[mask] = part[torch.arange(part.shape[-1]) < mask.sum(dim=-1, keepdim=True)]
+            e.advantages = torch.zeros(mask.shape).masked_scatter_(mask, torch.cat(kept).float())
 
 
 def under_weights(maker: Any, experiences: list[Any]) -> dict[str, list[torch.Tensor]]:
@@ -278,7 +282,7 @@ def _differences(experiences: list[Any], trainer: list[torch.Tensor], rows: torc
         experiences, trainer, rows.split([len(e.sequences) for e in experiences]), strict=True
     ):
         mask = e.action_mask.bool() & kept.unsqueeze(-1)
-        parts.append((e.rollout_log_probs - log_probs)[mask])
+        parts.append((e.rollout_log_probs - log_probs).masked_select(mask))
     return torch.cat(parts).double()
 
 
@@ -308,11 +312,7 @@ def _for_training(args: Any, experiences: list[Any], known: list[Row]) -> list[A
         experiences: with advantages.
         known: of each of their rows.
     """
-    from openrlhf.trainer.ppo_utils.experience import (
-        make_experience_batch,
-        remove_padding_in_sequences,
-        split_experience_batch,
-    )
+    from openrlhf.trainer.ppo_utils.experience import make_experience_batch, split_experience_batch
 
     rows: list[Any] = []
     for e in experiences:
@@ -320,7 +320,7 @@ def _for_training(args: Any, experiences: list[Any], known: list[Row]) -> list[A
         hidden = {HIDDEN: e.info[HIDDEN]} if HIDDEN in e.info else {}
         e.info = {"reward": e.rewards.float(), ROWS: known[len(rows) : len(rows) + len(e.sequences)], **hidden}
         rows += split_experience_batch(e)
-    rows = remove_padding_in_sequences(rows)
+    # The ranks take the padding away themselves.
     ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
     share = len(rows) // ranks
     dealt = []

@@ -122,6 +122,7 @@ HOOKS: tuple[Hook, ...] = (
     _hook(
         f"{_MAKER}.compute_advantages_and_returns", "self experiences", "advantages:compute_advantages_and_returns"
     ),
+    _hook(f"{_MAKER}.get_cumulative_returns", "self rewards action_mask gamma", "advantages:cumulative_returns"),
     # The training workers.
     _hook(f"{_STRATEGY}.setup_distributed", "self timeout", "loss:setup_distributed"),
     _hook(
@@ -194,7 +195,6 @@ HOOKS: tuple[Hook, ...] = (
     _used(f"{_MAKER}.make_experience", "self samples_list"),
     _used("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args"),
     _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
-    _used("openrlhf.trainer.ppo_utils.experience:remove_padding_in_sequences", "items"),
     _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),
     _used("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer"),
     _used(

@@ -1,24 +1,27 @@
-"""Offline sampling with vLLM, in a process of its own.
+"""Offline sampling with vLLM, each engine in a process of its own, with GPUs of its own.
 
-:func:`stream` starts ``python -m bond_plugin.offline.engine``, hands it the job as JSON on its standard input and
-reads the samples back, one JSON line a chunk; :func:`sample` waits for all of them. vLLM keeps the memory it
-has taken until its process ends, so only a process of its own gives it back; and two models can be sampled
-one after the other on one device.
+:func:`stream` starts ``python -m bond_plugin.offline.engine`` for each engine. On its standard input a process gets
+the job, then the numbers of the chunks that it is to sample, and at the end ``null``; it sends the samples back, one
+JSON line a chunk. :func:`sample` waits for all of them. vLLM keeps the memory it has taken until its process ends, so
+only a process of its own gives it back; and two models can be sampled one after the other on one device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
+import queue
 import subprocess
-import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -56,13 +59,36 @@ class PromptSamples:
     log_probs: list[list[float]] | None = None
 
 
-def sample(model: str | Path, prompts: Sequence[str], n: int, **how: Any) -> list[PromptSamples]:
+def gpus() -> list[str]:
+    """The GPUs that this process sees, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else list(map(str, range(count))))[:count]
+
+
+def count(tensor_parallel_size: int = 1, asked: int | None = None) -> int:
+    """How many engines to start: ``asked``, or as many as there are GPUs for; no more than that, and at least one.
+
+    Without a GPU ``asked``, or one.
+    """
+    there = len(gpus())
+    room = there // tensor_parallel_size if there else asked or 1
+    return max(1, min(asked or room, room))
+
+
+def sample(model: str | Path, prompts: Sequence[str], n: int, *, engines: int = 1, **how: Any) -> list[PromptSamples]:
     """Draw ``n`` responses for each prompt from a model's own distribution: no top-p, top-k or least length.
 
-    Arguments and errors as for :func:`stream` without ``chunk``: the random numbers come from one stream for all
-    requests. So the same arguments on the same machine give the same samples, and other prompts give others.
+    Arguments and errors as for :func:`stream` without ``chunk``. Each engine has every ``engines``-th prompt, all at
+    once.
     """
-    return list(itertools.chain.from_iterable(stream(model, prompts, n, **how)))
+    striped = [place for first in range(engines) for place in range(first, len(prompts), engines)]
+    chunk = max(1, -(-len(prompts) // engines))
+    drawn = stream(model, [prompts[place] for place in striped], n, chunk=chunk, engines=engines, **how)
+    by_place = dict(zip(striped, itertools.chain.from_iterable(drawn), strict=True))
+    return [by_place[place] for place in range(len(prompts))]
 
 
 def stream(
@@ -70,37 +96,42 @@ def stream(
     prompts: Sequence[str],
     n: int,
     *,
+    chunk: int,
     max_new_tokens: int | None,
     temperature: float,
     seed: int,
     max_len: int | None = None,
     min_new_tokens: int = 0,
-    chunk: int | None = None,
     use_fast_tokenizer: bool = True,
     log_probs: bool = False,
+    engines: int = 1,
+    tensor_parallel_size: int = 1,
     engine: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[list[PromptSamples]]:
     """Draw ``n`` responses for each prompt as the host's rollouts do, and yield them a chunk of prompts at a time.
 
-    Each response has a random seed of its own, made of ``seed``, its prompt and its place among the n. So what
+    Each response has a random seed of its own, made of ``seed``, its prompt and its place among the prompt's. So what
     is drawn does not depend on which other prompts are asked for, but for rounding: a model's log-probabilities
-    depend a little on what is computed beside them. Chunks are sampled one after the other, each alone, so with
-    the same chunks the same machine gives the same samples. While a chunk is being used, the next is sampled.
+    depend a little on what is computed beside them. A chunk is sampled by one engine, alone, so with the same chunks
+    the same machine gives the same samples, whatever the number of engines. While chunks are being used, others are
+    sampled: two for each engine.
 
     Args:
         model: a folder, or a name that Hugging Face's hub knows.
         prompts: texts, none empty, as the host gives them to its engines, templates applied. Tokenised without
             special tokens; only the last tokens are kept of one that leaves no room for the response.
         n: samples a prompt, at least 1.
+        chunk: prompts in a chunk, at least 1.
         max_new_tokens: tokens after which a response is cut off; ``None`` for as many as ``max_len`` leaves.
         temperature: above 0.
         seed: see above.
         max_len: tokens of prompt and response together; ``None`` cuts no prompt.
         min_new_tokens: no EOS token before so many tokens.
-        chunk: prompts in a chunk, at least 1; ``None`` for all at once, without seeds of their own.
         use_fast_tokenizer: as the host's ``--data.disable_fast_tokenizer`` says.
         log_probs: whether they are wanted; of the distribution that is sampled from, temperature included.
+        engines: how many; see :func:`count`. No more are started than there are chunks.
+        tensor_parallel_size: GPUs of each engine. The first has the first.
         engine: further arguments of ``vllm.LLM``.
         progress: called with (responses finished, responses wanted) now and then.
 
@@ -109,7 +140,7 @@ def stream(
         generator to stop the sampling.
 
     Raises:
-        SamplingError: vLLM failed.
+        SamplingError: vLLM failed in one of the engines. The others have ended then.
     """
     job = {
         "model": os.fspath(model),
@@ -123,49 +154,115 @@ def stream(
         "chunk": chunk,
         "tokenizer": {"trust_remote_code": True, "use_fast": use_fast_tokenizer},
         "log_probs": log_probs,
-        "engine": {"trust_remote_code": True, "seed": seed, **(engine or {})},
+        "engine": {
+            "trust_remote_code": True,
+            "seed": seed,
+            "tensor_parallel_size": tensor_parallel_size,
+            **(engine or {}),
+        },
     }
-    error = ""
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(
+    chunks, devices = -(-len(prompts) // chunk), gpus()
+    inbox: queue.SimpleQueue[tuple[_Child, dict[str, Any] | None]] = queue.SimpleQueue()
+    children: list[_Child] = []
+    ready: dict[int, list[dict[str, Any]]] = {}
+    try:
+        for e in range(min(engines, chunks)):
+            mine = devices[e * tensor_parallel_size : (e + 1) * tensor_parallel_size]
+            share = {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+            children.append(_Child(_environment(job["model"]) | share, inbox))
+        for child in children:
+            child.send(job)
+        given = 0
+        for wanted in range(chunks):
+            while given < min(chunks, wanted + 2 * len(children)):
+                min(children, key=lambda child: child.has).give(given)
+                given += 1
+            while wanted not in ready:
+                child, message = inbox.get()
+                if message is None:
+                    raise SamplingError(_death(job["model"], children, child))
+                if "samples" in message:
+                    ready[message["chunk"]] = message["samples"]
+                    child.has -= 1
+                elif "error" in message:
+                    child.error = message["error"]
+                else:
+                    child.done = message["done"]
+                    if progress is not None:
+                        progress(sum(child.done for child in children), len(prompts) * n)
+            yield [PromptSamples(**one) for one in ready.pop(wanted)]
+        for child in children:
+            child.send(None)
+        for child in children:
+            child.process.wait()
+    finally:
+        for child in children:
+            child.process.kill()
+        for child in children:
+            child.close()
+
+
+class _Child:
+    """An engine's process, as its parent has it.
+
+    Attributes:
+        has: chunks that it was given and has not sent back.
+        done: responses that it has finished.
+        error: the traceback that it sent.
+    """
+
+    def __init__(self, environment: dict[str, str], inbox: queue.SimpleQueue) -> None:
+        self.has, self.done, self.error = 0, 0, ""
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115, `close` closes it
+        self.process = subprocess.Popen(
             [python(), "-m", __spec__.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
-            env=_environment(job["model"]),
+            stderr=self.log,
+            env=environment,
             encoding="utf-8",
         )
-        try:
-            assert child.stdin is not None and child.stdout is not None
-            with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that is dead has its say below
-                json.dump(job, child.stdin)
-            for line in child.stdout:
-                if not line.endswith("\n"):
-                    break  # it died while it wrote
-                message = json.loads(line)
-                if "samples" in message:
-                    yield [PromptSamples(**one) for one in message["samples"]]
-                elif "error" in message:
-                    error = message["error"]
-                elif progress is not None:
-                    progress(message["done"], message["total"])
-            status = child.wait()
-        finally:
-            child.kill()
-            child.wait()
-            child.stdout.close()
-        if status != 0:
-            log.seek(0)
-            text = error or log.read().decode("utf-8", errors="replace")
-            tail = "\n".join(text.splitlines()[-_TAIL_LINES:])
-            raise SamplingError(f"sampling from {job['model']} failed (exit status {status}); it ended with:\n{tail}")
+        self._reader = threading.Thread(target=self._read, args=(inbox,), daemon=True)
+        self._reader.start()
+
+    def _read(self, inbox: queue.SimpleQueue) -> None:
+        for line in self.process.stdout:
+            if line.endswith("\n"):  # else it died while it wrote
+                inbox.put((self, json.loads(line)))
+        inbox.put((self, None))
+
+    def send(self, order: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # of one that is dead the reader says so
+            _send(self.process.stdin, order)
+
+    def give(self, chunk: int) -> None:
+        self.has += 1
+        self.send(chunk)
+
+    def close(self) -> None:
+        """Once it was killed or has ended."""
+        self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.log.close()
 
 
-def chunk_of(samples: int, responses: int | None = None) -> int:
-    """How many prompts are sampled at a time: ``responses`` altogether, or as many as suit the device."""
+def _death(model: str, children: list[_Child], child: _Child) -> str:
+    status = child.process.wait()
+    child.log.seek(0)
+    text = child.error or child.log.read().decode("utf-8", errors="replace")
+    tail = "\n".join(text.splitlines()[-_TAIL_LINES:])
+    which = f"engine {children.index(child) + 1} of {len(children)}, " if len(children) > 1 else ""
+    return f"sampling from {model} failed ({which}exit status {status}); it ended with:\n{tail}"
+
+
+def chunk_of(samples: int, responses: int | None = None, most: int = 2**31) -> int:
+    """How many prompts are sampled at a time: ``responses`` altogether, or what suits the device, up to ``most``."""
     import torch
 
-    return -(-(responses or (4096 if torch.cuda.is_available() else 512)) // samples)
+    return -(-(responses or min(4096 if torch.cuda.is_available() else 512, most)) // samples)
 
 
 def remaining(
@@ -232,7 +329,7 @@ def _environment(model: str) -> dict[str, str]:
 
 
 class _Progress:
-    """The part of tqdm's interface that vLLM uses, writing ``{"done", "total"}`` as JSON lines."""
+    """The part of tqdm's interface that vLLM uses, writing ``{"done"}`` as JSON lines: from ``done`` to ``total``."""
 
     def __init__(self, stream: IO[str], done: int, total: int) -> None:
         self.stream, self.total, self.n = stream, total, done
@@ -245,7 +342,7 @@ class _Progress:
         if now - self._reported >= _REPORT_EVERY or self.n == self.total:
             self._reported = now
             # If the parent is gone this raises BrokenPipeError, which ends the child too.
-            _send(self.stream, {"done": self.n, "total": self.total})
+            _send(self.stream, {"done": self.n})
 
     def refresh(self) -> None:
         pass
@@ -253,11 +350,11 @@ class _Progress:
     close = refresh
 
 
-def _send(stream: IO[str], message: dict[str, Any]) -> None:
+def _send(stream: IO[str], message: Any) -> None:
     print(json.dumps(message), file=stream, flush=True)
 
 
-def _work(job: dict[str, Any], stream: IO[str]) -> None:
+def _work(job: dict[str, Any], chunks: Iterable[int], stream: IO[str]) -> None:
     """The child's side: tokenise, sample a chunk at a time, decode, send."""
     import torch
     from transformers import AutoTokenizer
@@ -280,15 +377,13 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
         **({} if gpu else {"enable_chunked_prefill": False}),
         **job["engine"],
     )
-    n, total, chunk = job["n"], len(requests) * job["n"], job["chunk"] or len(requests)
-    for start in range(0, len(requests), chunk):
-        part = range(len(requests))[start : start + chunk]
-        if job["chunk"]:  # a request a response
-            asked = [(i, {"seed": seed(job["seed"], job["prompts"][i], j)}) for i in part for j in range(n)]
-            # What earlier chunks left behind must not change how this one is computed.
-            engine.reset_prefix_cache()
-        else:
-            asked = [(i, {"n": n}) for i in part]
+    n, done, seeds = job["n"], 0, _seeds(job["seed"], job["prompts"], job["n"])
+    for chunk in chunks:
+        part = range(len(requests))[chunk * job["chunk"] : (chunk + 1) * job["chunk"]]
+        asked = [(i, own) for i in part for own in seeds[i]]  # a request a response
+        bar = functools.partial(_Progress, stream, done, done + len(asked))
+        # What earlier chunks left behind must not change how this one is computed.
+        engine.reset_prefix_cache()
         outputs = engine.generate(
             [{"prompt_token_ids": requests[i][0]} for i, _ in asked],
             [
@@ -300,16 +395,15 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
                     max_tokens=requests[i][1],
                     detokenize=False,
                     logprobs=0 if job["log_probs"] else None,
-                    **own,
+                    seed=own,
                 )
                 for i, own in asked
             ],
             # vLLM puts its bar around an iterable too, while it reads the prompts: that one passes unchanged.
-            use_tqdm=lambda *iterable, _done=start * n, **_: (
-                iterable[0] if iterable else _Progress(stream, _done, total)
-            ),
+            use_tqdm=lambda *iterable, _bar=bar, **_: iterable[0] if iterable else _bar(),
         )
-        completions = (one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index))
+        done += len(asked)
+        completions = (output.outputs[0] for output in outputs)
         drawn = []
         for i in part:
             ids, of_prompt = requests[i][0], list(itertools.islice(completions, n))
@@ -323,7 +417,17 @@ def _work(job: dict[str, Any], stream: IO[str]) -> None:
                     for one in of_prompt
                 ]
             drawn.append(vars(PromptSamples(ids, responses, queries, texts, known)))
-        _send(stream, {"samples": drawn})
+        _send(stream, {"chunk": chunk, "samples": drawn})
+
+
+def _seeds(of_job: int, prompts: list[str], n: int) -> list[list[int]]:
+    """Of each prompt's samples. A prompt that is there again has others."""
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        found.append([seed(of_job, prompt, seen[prompt] + j) for j in range(n)])
+        seen[prompt] += n
+    return found
 
 
 def prompt_tokens(
@@ -347,12 +451,24 @@ def _main() -> None:
     # Libraries print to standard output as they like: keep it for the protocol, send theirs to the log.
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     try:
-        _work(json.loads(sys.stdin.buffer.read()), stream)
+        _work(orders.get(), iter(orders.get, None), stream)
     except BaseException:
         # What native libraries print while the process ends would bury the traceback in the log.
         _send(stream, {"error": traceback.format_exc()})
         raise
+
+
+def _listen(orders: queue.SimpleQueue) -> None:
+    """Pass on what the parent sends, up to its last word. When the parent has gone, end the process at once."""
+    with open(0, "rb", closefd=False) as lines:  # not sys.stdin, which Python closes while this waits for a line
+        for line in lines:
+            orders.put(json.loads(line))
+            if line == b"null\n":
+                return
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -235,14 +235,21 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
     from tqdm import tqdm
 
     there = sum(prompt in writer.cache for prompt, _ in pairs)
+    width = args.vllm.tensor_parallel_size
+    engines = engine.count(width, args.vllm.num_engines)
     print(
         f"bond cache: {len(pairs)} prompts x {args.cache.samples} samples of {args.actor.model_name_or_path} into "
-        f"{writer.path}" + (f"; {there} prompts are there already" if there else ""),
+        f"{writer.path}"
+        + (f", by {engines} engines" if engines > 1 else "")
+        + (f"; {there} prompts are there already" if there else ""),
         flush=True,
     )
     if there == len(pairs):
         return
-    chunk = engine.chunk_of(args.cache.samples, args.cache.chunk)
+    if (most := engine.count(width)) > engines:
+        print(f"bond cache: --vllm.num_engines {most} would use all {len(engine.gpus())} GPUs", flush=True)
+    share = -(-len(pairs) * args.cache.samples // engines)  # no engine without a chunk
+    chunk = engine.chunk_of(args.cache.samples, args.cache.chunk, share)
     score = scoring.scorer(args, tokenizer)
     interactive = sys.stderr.isatty()
     total, count, progress = 0.0, 0, ""
@@ -274,7 +281,9 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
             chunk=chunk,
             use_fast_tokenizer=not args.data.disable_fast_tokenizer,
             log_probs=args.cache.log_probs,
-            engine={**scoring.room_beside(score), "tensor_parallel_size": args.vllm.tensor_parallel_size},
+            engines=engines,
+            tensor_parallel_size=width,
+            engine=scoring.room_beside(score, engines * width),
             progress=sampled,
         )
         for rewards in reward_cache.fill(writer, pairs, draw, score, chunk, args.cache.responses):

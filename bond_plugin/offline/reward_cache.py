@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import from_json
 from typing_extensions import Self
 
 from bond_plugin.files import Busy, LineFile, open_file, parse_json
@@ -173,7 +174,7 @@ class Cache(dict[str, Entry]):
             raise PromptError(f"{self.path} has no tokens and log-probabilities of the prompt {shorten(prompt)}")
         with open_file(self.path) as file:
             file.seek(start)
-            line = parse_json(file.readline())
+            line = from_json(file.readline().decode("utf-8-sig"))  # looked at when the file was read
         return list(map(Stored, line["tokens"], line["log_probs"], line["rewards"]))
 
     def check(self, prompts: Sequence[str], samples: int = 0) -> None:

@@ -98,9 +98,15 @@ def identity(args: SimpleNamespace) -> dict[str, Any]:
     return {"kind": "server", "url": ",".join(sorted(args.reward.remote_url))}
 
 
-def room_beside(score: Score) -> dict[str, Any]:
-    """Arguments of vLLM's engine that leave a reward model its place on a GPU that both use."""
-    if not (isinstance(score, ModelScore) and score.device.type == "cuda" and score.device.index == 0):
+def room_beside(score: Score, gpus: int) -> dict[str, Any]:
+    """Arguments of vLLM's engines that leave a reward model its place on a GPU that one of them uses too.
+
+    They are all engines' arguments: which of them draws a sample must not matter.
+
+    Args:
+        gpus: how many the engines use, from the first on.
+    """
+    if not (isinstance(score, ModelScore) and score.device.type == "cuda" and score.device.index < gpus):
         return {}
     import torch
 
@@ -149,9 +155,8 @@ class ModelScore:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         with contextlib.nullcontext() if count else cpu.flash_attn_stand_in():
             from openrlhf.models import get_llm_for_sequence_regression
-        # vLLM takes the first devices.
-        index = count - 1 if count > args.vllm.tensor_parallel_size else 0
-        self.device = torch.device("cuda", index) if count else torch.device("cpu")
+        # vLLM's engines take the first devices.
+        self.device = torch.device("cuda", count - 1) if count else torch.device("cpu")
         self._pad, self._rows = pad_token_id, args.rollout.micro_batch_size
         self._model = get_llm_for_sequence_regression(
             args.reward.model_name_or_path,
