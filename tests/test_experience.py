@@ -183,6 +183,8 @@ def test_tokens_go_from_micro_batches_to_prompts_and_back() -> None:
 def test_returns_are_the_hosts_to_the_last_bit(gamma: float, dtype: torch.dtype) -> None:
     import inspect
 
+    import transformers.modeling_utils  # noqa: F401, which looks for flash-attn
+
     from bond_plugin.host import cpu
 
     with cpu.flash_attn_stand_in():
