@@ -54,8 +54,18 @@ def streamed(count: int, engines: int, **how: Any) -> Any:
     return engine.stream("somewhere", prompts, 1, engines=engines, **given)
 
 
+@pytest.fixture(autouse=True)
+def before() -> None:
+    """Other tests' processes, of which copies are made (benchmarks/prefork.py)."""
+    global _before
+    _before = set(psutil.Process().children(recursive=True))
+
+
+_before: set[psutil.Process] = set()
+
+
 def left() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return [each for each in psutil.Process().children(recursive=True) if each not in _before]
 
 
 def test_chunks_come_in_order_and_a_fast_engine_has_more_of_them(children: None) -> None:

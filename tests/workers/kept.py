@@ -53,8 +53,9 @@ def run(what: str, stage: int) -> dict:
     ranks = int(os.environ["WORLD_SIZE"])
     args.ds.tensor_parallel_size = ranks if what == "tp" else 1
     strategy = DeepspeedStrategy(seed=0, micro_train_batch_size=2, zero_stage=stage, args=args)
-    strategy.train_batch_size = 2 * ranks // args.ds.tensor_parallel_size  # no accumulation
     strategy.setup_distributed()
+    strategy.train_batch_size = 2 * ranks // args.ds.tensor_parallel_size
+    strategy.accumulated_gradient = 1
     torch.manual_seed(0)
     actor = Actor(
         args.actor.model_name_or_path,

@@ -43,8 +43,8 @@ def prepared(kind: str, stage: int, universal: bool) -> tuple:
     args.ds.tensor_parallel_size = split
     micro = ROWS * split // ranks
     strategy = DeepspeedStrategy(seed=0, micro_train_batch_size=micro, zero_stage=stage, args=args)
-    strategy.train_batch_size = ROWS
     strategy.setup_distributed()
+    strategy.train_batch_size, strategy.accumulated_gradient = ROWS, 1
     torch.manual_seed(0)
     actor = Actor(args.actor.model_name_or_path, attn_implementation="sdpa", ds_config=strategy.get_ds_train_config())
     actor, *_ = strategy.prepare((actor, optimiser(args.actor)))
