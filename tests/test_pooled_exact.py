@@ -295,3 +295,10 @@ def test_the_loss_is_the_hosts_own_unless_samples_of_the_anchor_are_trained_on()
     assert BOND(BONDConfig(n_anchor_samples=0)).policy_loss == "ppo"
     assert BOND(BONDConfig()).policy_loss == "jbond"
     assert math.isclose(JBONDConfig().beta, 0.5)
+
+
+def test_the_log_quantile_is_reported_of_the_samples_whatever_the_target() -> None:
+    """What ties add to the target's logarithm for N > 2 is no part of it."""
+    batch = inputs(torch.tensor([[0, 1, 2, 3, 0, 1], [3, 2, 2, 1, 0, 0]]), TIED)
+    found = {JBOND(JBONDConfig(n=n)).advantages(batch).metrics["bond/log_quantile"] for n in (2, 4)}
+    assert len(found) == 1

@@ -224,14 +224,10 @@ def advantages(
     m = size - pool.n
     ess = effective_sample_size(pool.weights)
     pairs = pooled_tilt(pool.rewards, pool.weights, 2, normalised=True)[:, policy] / 2
-    if isinstance(goal, BestOfN):
-        log_quantile = log_tilt[:, policy].mean().item() / goal.scale
-    else:
-        found_of = harmonic_log_quantile(pool.rewards, pool.weights, config.normalised)
-        log_quantile = found_of[:, policy].mean().item()
+    log_quantile = harmonic_log_quantile(pool.rewards, pool.weights, config.normalised)
     metrics = {
         "bond/win_rate": pairs.mean().item(),
-        "bond/log_quantile": log_quantile,
+        "bond/log_quantile": log_quantile[:, policy].mean().item(),
         "bond/kl_anchor": pool.log_ratios.sum(dim=-1)[:, policy].mean().item(),
         "bond/forward_nll": -(pool.own_anchor * tilt * pool.log_probs).mean().item(),
         "bond/ess": ess.mean().item(),
