@@ -116,9 +116,7 @@ class Learner:
         drawn = self._draw(self.policy.log_probs(offline).detach(), self.training.samples)
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
-            rows, advantages, targets = made(drawn, tokens.detach())
-            under = {name: self._token_log_probs(name)[rows] for name in self.needs.log_probs}
-            under |= self._behaviour(rows, tokens.detach())
+            rows, under, advantages, targets = made(drawn, tokens.detach())
         flat = rows.flatten()
         inputs = LossInputs(
             log_probs=tokens[flat],
@@ -187,7 +185,7 @@ class Learner:
         drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
         return drawn[:size].reshape(self.training.prompts, count)
 
-    def _transformed(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, None]:
+    def _transformed(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, None]:
         """REINFORCE on the transformed reward less its KL penalty, with the mean of the others as baseline."""
         rewards = self.problem.rewards[drawn]
         under = {
@@ -198,9 +196,9 @@ class Learner:
         rewards = assemble.checked("rewards", self.method.transform(batch).rewards, drawn.shape)
         returns = rewards - (self.method.kl_coefficient or 0.0) * batch.log_ratio("reference")
         advantages = assemble.per_token("advantages", centre(returns, "batch"), drawn.shape, LENGTH)
-        return drawn, advantages, None
+        return drawn, under, advantages, None
 
-    def _assembled(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _assembled(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
         needs, rewards = self.needs, self.problem.rewards
         source = self._draw(self.policy.log_probs(self._parameters(needs.source)), needs.source_samples)
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
@@ -217,7 +215,7 @@ class Learner:
             classifier_logits=self.classifier.detach()[drawn] if needs.classifier else None,
             step=self.step,
         )
-        return rows, found.advantages, found.classifier_targets
+        return rows, under, found.advantages, found.classifier_targets
 
 
 def train(problem: Problem, method: Method, policy: EnumerablePolicy, n: Goal, training: Training) -> Run:
