@@ -70,14 +70,12 @@ class Config(Settings):
     )
 
 
-def reward_cache_flag() -> Any:
+def reward_cache_flag(
+    help: str = "a file of rewards of the initial policy's samples, made by `bond cache` or in a layout of the vBoN "
+    "authors'; quantiles are then computed from it",
+) -> Any:
     """The field ``reward_cache`` of those that can use a file of the reference's rewards."""
-    return flag(
-        "",
-        "a file of rewards of the initial policy's samples, made by `bond cache` or in a layout of the vBoN "
-        "authors'; quantiles are then computed from it",
-        option="bond.reward_cache",
-    )
+    return flag("", help, option="bond.reward_cache")
 
 
 def target_flag() -> Any:

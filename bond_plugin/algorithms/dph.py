@@ -44,6 +44,7 @@ from bond_plugin.algorithms.base import (
     LossOutputs,
     Needs,
     flag,
+    reward_cache_flag,
 )
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.bestofn.baselines import group_normalised
@@ -64,9 +65,7 @@ class DPHConfig(Config):
     solved: float = flag(1.0, "a prompt is in D_pef if this share of its stored responses is right, in (0, 1]")
     right: float = flag(1.0, "the reward from which on a response counts as right")
     n_stored: int = flag(1, "stored responses a prompt and step, >= 1, at most as many as the cache has")
-    reward_cache: str = flag(
-        "", "the file of stored responses, made by `bond cache --cache.log_probs`", option="bond.reward_cache"
-    )
+    reward_cache: str = reward_cache_flag("the file of stored responses, made by `bond cache --cache.log_probs`")
 
     def __post_init__(self) -> None:
         if not (self.eta >= 0 and math.isfinite(self.eta)):

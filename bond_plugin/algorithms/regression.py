@@ -31,6 +31,7 @@ from bond_plugin.algorithms.base import (
     LossOutputs,
     Needs,
     flag,
+    reward_cache_flag,
 )
 
 
@@ -42,8 +43,8 @@ class RegressionConfig(Config):
         False,
         "train on the responses that the reward cache has stored (`bond cache --cache.log_probs`) and sample nothing",
     )
-    reward_cache: str = flag(
-        "", "a file of rewards of the initial policy's samples, made by `bond cache` with the flags of this run"
+    reward_cache: str = reward_cache_flag(
+        "a file of rewards of the initial policy's samples, made by `bond cache` with the flags of this run"
     )
 
 
