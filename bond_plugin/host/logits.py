@@ -65,7 +65,7 @@ class _Call:
     """
 
     def __init__(
-        self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool, beside: OnLogits | OfTeacher | None
+        self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool, beside: OnLogits | Taught | None
     ) -> None:
         self.kept, self._labels = kept, labels
         self._temperature, self._entropy, self.beside = temperature, entropy, beside
@@ -122,7 +122,7 @@ class OnLogits:
             _on_logits = None
 
 
-class OfTeacher:
+class Taught:
     """What a teacher's worker says of one micro-batch, in the place of its log-probabilities.
 
     Attributes:
@@ -144,13 +144,13 @@ class OfTeacher:
             self.layer = tuple(None if part is None else part.detach().cpu() for part in (layer.weight, layer.bias))
         _sent = True
 
-    def made(self, log_probs: Tensor, action_mask: Tensor) -> OfTeacher:
+    def made(self, log_probs: Tensor, action_mask: Tensor) -> Taught:
         """Of the rows of ``action_mask``."""
         counts = action_mask.sum(dim=-1).tolist()
         self.log_probs, self.hidden = log_probs.cpu(), list(self.hidden[0][: sum(counts)].split(counts))
         return self
 
-    def to(self, device: Any) -> OfTeacher:
+    def to(self, device: Any) -> Taught:
         """As the host's worker calls it."""
         return self
 
@@ -227,7 +227,7 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     """The host's ``Actor.forward``, where it is asked for the log-probabilities of responses."""
     global _call
 
-    beside = OfTeacher() if is_teacher(self) else _on_logits
+    beside = Taught() if is_teacher(self) else _on_logits
 
     def plain() -> Any:
         return original(self, sequences, action_mask, attention_mask, return_output, **options)
@@ -249,7 +249,7 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     layer.forward = lambda hidden: _call.through(layer, hidden)
     try:
         found = plain()
-        return beside.made(found, action_mask) if isinstance(beside, OfTeacher) else found
+        return beside.made(found, action_mask) if isinstance(beside, Taught) else found
     except _NotHandedOn:
         print("bond: note: this model changes its logits after the output layer: --bond.logits_mb 0", flush=True)
         self.bond_plain_logits = True
@@ -259,7 +259,7 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     return _without(beside, plain)
 
 
-def _without(beside: OnLogits | OfTeacher | None, plain: Callable[[], Any]) -> Any:
+def _without(beside: OnLogits | Taught | None, plain: Callable[[], Any]) -> Any:
     """The host's way, in which nothing is told of hidden states."""
     if beside is not None:
         raise RuntimeError(
