@@ -1,6 +1,8 @@
-"""What a step costs: pooled J-BOND beside the host's REINFORCE++ with a reference model, on as many samples.
+"""What a step costs beside the host's own, on as many samples.
 
-    .venv/bin/python benchmarks/step_time.py --recipe recipes/reviews/jbond-cpu.yaml
+    .venv/bin/python benchmarks/step_time.py --against reference    pooled J-BOND, REINFORCE++ with a reference model
+    .venv/bin/python benchmarks/step_time.py --against rloo         pooled J-BOND, RLOO, three samples a prompt each
+    .venv/bin/python benchmarks/step_time.py --against no-cache     vBoN with a reward cache, its estimator without
 
 All are `bond train` with the recipe's model, prompts, reward and sizes, in turn, several rounds, so that a machine
 that gets slower meets all of them; the first with the host's own ways to log-probabilities and weight sync
@@ -19,27 +21,43 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 
 HOST = ["--algo.advantage.estimator", "reinforce_baseline", "--algo.kl.init_coef", "0.01"]
+RLOO = ["--algo.advantage.estimator", "rloo", "--algo.kl.init_coef", "0.01"]
+THREE = ["--rollout.n_samples_per_prompt", "3", "--train.batch_size", "{batch}"]
 AS_IT_IS = ["--bond.logits_mb", "0", "--bond.sync_mb", "0"]
 OURS = ["--algo.advantage.estimator", "jbond", "--bond.eta", "0.1"]
+VBON = ["--reward.transform", "vbon", "--vbon.n", "4", "--bond.reward_cache", "{cache}"]
+#: What is compared: the methods of each comparison, the one that the others are beside first.
 METHODS = {
-    "REINFORCE++ with a reference": [*HOST, *AS_IT_IS],
-    "the same under bond train": HOST,
-    "J-BOND": OURS,
-    "J-BOND in the host's ways": [*OURS, *AS_IT_IS],
-    "J-BOND with gamma_ref": [*OURS, "--bond.gamma_ref", "0.1"],
-    "J-BOND without bond/kl_ref": [*OURS, "--no-bond.kl_ref"],
+    "reference": {
+        "REINFORCE++ with a reference": [*HOST, *AS_IT_IS],
+        "the same under bond train": HOST,
+        "J-BOND": OURS,
+        "J-BOND in the host's ways": [*OURS, *AS_IT_IS],
+        "J-BOND with gamma_ref": [*OURS, "--bond.gamma_ref", "0.1"],
+        "J-BOND without bond/kl_ref": [*OURS, "--no-bond.kl_ref"],
+    },
+    "rloo": {
+        "RLOO, 3 samples": [*RLOO, *THREE, *AS_IT_IS],
+        "the same under bond train": [*RLOO, *THREE],
+        "J-BOND, 3 samples": [*OURS, *THREE],
+    },
+    "no-cache": {
+        "RLOO with a reference": [*RLOO, *AS_IT_IS],
+        "the same under bond train": RLOO,
+        "vBoN on RLOO, with a cache": [*RLOO[:2], *VBON],
+    },
 }
-FIRST = next(iter(METHODS))
 MEMORY = "memory"
 PARTS = ("timing/step_total", "timing/generation", "timing/make_experience", "timing/ppo_train", "timing/broadcast")
 
 
-def without_algorithm(recipe: Path, folder: Path) -> Path:
-    """The recipe without its own algorithm, so that each method can name its own."""
+def without_algorithm(recipe: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The recipe without its own algorithm, so that each method can name its own; and what it says."""
     import yaml
 
     found = yaml.safe_load(recipe.read_text())
@@ -47,7 +65,7 @@ def without_algorithm(recipe: Path, folder: Path) -> Path:
     found["bond"] = {"device": found.get("bond", {}).get("device", "auto")}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(found))
-    return path
+    return path, found
 
 
 def memory(process: psutil.Process) -> float:
@@ -59,11 +77,10 @@ def memory(process: psutil.Process) -> float:
     return total / 1e9
 
 
-def run(name: str, flags: list[str], recipe: Path, folder: Path, steps: int, batch: int) -> dict[str, list[float]]:
+def run(name: str, flags: list[str], recipe: Path, folder: Path, sizes: list[str]) -> dict[str, list[float]]:
     """The parts of the steps of one run but its first, in seconds, and its peak memory."""
-    sizes = ["--data.max_samples", str(steps * batch), "--train.num_episodes", "1"]
     output = ["--ckpt.output_dir", str(folder), "--ckpt.path", str(folder / "checkpoints")]
-    command = [sys.executable, "-m", "bond_plugin", "train", "--recipe", str(recipe), *flags, *sizes, *output]
+    command = [sys.executable, "-m", "bond_plugin", "train", "--recipe", str(recipe), *sizes, *flags, *output]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
         child = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -77,44 +94,59 @@ def run(name: str, flags: list[str], recipe: Path, folder: Path, steps: int, bat
     return {part: [row[part] for row in rows] for part in PARTS} | {MEMORY: [peak]}
 
 
+def make_cache(recipe: Path, cache: Path, sizes: list[str]) -> None:
+    """16 rewards of each prompt, for vBoN, once."""
+    command = [sys.executable, "-m", "bond_plugin", "cache", "--recipe", str(recipe), *sizes]
+    options = ["--cache.samples", "16", "--cache.output", str(cache), "--ckpt.output_dir", str(cache.parent / "none")]
+    subprocess.run([*command, *options], check=True, stdout=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run all methods in turn, print the table, write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", choices=METHODS, default="reference", help="see above (default: %(default)s)")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/reviews/jbond-cpu.yaml"))
     parser.add_argument("--rounds", type=int, default=3, help="how often each method runs (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="of a run, the first not counted (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=METHODS, help=f"some of the methods, beside {FIRST}")
+    parser.add_argument("--only", nargs="+", help="some of the methods, beside the first")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/step-time"))
     given = parser.parse_args(arguments)
     if given.steps < 2 or given.rounds < 1:
         parser.error("--steps must be at least 2 and --rounds at least 1")
-    given.output_dir.mkdir(parents=True, exist_ok=True)
-    import yaml
-
-    batch = yaml.safe_load(given.recipe.read_text())["rollout"]["batch_size"]
-    recipe = without_algorithm(given.recipe, given.output_dir)
-    chosen = {name: flags for name, flags in METHODS.items() if name == FIRST or given.only in (None, [name])
-              or name in (given.only or ())}  # fmt: skip
+    methods = METHODS[given.against]
+    base, *others = methods
+    if unknown := set(given.only or ()) - set(others):
+        parser.error(
+            f"--only {unknown.pop()!r}: with --against {given.against} there are {', '.join(map(repr, others))}"
+        )
+    folder = given.output_dir / given.against
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, said = without_algorithm(given.recipe, folder)
+    prompts, cache = said["rollout"]["batch_size"], folder / "rewards.jsonl"
+    sizes = ["--data.max_samples", str(given.steps * prompts), "--train.num_episodes", "1"]
+    places = {"{batch}": str(3 * prompts), "{cache}": str(cache)}
+    chosen = {name: [places.get(flag, flag) for flag in methods[name]] for name in (base, *(given.only or others))}
+    if any(str(cache) in flags for flags in chosen.values()):
+        make_cache(recipe, cache, sizes)
     rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in chosen}
     for turn in range(given.rounds):
         for place, (name, flags) in enumerate(chosen.items()):
             print(f"round {turn + 1} of {given.rounds}: {name}", file=sys.stderr, flush=True)
-            folder = given.output_dir / f"{turn}-{place}"
-            rounds[name].append(run(name, flags, recipe, folder, given.steps, batch))
+            rounds[name].append(run(name, flags, recipe, folder / f"{turn}-{place}", sizes))
 
     total, found = PARTS[0], []
-    first = {key: median(x for turn in rounds[FIRST] for x in turn[key]) for key in (total, MEMORY)}
+    first = {key: median(x for turn in rounds[base] for x in turn[key]) for key in (total, MEMORY)}
     names = "".join(f"{part.partition('/')[2]:>17}" for part in PARTS)
     print(f"{'median seconds':34}{names}   ratio [rounds]{'peak GB':>17}  ratio")
     for name, turns in rounds.items():
         parts = {part: median(x for turn in turns for x in turn[part]) for part in (*PARTS, MEMORY)}
-        ratios = [median(a[total]) / median(b[total]) for a, b in zip(turns, rounds[FIRST], strict=True)]
+        ratios = [median(a[total]) / median(b[total]) for a, b in zip(turns, rounds[base], strict=True)]
         ratio, of_memory = (parts[key] / first[key] for key in (total, MEMORY))
         found.append({"method": name, "seconds": parts, "ratio": ratio, "rounds": ratios, "memory": of_memory})
         seconds = "".join(f"{parts[part]:17.2f}" for part in PARTS)
         spread = f"{ratio:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
         print(f"{name:34}{seconds}   {spread}{parts[MEMORY]:13.2f}  {of_memory:.3f}")
-    (given.output_dir / "step_time.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "step_time.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
