@@ -469,3 +469,19 @@ def test_what_is_forgotten_is_measured_exactly_and_divergences_keep_variety() ->
     assert all(outcome.pass_1 > start.pass_1 + 0.2 for outcome in found.values())
     grpo, pulled, dph = (outcome.narrowed for outcome in found.values())
     assert grpo > 2 * pulled > 2 * dph
+
+
+def test_a_teacher_helps_on_held_out_prompts_and_costs_on_practised_ones() -> None:
+    teachers = load(RECIPES / "miniature" / "teachers.py")
+    practice, held_out = teachers.lessons(0)
+    assert practice.features.shape[0] == 64 and held_out.features.shape[0] == 512
+    assert held_out.right_share(held_out.log_ref) > 0.5
+    found = {}
+    for name in ("GRPO", "KDRL, 0.5 to 0.1", "the teacher alone"):
+        config, rewarded = teachers.METHODS[name]
+        weights = teachers.train(config, practice, rewarded, seed=0)
+        found[name] = [part.right_share(part.log_probs(weights)) for part in (practice, held_out)]
+    practised, kept = zip(*found.values(), strict=True)
+    assert practised[0] > practised[1] + 0.02 > practised[2] + 0.1
+    assert kept[0] < kept[2]
+    assert min(kept) > 2 / 16  # twice what the student had at the start

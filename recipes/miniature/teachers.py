@@ -2,11 +2,11 @@
 
     python recipes/miniature/teachers.py
 
-A prompt has 16 responses, one of which is right: which one depends on 64 features of the prompt. A policy's logits are
-linear in features: the student's in 12 of them, the teacher's in all, fitted to the answers of 4,096 others.
-The student begins with equal chances, all methods draw as many samples on the same 64 prompts, and 512 other prompts
-say what was learnt. The losses are those that training runs (`bond_plugin.algorithms`); GRPO is KDRL with a
-coefficient of 0, and the teacher alone is KDRL whose responses are all wrong.
+A prompt has 16 responses, one of which is right: which one depends on 64 features of the prompt. A policy's logits
+are linear in features: the student's in 12 of them, the teacher's in all, fitted to the answers of 4,096 others. The
+student begins with equal chances, all methods draw as many samples on the same 64 prompts, and 512 other prompts say
+what was learnt. The losses are those that training runs (`bond_plugin.algorithms`); GRPO is KDRL with a coefficient
+of 0, and the teacher alone is KDRL whose responses are all wrong.
 
 What came out (five tasks): on the practised prompts GRPO is best, 0.755 right, and every pull to the teacher, which
 has 0.612 there, costs: 0.749 with a coefficient from 0.05, 0.671 from 0.5, the teacher alone 0.486. On held-out
