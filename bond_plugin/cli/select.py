@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from bond_plugin.cli import evaluate
 from bond_plugin.files import Busy, unwritable
@@ -62,21 +63,22 @@ def main(argv: list[str]) -> int:
             run = evaluate.arguments(args, args.model, args.model)
             run.vllm.tensor_parallel_size = args.tensor_parallel_size
             job = prepare(args, run)
-            output = stack.enter_context(job.open())
+            output, lines = stack.enter_context(job.output)
         except (ValueError, Busy) as error:
             print(f"bond select: error: {error}", file=sys.stderr)
             return 2
 
         from bond_plugin.host.rewards import RewardError
         from bond_plugin.offline import engine, scoring, selecting
-        from bond_plugin.offline.answers import SelectionError
+        from bond_plugin.offline.reward_cache import Line
+        from bond_plugin.rewards.answers import SelectionError
 
         started = time.monotonic()
 
         def say(message: str) -> None:
             print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
 
-        total, there = len(job.pairs), len(output.lines)
+        total, there = len(job.pairs), len(lines)
         say(f"{total} prompts into {args.output}" + (f"; {there} are there already" if there else ""))
         tick = engine.ticker(say, "selected", "prompts")
         try:
@@ -85,17 +87,19 @@ def main(argv: list[str]) -> int:
                     rewards = job.rewards[i]
                     if job.score is not None:
                         rewards = scoring.rewards(job.score, [job.pairs[i]], [drawn])[0].tolist()
-                    output.write(job.selection.line(i, *job.pairs[i], drawn.responses, rewards))
+                    line = selected(args, job, i, drawn.responses, rewards)
+                    output.write(line)
+                    lines.append(Line.model_validate(line))
                     tick(i + 1, total)
         except KeyboardInterrupt:
-            print(f"\nbond select: stopped. {len(output.lines)} of {total} prompts are in {args.output}; the same "
+            print(f"\nbond select: stopped. {len(lines)} of {total} prompts are in {args.output}; the same "
                   "command goes on")  # fmt: skip
             return 130
         except (engine.SamplingError, RewardError, SelectionError) as error:
             print(f"bond select: error: {error}", file=sys.stderr)
             return 1
         say(f"{total} prompts are in {args.output}")
-        print(f"\n{selecting.table(output.lines, job.selection, job.right)}", flush=True)
+        print(f"\n{selecting.table(lines, args, job.right)}", flush=True)
     return 0
 
 
@@ -183,7 +187,8 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
     Raises:
         ValueError: one of them is of no use.
     """
-    from bond_plugin.offline import answers, engine, fingerprints, prompts, scoring, selecting
+    from bond_plugin.offline import engine, fingerprints, prompts, scoring, selecting
+    from bond_plugin.rewards import answers
 
     names = ("selector", "reward_temperature", "ties", "seed", "samples", "label_is_answer", "keep_responses")
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
@@ -199,7 +204,7 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         settings["the training's --data.max_len"] = run.data.max_len
     else:
         try:
-            given = selecting.read_given(args.responses, count)
+            given = selecting.read_given(args.responses, count or 1)
         except ValueError as error:
             raise ValueError(f"--responses {error}") from error
         pairs = [(line.prompt, line.label) for line in given]
@@ -228,13 +233,10 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         right = [parse(str(label)) or str(label) for _, label in pairs]
     special = [] if tokenizer is None or args.model is None else tokenizer.all_special_tokens
 
-    def clean(response: str) -> str:
-        return functools.reduce(lambda text, token: text.replace(token, ""), special, response)
-
     def samples(there: int, progress: engine.Progress) -> Iterator[tuple[int, engine.PromptSamples]]:
         if given is not None:
             return (
-                (i, scoring.of_texts(given[i].prompt, given[i].responses, tokenizer))
+                (i, scoring.of_texts(given[i].prompt, given[i].responses[:count], tokenizer))
                 for i in range(there, len(given))
             )
         engines = engine.count(args.tensor_parallel_size)
@@ -255,14 +257,39 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         )
         return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < there, draw, engine.chunk_of(count))
 
-    random = args.ties == "random" or args.selector == "soft"
-    draws = (args.reward_temperature, random, args.seed)
+    rewards = [None] * len(pairs) if given is None else [line.rewards and line.rewards[:count] for line in given]
+    output = selecting.output(args.output, settings)
     return SimpleNamespace(
-        pairs=pairs,
-        score=score,
-        right=right,
-        rewards=[line.rewards for line in given] if given else [None] * len(pairs),
-        selection=selecting.Selection(args.selector, *draws, parse, clean, args.keep_responses),
-        samples=samples,
-        open=functools.partial(selecting.Output, args.output, settings),
-    )
+        pairs=pairs, score=score, parse=parse, special=special, right=right, rewards=rewards, samples=samples,
+        output=output,
+    )  # fmt: skip
+
+
+def selected(
+    args: argparse.Namespace, job: SimpleNamespace, i: int, responses: list[str], rewards: list[float] | None
+) -> dict[str, Any]:
+    """The line of the i-th prompt.
+
+    Raises:
+        SelectionError: an answer cannot be read, or votes cannot be weighted with these rewards.
+    """
+    from bond_plugin.offline import selecting
+
+    (prompt, label), answers = job.pairs[i], None
+    texts = [functools.reduce(lambda text, token: text.replace(token, ""), job.special, one) for one in responses]
+    if job.parse is not None:
+        answers = [job.parse(text) for text in texts]
+    j = selecting.choose(args, i, prompt, rewards, answers)
+    found = {
+        "prompt": prompt,
+        "label": None if label == "" else label,
+        "response": texts[j],
+        "reward": rewards and rewards[j],
+        "selector": args.selector,
+        "selected": j,
+        "rewards": rewards,
+        "answer": answers and answers[j],
+        "answers": answers,
+        "responses": responses if args.keep_responses else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
