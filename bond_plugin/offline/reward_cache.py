@@ -413,15 +413,8 @@ def fill(
 ) -> Iterator[Sequence[float]]:
     """Sample, score and write the prompts that a cache does not have: see :func:`engine.remaining`.
 
-    Args:
-        writer: of the cache.
-        pairs: all (prompt, label), the prompts all different.
-        draw, chunk: the sampler, and prompts in a chunk.
-        score: the reward.
-        keep_responses: write the responses beside their rewards.
-
     Yields:
-        The rewards of each prompt once its line is on the disk.
+        The rewards of each of ``pairs``, whose prompts are all different, once its line is on the disk.
 
     Raises:
         ContentError: a reward is not finite. What ``draw`` and ``score`` raise passes. What is written stays.
