@@ -563,7 +563,7 @@ def test_rewards_of_a_python_file_and_their_errors(tiny: Tiny, tmp_path: Path) -
     from bond_plugin.host.rewards import RewardError
     from bond_plugin.offline import scoring
 
-    assert scoring.RemoteScore([str(tiny.reward)])("ab", "", samples_of("abab", "abbb<eos>")) == [0.5, 0.0]
+    assert scoring.remote_score([str(tiny.reward)])("ab", "", samples_of("abab", "abbb<eos>")) == [0.5, 0.0]
     path = tmp_path / "reward.py"
     for body, says in (
         ("raise KeyError('the judge')", r"failed on the prompt 'ab': KeyError\('the judge'\)"),
@@ -572,7 +572,7 @@ def test_rewards_of_a_python_file_and_their_errors(tiny: Tiny, tmp_path: Path) -
     ):
         path.write_text(f"def reward_func(queries, prompts, labels):\n    {body}\n")
         with pytest.raises(RewardError, match=says) as caught:
-            scoring.RemoteScore([str(path)])("ab", "", samples_of("abab"))
+            scoring.remote_score([str(path)])("ab", "", samples_of("abab"))
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(RewardError, match=r"cannot be loaded.*nothing_of_this_name") as caught:
         scoring.scorer(SimpleNamespace(reward=SimpleNamespace(remote_url=[str(path)])), None)
@@ -587,7 +587,7 @@ def test_rewards_of_a_server_in_the_hosts_format() -> None:
         return {"rewards": [value], "scores": [value]}
 
     with reward_server(answer) as url:
-        assert scoring.RemoteScore([url])("ab", 0.5, samples_of("ab", "abcd")) == [0.5, 2.5]
+        assert scoring.remote_score([url])("ab", 0.5, samples_of("ab", "abcd")) == [0.5, 2.5]
 
 
 def test_rewards_of_a_reward_model_do_not_depend_on_padding(run: Callable, tiny: Tiny, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
             return 2
 
         from bond_plugin.host.rewards import RewardError
-        from bond_plugin.offline import engine, scoring, selecting
+        from bond_plugin.offline import engine, selecting
         from bond_plugin.offline.reward_cache import Line
         from bond_plugin.rewards.answers import SelectionError
 
@@ -78,27 +78,22 @@ def main(argv: list[str]) -> int:
         def say(message: str) -> None:
             print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
 
-        total, there = len(job.pairs), len(lines)
-        say(f"{total} prompts into {args.output}" + (f"; {there} are there already" if there else ""))
+        say(f"{job.total} prompts into {args.output}" + (f"; {len(lines)} are there already" if lines else ""))
         tick = engine.ticker(say, "selected", "prompts")
         try:
-            with contextlib.closing(job.samples(there, engine.ticker(say, "sampled"))) as samples:
-                for i, drawn in samples:
-                    rewards = job.rewards[i]
-                    if job.score is not None:
-                        rewards = scoring.rewards(job.score, [job.pairs[i]], [drawn])[0].tolist()
-                    line = selected(args, job, i, drawn.responses, rewards)
+            with contextlib.closing(job.lines(len(lines), engine.ticker(say, "sampled"))) as made:
+                for line in made:
                     output.write(line)
                     lines.append(Line.model_validate(line))
-                    tick(i + 1, total)
+                    tick(len(lines), job.total)
         except KeyboardInterrupt:
-            print(f"\nbond select: stopped. {len(lines)} of {total} prompts are in {args.output}; the same "
+            print(f"\nbond select: stopped. {len(lines)} of {job.total} prompts are in {args.output}; the same "
                   "command goes on")  # fmt: skip
             return 130
         except (engine.SamplingError, RewardError, SelectionError) as error:
             print(f"bond select: error: {error}", file=sys.stderr)
             return 1
-        say(f"{total} prompts are in {args.output}")
+        say(f"{job.total} prompts are in {args.output}")
         print(f"\n{selecting.table(lines, args, job.right)}", flush=True)
     return 0
 
@@ -233,12 +228,10 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         right = [parse(str(label)) or str(label) for _, label in pairs]
     special = [] if tokenizer is None or args.model is None else tokenizer.all_special_tokens
 
-    def samples(there: int, progress: engine.Progress) -> Iterator[tuple[int, engine.PromptSamples]]:
+    def drawn(first: int, progress: engine.Progress) -> Iterator[tuple[int, engine.PromptSamples]]:
         if given is not None:
-            return (
-                (i, scoring.of_texts(given[i].prompt, given[i].responses[:count], tokenizer))
-                for i in range(there, len(given))
-            )
+            left = enumerate(given[first:], first)
+            return ((i, scoring.of_texts(line.prompt, line.responses[:count], tokenizer)) for i, line in left)
         engines = engine.count(args.tensor_parallel_size)
         draw = functools.partial(
             engine.stream,
@@ -255,41 +248,34 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
             engine=scoring.room_beside(score, engines * args.tensor_parallel_size),
             progress=progress,
         )
-        return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < there, draw, engine.chunk_of(count))
+        return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < first, draw, engine.chunk_of(count))
 
-    rewards = [None] * len(pairs) if given is None else [line.rewards and line.rewards[:count] for line in given]
+    def lines(first: int, progress: engine.Progress) -> Iterator[dict[str, Any]]:
+        with contextlib.closing(drawn(first, progress)) as samples:
+            for i, one in samples:
+                (prompt, label), rewards, answers = pairs[i], None, None
+                if score is not None:
+                    rewards = scoring.rewards(score, [pairs[i]], [one])[0].tolist()
+                elif given is not None and given[i].rewards:
+                    rewards = given[i].rewards[:count]
+                texts = [functools.reduce(lambda text, token: text.replace(token, ""), special, text)
+                         for text in one.responses]  # fmt: skip
+                if parse is not None:
+                    answers = [parse(text) for text in texts]
+                j = selecting.choose(args, i, prompt, rewards, answers)
+                line = {
+                    "prompt": prompt,
+                    "label": None if label == "" else label,
+                    "response": texts[j],
+                    "reward": rewards and rewards[j],
+                    "selector": args.selector,
+                    "selected": j,
+                    "rewards": rewards,
+                    "answer": answers and answers[j],
+                    "answers": answers,
+                    "responses": one.responses if args.keep_responses else None,
+                }
+                yield {key: value for key, value in line.items() if value is not None}
+
     output = selecting.output(args.output, settings)
-    return SimpleNamespace(
-        pairs=pairs, score=score, parse=parse, special=special, right=right, rewards=rewards, samples=samples,
-        output=output,
-    )  # fmt: skip
-
-
-def selected(
-    args: argparse.Namespace, job: SimpleNamespace, i: int, responses: list[str], rewards: list[float] | None
-) -> dict[str, Any]:
-    """The line of the i-th prompt.
-
-    Raises:
-        SelectionError: an answer cannot be read, or votes cannot be weighted with these rewards.
-    """
-    from bond_plugin.offline import selecting
-
-    (prompt, label), answers = job.pairs[i], None
-    texts = [functools.reduce(lambda text, token: text.replace(token, ""), job.special, one) for one in responses]
-    if job.parse is not None:
-        answers = [job.parse(text) for text in texts]
-    j = selecting.choose(args, i, prompt, rewards, answers)
-    found = {
-        "prompt": prompt,
-        "label": None if label == "" else label,
-        "response": texts[j],
-        "reward": rewards and rewards[j],
-        "selector": args.selector,
-        "selected": j,
-        "rewards": rewards,
-        "answer": answers and answers[j],
-        "answers": answers,
-        "responses": responses if args.keep_responses else None,
-    }
-    return {key: value for key, value in found.items() if value is not None}
+    return SimpleNamespace(output=output, total=len(pairs), right=right, lines=lines)

@@ -276,10 +276,8 @@ def remaining(
     samples are computed as they would have been without the interruption.
 
     Args:
-        prompts: all of them.
         there: whether the i-th is done; asked again before its samples are given.
         draw: a list of prompts to their samples, ``chunk`` prompts at a time and in order: :func:`stream`.
-        chunk: prompts in a chunk.
 
     Yields:
         The places of prompts that are not there, each with its samples. Close it to stop the sampling.

@@ -134,14 +134,10 @@ class Cache(dict[str, Entry]):
         return min((len(self[prompt].rewards) for prompt in wanted), default=0)
 
     def rewards(self, prompts: Sequence[str], samples: int = 0) -> Tensor:
-        """The first ``samples`` rewards of each prompt.
-
-        Args:
-            prompts: P prompts, exactly as the host feeds them to the policy.
-            samples: M; 0 for as many as every prompt of the file has.
+        """The first M = ``samples`` rewards of each of P prompts, which are as the host feeds them to the policy.
 
         Returns:
-            ``[P, M]`` float64, each rounded to float32.
+            ``[P, M]`` float64, each rounded to float32; M as many as every prompt of the file has if it is 0.
 
         Raises:
             ContentError: a prompt is not in the file, or has fewer rewards.
@@ -355,14 +351,12 @@ class Writer(LineFile):
         label: Any = None,
         stored: tuple[list[list[int]], list[list[float]]] | None = None,
     ) -> None:
-        """Write one prompt's line.
+        """Write one prompt's line; of its M responses the texts, tokens and log-probabilities if they are to be kept.
 
         Args:
-            prompt: not in the cache yet.
             rewards: M finite numbers.
-            responses: M texts, if they are to be kept.
             label: what the reward was given as the prompt's label, any JSON; ``None`` or "" for none.
-            stored: M responses' tokens and log-probabilities, if they are to be kept.
+            stored: tokens and log-probabilities.
 
         Raises:
             ContentError: a reward is not finite in float32, or the prompt is there already. Nothing is written.

@@ -104,7 +104,6 @@ def table(lines: Sequence[Line], args: argparse.Namespace, right: Sequence[str] 
     Each is a mean over prompts with its 95 % bootstrap interval, of :func:`~bond_plugin.bestofn.selectors.expected`.
 
     Args:
-        lines: of all prompts.
         args: the command's flags.
         right: the right answer of each prompt, if it is known.
     """
