@@ -88,6 +88,7 @@ UNREADABLE: list[tuple[list[Any], str]] = [
     ([{"prompt": 3, "rewards": [1]}], "line 1 is not of a reward cache"),
     ([{"prompt": "a", "text": "x"}], "line 1, prompt 'a': it has neither"),
     ([{"prompt": "a", "reward": 1, "rewards": [1]}], "line 1, prompt 'a': it has both"),
+    ([{"prompt": "a", "rewards": None}], "line 1, prompt 'a': it has neither"),
     ([{"prompt": "a", "rewards": 1}], "line 1, prompt 'a': rewards: .*list"),
     ([{"prompt": "a", "rewards": []}], "line 1, prompt 'a': rewards: .*at least 1"),
     ([{"prompt": "a", "rewards": [1, "2"]}], "line 1, prompt 'a': rewards.1: .*'2'"),

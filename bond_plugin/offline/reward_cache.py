@@ -196,15 +196,15 @@ class Cache(dict[str, Entry]):
                 '{"prompt": "...", "responses": [...], "rewards": [...]}, or '
                 '{"prompt": "...", "text": "...", "reward": 0.5}'
             )
-        where, whole = f"{where}, prompt {shorten(item['prompt'])}", "rewards" in item
-        if whole == ("reward" in item):
+        where, whole = f"{where}, prompt {shorten(item['prompt'])}", item.get("rewards") is not None
+        if whole == (item.get("reward") is not None):
             both = "both 'reward' and 'rewards'" if whole else "neither 'rewards' nor 'reward'"
             raise ContentError(f"{where}: it has {both}")
         try:
             line = Line.model_validate(item if whole else {**item, "rewards": [item["reward"]]})
         except ValidationError as error:
             raise ContentError(f"{where}: {explain(error, Line)}") from error
-        place = None if line.tokens is None else start
+        place = start if whole and line.tokens is not None else None
         new = Entry(array("f", line.rewards), number, label_text(line.label), whole, place)
         known = self.setdefault(line.prompt, new)
         if known is new:
