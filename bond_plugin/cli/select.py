@@ -70,7 +70,6 @@ def main(argv: list[str]) -> int:
 
         from bond_plugin.host.rewards import RewardError
         from bond_plugin.offline import engine, selecting
-        from bond_plugin.offline.reward_cache import Line
         from bond_plugin.rewards.answers import SelectionError
 
         started = time.monotonic()
@@ -84,7 +83,7 @@ def main(argv: list[str]) -> int:
             with contextlib.closing(job.lines(len(lines), engine.ticker(say, "sampled"))) as made:
                 for line in made:
                     output.write(line)
-                    lines.append(Line.model_validate(line))
+                    lines.append(selecting.Selected.model_validate(line))
                     tick(len(lines), job.total)
         except KeyboardInterrupt:
             print(f"\nbond select: stopped. {len(lines)} of {job.total} prompts are in {args.output}; the same "

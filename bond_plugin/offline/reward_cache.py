@@ -45,7 +45,6 @@ VERSION = 1
 MARK = "bond_cache"
 _START = json.dumps({MARK: VERSION}).removesuffix("}").encode()
 _BEST_OF = (2, 4, 8, 16, 32, 64, 128)
-_LISTS = ("responses", "tokens", "log_probs", "rewards", "answers")  # of a line, a value a response each
 
 Record = dict[str, Any]
 
@@ -73,21 +72,28 @@ Reward = Annotated[float, AfterValidator(_float32)]
 
 
 class Line(Open):
-    """A prompt's line in a cache, in the output of ``bond select``, or in a file like these."""
+    """A prompt's line in a file of responses."""
 
     prompt: str
     label: Any = None
     responses: Annotated[list[str], Field(min_length=1)] | None = None
-    tokens: list[list[int]] | None = None
-    log_probs: list[list[float]] | None = None
     rewards: Annotated[list[Reward], Field(min_length=1)] | None = None
-    answers: list[str | None] | None = None
 
     @model_validator(mode="after")
     def _of_the_same_responses(self) -> Self:
-        lists = {name: len(value) for name in _LISTS if (value := getattr(self, name)) is not None}
-        if len(set(lists.values())) > 1:
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "label"}
+        lists = {name: value for name, value in values.items() if isinstance(value, list)}
+        if len(set(map(len, lists.values()))) > 1:
             raise ValueError(f"{' and '.join(map(repr, lists))} differ in length")
+        return self
+
+
+class _Cached(Line):
+    tokens: list[list[int]] | None = None
+    log_probs: list[list[float]] | None = None
+
+    @model_validator(mode="after")
+    def _of_the_same_tokens(self) -> Self:
         if [len(one) for one in self.tokens or []] != [len(one) for one in self.log_probs or []]:
             raise ValueError("'tokens' and 'log_probs' are of different responses")
         return self
@@ -201,9 +207,9 @@ class Cache(dict[str, Entry]):
             both = "both 'reward' and 'rewards'" if whole else "neither 'rewards' nor 'reward'"
             raise ContentError(f"{where}: it has {both}")
         try:
-            line = Line.model_validate(item if whole else {**item, "rewards": [item["reward"]]})
+            line = _Cached.model_validate(item if whole else {**item, "rewards": [item["reward"]]})
         except ValidationError as error:
-            raise ContentError(f"{where}: {explain(error, Line)}") from error
+            raise ContentError(f"{where}: {explain(error, _Cached)}") from error
         place = start if whole and line.tokens is not None else None
         new = Entry(array("f", line.rewards), number, label_text(line.label), whole, place)
         known = self.setdefault(line.prompt, new)

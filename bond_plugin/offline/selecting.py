@@ -22,7 +22,13 @@ from bond_plugin.schema import explain
 from bond_plugin.words import reason, shorten
 
 
-def read_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
+class Selected(Line):
+    """A line of the output, or of responses that are given."""
+
+    answers: list[str | None] | None = None
+
+
+def read_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Selected]:
     """The lines of a file of ``bond cache`` (its first, a record, is passed over), of ``bond select``, or of others.
 
     Raises:
@@ -32,14 +38,14 @@ def read_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Line]:
         try:
             item = parse_json(line) if line.strip() else {MARK: 1}
             if not (isinstance(item, dict) and MARK in item):
-                yield Line.model_validate(item)
+                yield Selected.model_validate(item)
         except ValidationError as error:
-            raise ContentError(f"{path}, line {number}: {explain(error, Line)}") from error
+            raise ContentError(f"{path}, line {number}: {explain(error, Selected)}") from error
         except ValueError as error:
             raise ContentError(f"{path}, line {number} {error}") from error
 
 
-def read_given(path: Path, samples: int) -> list[Line]:
+def read_given(path: Path, samples: int) -> list[Selected]:
     """Responses that were sampled before, at least ``samples`` of each prompt.
 
     Raises:
@@ -59,7 +65,7 @@ def read_given(path: Path, samples: int) -> list[Line]:
 
 
 @contextlib.contextmanager
-def output(path: Path, settings: dict[str, Any]) -> Iterator[tuple[LineFile, list[Line]]]:
+def output(path: Path, settings: dict[str, Any]) -> Iterator[tuple[LineFile, list[Selected]]]:
     """The output and what is there; beside it ``<name>.settings.json``, by which the same command goes on.
 
     Raises:
@@ -98,7 +104,7 @@ def choose(
     return pick(chances, generator)
 
 
-def table(lines: Sequence[Line], args: argparse.Namespace, right: Sequence[str] | None = None) -> str:
+def table(lines: Sequence[Selected], args: argparse.Namespace, right: Sequence[str] | None = None) -> str:
     """What each N would have given: the mean reward, and of 0/1 rewards or with right answers the accuracy.
 
     Each is a mean over prompts with its 95 % bootstrap interval, of :func:`~bond_plugin.bestofn.selectors.expected`.
