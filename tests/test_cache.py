@@ -170,20 +170,47 @@ def score(prompt: str, label: Any, samples: PromptSamples) -> list[float]:
     return [len(prompt) + float(query[-1]) / 3 for query in samples.queries]
 
 
-def made(path: Path, drawn: list[str] | None = None) -> bytes:
-    """A whole cache, or what is missing of one."""
-    with cache.Writer(path, RECORD) as writer:
+Made = Callable[..., bytes]
 
-        def recording(prompts: list[str]) -> Iterator[list[PromptSamples]]:
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    """``made(path)``: a whole cache, or what is missing of one, by all of ``bond cache`` but the host and vLLM."""
+    from bond_plugin.offline import make_cache, scoring
+
+    one = SimpleNamespace
+    args = one(
+        actor=one(model_name_or_path="m"),
+        rollout=one(max_new_tokens=1, temperature=1.0),
+        data=one(max_len=9, disable_fast_tokenizer=False),
+        vllm=one(tensor_parallel_size=1, num_engines=1),
+    )
+
+    def make(
+        path: Path, drawn: list[str] | None = None, score: Any = score, samplers: list[Any] | None = None
+    ) -> bytes:
+        def stream(model: str, prompts: list[str], n: int, chunk: int, **how: Any) -> Iterator[list[PromptSamples]]:
+            assert (n, chunk) == (3, 2)
             if drawn is not None:
                 drawn.extend(prompts)
-            return draw(prompts)
+            found = draw(prompts)
+            if samplers is not None:
+                samplers.append(found)
+            return found
 
-        list(cache.fill(writer, PROMPTS, recording, score, chunk=2))
-    return path.read_bytes()
+        args.cache = one(output=str(path), samples=3, seed=0, chunk=6, responses=True, log_probs=False)
+        monkeypatch.setattr(engine, "stream", stream)
+        monkeypatch.setattr(scoring, "scorer", lambda *_: score)
+        for name, value in (("tokenizer_of", None), ("training_prompts", PROMPTS), ("record_of", RECORD)):
+            monkeypatch.setattr(make_cache, name, lambda *_, value=value: value)
+        monkeypatch.setattr(make_cache, "_min_new_tokens", lambda _: 0)
+        assert make_cache.make(args) == 0
+        return path.read_bytes()
+
+    return make
 
 
-def test_stopped_anywhere_it_goes_on_without_a_lost_or_doubled_line(tmp_path: Path) -> None:
+def test_stopped_anywhere_it_goes_on_without_a_lost_or_doubled_line(made: Made, tmp_path: Path) -> None:
     whole = made(tmp_path / "whole.jsonl")
     assert whole.count(b"\n") == 6
     path = tmp_path / "r.jsonl"
@@ -197,29 +224,25 @@ def test_stopped_anywhere_it_goes_on_without_a_lost_or_doubled_line(tmp_path: Pa
         assert drawn == [prompt for prompt, _ in PROMPTS[finished - finished % 2 :] if finished < 5]
 
 
-def test_an_exception_in_the_reward_keeps_what_is_written(tmp_path: Path) -> None:
+def test_an_exception_in_the_reward_keeps_what_is_written(made: Made, tmp_path: Path) -> None:
     whole = made(tmp_path / "whole.jsonl")
     path = tmp_path / "r.jsonl"
     samplers: list[Any] = []
-
-    def drawing(prompts: list[str]) -> Iterator[list[PromptSamples]]:
-        samplers.append(draw(prompts))
-        return samplers[0]
 
     def failing(prompt: str, label: Any, samples: PromptSamples) -> list[float]:
         if prompt == "prompt 3":
             raise RuntimeError("the judge is out")
         return score(prompt, label, samples)
 
-    with cache.Writer(path, RECORD) as writer, pytest.raises(RuntimeError, match="the judge is out"):
-        list(cache.fill(writer, PROMPTS, drawing, failing, chunk=2))
+    with pytest.raises(RuntimeError, match="the judge is out"):
+        made(path, score=failing, samplers=samplers)
     assert samplers[0].gi_frame is None  # closed, and with it vLLM's process
     assert whole.startswith(path.read_bytes())
     assert list(read_cache(path)) == ["prompt 0", "prompt 1", "prompt 2"]
     assert made(path) == whole
 
 
-def test_another_record_is_refused_naming_what_differs(tmp_path: Path) -> None:
+def test_another_record_is_refused_naming_what_differs(made: Made, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     before = made(path)
     for changes, says in (

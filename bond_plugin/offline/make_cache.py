@@ -6,6 +6,7 @@ asks :func:`of` at each step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
@@ -262,7 +263,14 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
             engine=scoring.room_beside(score, engines * width),
             progress=sampled,
         )
-        for rewards in reward_cache.fill(writer, pairs, draw, score, chunk, args.cache.responses):
-            total, count = total + sum(rewards), count + len(rewards)
-            bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
-            bar.update()
+        prompts = [prompt for prompt, _ in pairs]
+        rest = engine.remaining(prompts, lambda i: prompts[i] in writer.cache, draw, chunk)
+        with contextlib.closing(rest):
+            for i, samples in rest:
+                prompt, label = pairs[i]
+                rewards = score(prompt, label, samples)
+                stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
+                writer.append(prompt, rewards, samples.responses if args.cache.responses else None, label, stored)
+                total, count = total + sum(rewards), count + len(rewards)
+                bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
+                bar.update()

@@ -16,12 +16,11 @@ Rewards are compared as the host has them, rounded to float32; so a tie in train
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -31,10 +30,7 @@ from pydantic_core import from_json
 from typing_extensions import Self
 
 from bond_plugin.files import ContentError, LineFile, open_file, parse_json
-from bond_plugin.offline import engine
-from bond_plugin.offline.engine import PromptSamples
-from bond_plugin.offline.prompts import Pairs, label_text
-from bond_plugin.offline.scoring import Score
+from bond_plugin.offline.prompts import label_text
 from bond_plugin.schema import Open, explain
 from bond_plugin.words import reason, shorten
 
@@ -401,30 +397,3 @@ class Writer(LineFile):
                 "Name another --cache.output, or delete the file"
             )
         return cache
-
-
-def fill(
-    writer: Writer,
-    pairs: Pairs,
-    draw: Callable[[list[str]], Generator[list[PromptSamples]]],
-    score: Score,
-    chunk: int,
-    keep_responses: bool = True,
-) -> Iterator[Sequence[float]]:
-    """Sample, score and write the prompts that a cache does not have: see :func:`engine.remaining`.
-
-    Yields:
-        The rewards of each of ``pairs``, whose prompts are all different, once its line is on the disk.
-
-    Raises:
-        ContentError: a reward is not finite. What ``draw`` and ``score`` raise passes. What is written stays.
-    """
-    prompts = [prompt for prompt, _ in pairs]
-    rest = engine.remaining(prompts, lambda i: prompts[i] in writer.cache, draw, chunk)
-    with contextlib.closing(rest):
-        for i, samples in rest:
-            prompt, label = pairs[i]
-            rewards = score(prompt, label, samples)
-            stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
-            writer.append(prompt, rewards, samples.responses if keep_responses else None, label, stored)
-            yield rewards
