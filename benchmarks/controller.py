@@ -80,7 +80,7 @@ def once(way: str, samples: int, tokens: int, out: Path) -> None:
                     writer.append(name, torch.randn(CACHED, generator=generator).tolist())
             from bond_plugin.offline import make_cache
 
-            make_cache.rewards_for(args, names)  # read at the first step
+            make_cache.of(args)  # read at the first step
     strategy, tokenizer = SimpleNamespace(args=args), SimpleNamespace(pad_token_id=0)
     maker = RemoteExperienceMaker(None, None, None, None, SimpleNamespace(value=0.0), strategy, tokenizer)
     if way == "the host's loop":

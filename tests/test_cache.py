@@ -19,11 +19,12 @@ import pytest
 import torch
 from conftest import Tiny, clean_environment, execute, recipe_for, reward_server, to_argv, with_flags
 
+from bond_plugin.files import Busy, ContentError
 from bond_plugin.offline import engine, fingerprints
 from bond_plugin.offline import reward_cache as cache
 from bond_plugin.offline.engine import PromptSamples
 from bond_plugin.offline.prompts import DataError, tokenizer_of, training_prompts
-from bond_plugin.offline.reward_cache import CacheError, PromptError, read_cache
+from bond_plugin.offline.reward_cache import read_cache
 
 RECORD = {"model": {"name": "m", "sha256": "aa"}, "temperature": 1.0, "samples": 3, "seed": 0}
 
@@ -73,9 +74,9 @@ def test_the_first_samples_are_taken_as_many_as_asked_or_as_every_prompt_has(tmp
     assert found.rewards(["b", "a"]).tolist() == [[4, 5, 6], [1, 2, 3]]
     assert found.rewards(["b"], 2).tolist() == [[4, 5]]
     assert found.samples(["b"]) == 4
-    with pytest.raises(PromptError, match=r"r\.jsonl, line 1: the prompt 'a' has 3 samples, 4 are asked for"):
+    with pytest.raises(ContentError, match=r"r\.jsonl, line 1: the prompt 'a' has 3 samples, 4 are asked for"):
         found.rewards(["b", "a"], 4)
-    with pytest.raises(PromptError, match="no rewards of the prompt 'c' \\(and of 1 others\\)"):
+    with pytest.raises(ContentError, match="no rewards of the prompt 'c' \\(and of 1 others\\)"):
         found.check(["a", "c", "d"])
 
 
@@ -87,6 +88,7 @@ UNREADABLE: list[tuple[list[Any], str]] = [
     ([{"prompt": 3, "rewards": [1]}], "line 1 is not of a reward cache"),
     ([{"prompt": "a", "text": "x"}], "line 1, prompt 'a': it has neither"),
     ([{"prompt": "a", "reward": 1, "rewards": [1]}], "line 1, prompt 'a': it has both"),
+    ([{"prompt": "a", "rewards": None}], "line 1, prompt 'a': it has neither"),
     ([{"prompt": "a", "rewards": 1}], "line 1, prompt 'a': rewards: .*list"),
     ([{"prompt": "a", "rewards": []}], "line 1, prompt 'a': rewards: .*at least 1"),
     ([{"prompt": "a", "rewards": [1, "2"]}], "line 1, prompt 'a': rewards.1: .*'2'"),
@@ -96,7 +98,7 @@ UNREADABLE: list[tuple[list[Any], str]] = [
     ([{"prompt": "z", "rewards": [1]}, {"prompt": "a", "text": "x", "reward": math.inf}], "line 2, .*inf"),
     ([{"prompt": "a", "rewards": [1e39]}], "line 1, prompt 'a': rewards.0: a reward is 1e\\+39"),
     ([{"prompt": "a", "rewards": [10**400]}], "line 1, prompt 'a': rewards.0: .*1000"),
-    ([{"prompt": "a", "responses": ["x"], "rewards": [1, 2]}], "line 1, prompt 'a': 1 responses, but 2 rewards"),
+    ([{"prompt": "a", "responses": ["x"], "rewards": [1, 2]}], "line 1, .*'responses' and 'rewards' differ"),
     ([{"prompt": "a", "rewards": [1]}, "", {"prompt": "a", "rewards": [2]}], "line 3, .*: line 1 has other"),
     ([{"prompt": "a", "rewards": [1]}, {"prompt": "a", "text": "x", "reward": 1}], "line 2, .*: line 1 has other"),
     ([{"prompt": "a", "text": "x", "reward": 1}, {"prompt": "a", "rewards": [1]}], "line 2, .*: line 1 has other"),
@@ -110,16 +112,16 @@ UNREADABLE: list[tuple[list[Any], str]] = [
 @pytest.mark.parametrize(("items", "says"), UNREADABLE, ids=lambda value: value if isinstance(value, str) else "")
 def test_errors_name_the_file_the_line_and_the_prompt(items: list[Any], says: str, tmp_path: Path) -> None:
     path = write(tmp_path / "broken.jsonl", *items)
-    with pytest.raises(CacheError, match=rf"broken\.jsonl.*{says}"):
+    with pytest.raises(ContentError, match=rf"broken\.jsonl.*{says}"):
         read_cache(path)
 
 
 def test_a_missing_and_a_stopped_file_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="no such file"):
+    with pytest.raises(ContentError, match="no such file"):
         read_cache(tmp_path / "none.jsonl")
     path = tmp_path / "r.jsonl"
     path.write_text(lines({"bond_cache": 1}, {"prompt": "a", "rewards": [1]}) + '{"prompt": "b", "rewa')
-    with pytest.raises(CacheError, match=r"line 3 is unfinished.*Start it again with the same flags"):
+    with pytest.raises(ContentError, match=r"line 3 is unfinished.*Start it again with the same flags"):
         read_cache(path)
 
 
@@ -136,9 +138,9 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         writer.append(prompt, values, ["r"] * 6, label={"answer": 4})
         writer.append("p", [1.0])
         assert writer.cache.rewards([prompt], 6).equal(read_cache(path).rewards([prompt], 6))
-        with pytest.raises(PromptError, match="has the prompt 'p' already"):
+        with pytest.raises(ContentError, match="has the prompt 'p' already"):
             writer.append("p", [2.0])
-        with pytest.raises(PromptError, match=r"prompt 'q': rewards.1: a reward is nan"):
+        with pytest.raises(ContentError, match=r"prompt 'q': rewards.1: a reward is nan"):
             writer.append("q", [1.0, math.nan])
     found = read_cache(path)
     assert found.record == {"bond_cache": 1, **RECORD}
@@ -168,20 +170,47 @@ def score(prompt: str, label: Any, samples: PromptSamples) -> list[float]:
     return [len(prompt) + float(query[-1]) / 3 for query in samples.queries]
 
 
-def made(path: Path, drawn: list[str] | None = None) -> bytes:
-    """A whole cache, or what is missing of one."""
-    with cache.Writer(path, RECORD) as writer:
+Made = Callable[..., bytes]
 
-        def recording(prompts: list[str]) -> Iterator[list[PromptSamples]]:
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    """``made(path)``: a whole cache, or what is missing of one, by all of ``bond cache`` but the host and vLLM."""
+    from bond_plugin.offline import make_cache, scoring
+
+    one = SimpleNamespace
+    args = one(
+        actor=one(model_name_or_path="m"),
+        rollout=one(max_new_tokens=1, temperature=1.0),
+        data=one(max_len=9, disable_fast_tokenizer=False),
+        vllm=one(tensor_parallel_size=1, num_engines=1),
+    )
+
+    def make(
+        path: Path, drawn: list[str] | None = None, score: Any = score, samplers: list[Any] | None = None
+    ) -> bytes:
+        def stream(model: str, prompts: list[str], n: int, chunk: int, **how: Any) -> Iterator[list[PromptSamples]]:
+            assert (n, chunk) == (3, 2)
             if drawn is not None:
                 drawn.extend(prompts)
-            return draw(prompts)
+            found = draw(prompts)
+            if samplers is not None:
+                samplers.append(found)
+            return found
 
-        list(cache.fill(writer, PROMPTS, recording, score, chunk=2))
-    return path.read_bytes()
+        args.cache = one(output=str(path), samples=3, seed=0, chunk=6, responses=True, log_probs=False)
+        monkeypatch.setattr(engine, "stream", stream)
+        monkeypatch.setattr(scoring, "scorer", lambda *_: score)
+        for name, value in (("tokenizer_of", None), ("training_prompts", PROMPTS), ("record_of", RECORD)):
+            monkeypatch.setattr(make_cache, name, lambda *_, value=value: value)
+        monkeypatch.setattr(make_cache, "_min_new_tokens", lambda _: 0)
+        assert make_cache.make(args) == 0
+        return path.read_bytes()
+
+    return make
 
 
-def test_stopped_anywhere_it_goes_on_without_a_lost_or_doubled_line(tmp_path: Path) -> None:
+def test_stopped_anywhere_it_goes_on_without_a_lost_or_doubled_line(made: Made, tmp_path: Path) -> None:
     whole = made(tmp_path / "whole.jsonl")
     assert whole.count(b"\n") == 6
     path = tmp_path / "r.jsonl"
@@ -195,29 +224,25 @@ def test_stopped_anywhere_it_goes_on_without_a_lost_or_doubled_line(tmp_path: Pa
         assert drawn == [prompt for prompt, _ in PROMPTS[finished - finished % 2 :] if finished < 5]
 
 
-def test_an_exception_in_the_reward_keeps_what_is_written(tmp_path: Path) -> None:
+def test_an_exception_in_the_reward_keeps_what_is_written(made: Made, tmp_path: Path) -> None:
     whole = made(tmp_path / "whole.jsonl")
     path = tmp_path / "r.jsonl"
     samplers: list[Any] = []
-
-    def drawing(prompts: list[str]) -> Iterator[list[PromptSamples]]:
-        samplers.append(draw(prompts))
-        return samplers[0]
 
     def failing(prompt: str, label: Any, samples: PromptSamples) -> list[float]:
         if prompt == "prompt 3":
             raise RuntimeError("the judge is out")
         return score(prompt, label, samples)
 
-    with cache.Writer(path, RECORD) as writer, pytest.raises(RuntimeError, match="the judge is out"):
-        list(cache.fill(writer, PROMPTS, drawing, failing, chunk=2))
+    with pytest.raises(RuntimeError, match="the judge is out"):
+        made(path, score=failing, samplers=samplers)
     assert samplers[0].gi_frame is None  # closed, and with it vLLM's process
     assert whole.startswith(path.read_bytes())
     assert list(read_cache(path)) == ["prompt 0", "prompt 1", "prompt 2"]
     assert made(path) == whole
 
 
-def test_another_record_is_refused_naming_what_differs(tmp_path: Path) -> None:
+def test_another_record_is_refused_naming_what_differs(made: Made, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     before = made(path)
     for changes, says in (
@@ -226,7 +251,7 @@ def test_another_record_is_refused_naming_what_differs(tmp_path: Path) -> None:
         ({"samples": 4}, "--cache.samples: 3 in the file, 4 now"),
         ({"seed": 1}, "--cache.seed: 0 in the file, 1 now"),
     ):
-        with pytest.raises(CacheError, match=f"begun with other settings(.|\n)*{says}(.|\n)*another --cache.output"):
+        with pytest.raises(ContentError, match=f"begun with other settings(.|\n)*{says}(.|\n)*another --cache"):
             cache.Writer(path, {**RECORD, **changes})
     assert path.read_bytes() == before
     # A model is itself, whatever its folder is called; without a hash only the name can tell.
@@ -238,14 +263,14 @@ def test_another_record_is_refused_naming_what_differs(tmp_path: Path) -> None:
 def test_a_file_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     path = write(tmp_path / "notes.jsonl", {"prompt": "a", "rewards": [1]})
     before = path.read_bytes()
-    with pytest.raises(CacheError, match="is no file of `bond cache`"):
+    with pytest.raises(ContentError, match="is no file of `bond cache`"):
         cache.Writer(path, RECORD)
     assert path.read_bytes() == before
 
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
     first = cache.Writer(tmp_path / "r.jsonl", RECORD)
-    with first, pytest.raises(CacheError, match="another process is writing this file"):
+    with first, pytest.raises(Busy, match="another process is writing this file"):
         cache.Writer(tmp_path / "r.jsonl", RECORD)
     cache.Writer(tmp_path / "r.jsonl", RECORD).__exit__(None, None, None)
 
@@ -253,13 +278,17 @@ def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
 def test_summary_against_brute_force(tmp_path: Path) -> None:
     rows = {"a": [1.0, 1.0, 2.0, 5.0], "b": [3.0, 3.0, 3.0, 3.0]}
     path = write(tmp_path / "r.jsonl", *({"prompt": prompt, "rewards": row} for prompt, row in rows.items()))
-    found = cache.summary(read_cache(path))
-    assert (found.prompts, found.samples, found.flat) == (2, 4, 1)
-    assert found.mean == pytest.approx((9 / 4 + 3) / 2)
+    head, *lines = read_cache(path).summary(["a", "b"]).splitlines()
+    found = {line[2:17].strip(): line[17:].split()[0] for line in lines}
     pairs = [(x, y) for row in rows.values() for i, x in enumerate(row) for y in row[:i]]
-    assert found.ties == pytest.approx(sum(x == y for x, y in pairs) / len(pairs))
-    best = [max(x, y) for row in rows.values() for i, x in enumerate(row) for y in row[:i]]
-    assert found.best_of == {2: pytest.approx(sum(best) / len(best))}
+    best = [max(pair) for pair in pairs]
+    assert head == "2 prompts x 4 samples"
+    assert found == {
+        "mean reward": f"{(9 / 4 + 3) / 2:.4f}",
+        "Best-of-2": f"{sum(best) / len(best):.4f}",
+        "ties": f"{sum(x == y for x, y in pairs) / len(pairs):.1%}",
+        "flat prompts": "1",
+    }
 
 
 # What is the same model.
@@ -369,11 +398,11 @@ def test_a_run_takes_a_cache_made_for_it_and_looks_its_rewards_up(run: Callable,
     args = run({"bond.reward_cache": path})
     assert args.bond.cache_samples == 4
     prompts = [prompt for prompt, _ in training_prompts(args, tokenizer_of(args))]
-    found = make_cache.rewards_for(args, [prompts[3], prompts[0]])
+    found = make_cache.of(args).rewards([prompts[3], prompts[0]], args.bond.cache_samples)
     assert found.dtype == torch.float64
     assert found.tolist() == [torch.tensor([3 + j / 10 for j in range(4)]).tolist(), torch.arange(4).div(10).tolist()]
     path.unlink()
-    assert make_cache.rewards_for(args, prompts[:1]).shape == (1, 4)  # read once
+    assert make_cache.of(args).rewards(prompts[:1]).shape == (1, 4)  # read once
     vbon = {"algo.advantage.estimator": "reinforce", "reward.transform": "vbon", "reward.clip_range": None}
     done = dry({**vbon, "bond.reward_cache": path})
     assert done.status == 2
@@ -470,7 +499,7 @@ def test_stored_responses_must_be_there(run: Callable, dry: Any, tmp_path: Path)
     path.write_text(lines(record, *items))
     done = dry(flags)
     assert done.status == 2
-    assert "line 4, prompt" in done.text and "'tokens', 'log_probs' and 'rewards' are of different" in done.text
+    assert "line 4, prompt" in done.text and "'tokens' and 'log_probs' are of different responses" in done.text
 
 
 def test_another_label_is_another_reward(run: Callable, dry: Any, tmp_path: Path) -> None:
@@ -558,7 +587,7 @@ def test_rewards_of_a_python_file_and_their_errors(tiny: Tiny, tmp_path: Path) -
     from bond_plugin.host.rewards import RewardError
     from bond_plugin.offline import scoring
 
-    assert scoring.RemoteScore([str(tiny.reward)])("ab", "", samples_of("abab", "abbb<eos>")) == [0.5, 0.0]
+    assert scoring.remote_score([str(tiny.reward)])("ab", "", samples_of("abab", "abbb<eos>")) == [0.5, 0.0]
     path = tmp_path / "reward.py"
     for body, says in (
         ("raise KeyError('the judge')", r"failed on the prompt 'ab': KeyError\('the judge'\)"),
@@ -567,7 +596,7 @@ def test_rewards_of_a_python_file_and_their_errors(tiny: Tiny, tmp_path: Path) -
     ):
         path.write_text(f"def reward_func(queries, prompts, labels):\n    {body}\n")
         with pytest.raises(RewardError, match=says) as caught:
-            scoring.RemoteScore([str(path)])("ab", "", samples_of("abab"))
+            scoring.remote_score([str(path)])("ab", "", samples_of("abab"))
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(RewardError, match=r"cannot be loaded.*nothing_of_this_name") as caught:
         scoring.scorer(SimpleNamespace(reward=SimpleNamespace(remote_url=[str(path)])), None)
@@ -582,7 +611,7 @@ def test_rewards_of_a_server_in_the_hosts_format() -> None:
         return {"rewards": [value], "scores": [value]}
 
     with reward_server(answer) as url:
-        assert scoring.RemoteScore([url])("ab", 0.5, samples_of("ab", "abcd")) == [0.5, 2.5]
+        assert scoring.remote_score([url])("ab", 0.5, samples_of("ab", "abcd")) == [0.5, 2.5]
 
 
 def test_rewards_of_a_reward_model_do_not_depend_on_padding(run: Callable, tiny: Tiny, tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_rewards_come_in_order_from_calls_with_one_query(tmp_path: Path) -> None
         "    return {'rewards': [len(queries[0]) + 10 * labels[0]]}\n",
     )
     drawn = [engine.PromptSamples([], [[]] * 8, ["a" * (j % 5) for j in range(8)], []) for _ in range(5)]
-    found = scoring.rewards(scoring.RemoteScore([str(path)]), [("p", i) for i in range(5)], drawn)
+    found = scoring.rewards(scoring.remote_score([str(path)]), [("p", i) for i in range(5)], drawn)
     assert found.tolist() == [[j % 5 + 10 * i for j in range(8)] for i in range(5)]
 
 

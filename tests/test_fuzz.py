@@ -156,8 +156,8 @@ def read_cells(path: Path) -> Any:
 READERS: dict[str, tuple[bytes, str, Callable[[Path], Any], type[Exception]]] = {
     "prompts": (PROMPTS, "p.jsonl", read_prompts, prompts.DataError),
     "conversations": (CHATS.splitlines(keepends=True)[0] * 2, "p.jsonl", read_prompts, prompts.DataError),
-    "reward cache": (CACHE, "r.jsonl", reward_cache.read_cache, reward_cache.CacheError),
-    "samples of others": (SAMPLES, "r.jsonl", reward_cache.read_cache, reward_cache.CacheError),
+    "reward cache": (CACHE, "r.jsonl", reward_cache.read_cache, ContentError),
+    "samples of others": (SAMPLES, "r.jsonl", reward_cache.read_cache, ContentError),
     "metrics": (METRICS, "metrics.jsonl", metrics.read, ContentError),
     "bond_run.json": (RUN, "bond_run.json", lambda path: read_model(path, identity._Run), ContentError),
     "run.json": (TRAINED, "run.json", lambda path: read_model(path, EvaluatedRun), ContentError),

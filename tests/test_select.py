@@ -17,7 +17,7 @@ from conftest import Tiny, execute, moved_model, to_argv
 from bond_plugin.bestofn.selectors import SELECTORS, expected, pick, vote
 from bond_plugin.cli.main import main
 from bond_plugin.offline import engine
-from bond_plugin.offline.answers import SelectionError, boxed_or_last_line, parser
+from bond_plugin.rewards.answers import SelectionError, boxed_or_last_line, parser
 
 # Selectors.
 

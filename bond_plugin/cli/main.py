@@ -59,7 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if type(error).__module__.startswith("ray."):  # of a worker: Ray has put that one's traceback into it
             raise
-        said = f"{_file_of(error)}{reason(error)}"
+        said = reason(error)
+        if error.filename is not None:
+            said = f"{error.filename}: {said}"
+        elif error.errno == errno.ENOSPC:  # all files of ours are named: it is the standard output's
+            _nothing_more_to_print()
+            said = f"the standard output: {said}"
     except ContentError as error:
         said = str(error)
     print(f"bond {' '.join(argv[:1])}: error: {said}", file=sys.stderr)
@@ -78,14 +83,6 @@ def _run(argv: list[str]) -> int:
         print(f"bond: error: unknown command '{argv[0]}'{hint} (see bond --help)", file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
-
-
-def _file_of(error: OSError) -> str:
-    """Which file an error of the system is about. All of ours are named; a full disk without a name is stdout's."""
-    if error.filename is None and error.errno == errno.ENOSPC:
-        _nothing_more_to_print()
-        return "the standard output: "
-    return "" if error.filename is None else f"{error.filename}: "
 
 
 def _nothing_more_to_print() -> None:

@@ -42,12 +42,6 @@ def purpose(path: Path) -> str:
     return line.partition("\n")[0].rstrip(" :.")
 
 
-def needed(text: str) -> list[str]:
-    """The files of recipes/ that a recipe names in its values."""
-    values = re.sub(r"#.*", "", text)
-    return sorted(set(re.findall(r"\brecipes/[\w./-]+", values)))
-
-
 def main(argv: list[str]) -> int:
     """List recipes, or print one. Returns the exit status (2 for an unknown name)."""
     parser = argparse.ArgumentParser(
@@ -59,15 +53,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this file; .yaml may be left out")
     parser.add_argument("--path", action="store_true", help="print the folder that holds them")
     args = parser.parse_args(argv)
-    return run(args.name, args.path)
-
-
-def run(wanted: str | None, path: bool) -> int:
-    """Print the folder, the file ``wanted``, or the list; returns the exit status."""
-    if path:
+    if args.path:
         print(folder())
         return 0
-    files = found()
+    files, wanted = found(), args.name
     if wanted is None:
         width = max(map(len, files))
         print("\n".join(f"{name:<{width}}  {purpose(file)}" for name, file in files.items()), flush=True)
@@ -82,8 +71,9 @@ def run(wanted: str | None, path: bool) -> int:
     content = files[name].read_bytes()
     sys.stdout.buffer.write(content)
     sys.stdout.buffer.flush()
-    missing = [path for path in needed(content.decode()) if not Path(path).exists()] if name.endswith(".yaml") else []
-    if missing:
+    named = re.findall(r"\brecipes/[\w./-]+", re.sub(r"#.*", "", content.decode()))  # in values
+    missing = [path for path in sorted(set(named)) if not Path(path).exists()]
+    if missing and name.endswith(".yaml"):
         print(
             f"bond: note: it reads {', '.join(missing)}, which is not below this folder: "
             'cp -r "$(bond recipes --path)" recipes',

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from bond_plugin.cli import evaluate
 from bond_plugin.files import Busy, unwritable
@@ -62,40 +63,37 @@ def main(argv: list[str]) -> int:
             run = evaluate.arguments(args, args.model, args.model)
             run.vllm.tensor_parallel_size = args.tensor_parallel_size
             job = prepare(args, run)
-            output = stack.enter_context(job.open())
+            output, lines = stack.enter_context(job.output)
         except (ValueError, Busy) as error:
             print(f"bond select: error: {error}", file=sys.stderr)
             return 2
 
         from bond_plugin.host.rewards import RewardError
-        from bond_plugin.offline import engine, scoring, selecting
-        from bond_plugin.offline.answers import SelectionError
+        from bond_plugin.offline import engine, selecting
+        from bond_plugin.rewards.answers import SelectionError
 
         started = time.monotonic()
 
         def say(message: str) -> None:
             print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
 
-        total, there = len(job.pairs), len(output.lines)
-        say(f"{total} prompts into {args.output}" + (f"; {there} are there already" if there else ""))
+        say(f"{job.total} prompts into {args.output}" + (f"; {len(lines)} are there already" if lines else ""))
         tick = engine.ticker(say, "selected", "prompts")
         try:
-            with contextlib.closing(job.samples(there, engine.ticker(say, "sampled"))) as samples:
-                for i, drawn in samples:
-                    rewards = job.rewards[i]
-                    if job.score is not None:
-                        rewards = scoring.rewards(job.score, [job.pairs[i]], [drawn])[0].tolist()
-                    output.write(job.selection.line(i, *job.pairs[i], drawn.responses, rewards))
-                    tick(i + 1, total)
+            with contextlib.closing(job.lines(len(lines), engine.ticker(say, "sampled"))) as made:
+                for line in made:
+                    output.write(line)
+                    lines.append(selecting.Selected.model_validate(line))
+                    tick(len(lines), job.total)
         except KeyboardInterrupt:
-            print(f"\nbond select: stopped. {len(output.lines)} of {total} prompts are in {args.output}; the same "
+            print(f"\nbond select: stopped. {len(lines)} of {job.total} prompts are in {args.output}; the same "
                   "command goes on")  # fmt: skip
             return 130
         except (engine.SamplingError, RewardError, SelectionError) as error:
             print(f"bond select: error: {error}", file=sys.stderr)
             return 1
-        say(f"{total} prompts are in {args.output}")
-        print(f"\n{selecting.table(output.lines, job.selection, job.right)}", flush=True)
+        say(f"{job.total} prompts are in {args.output}")
+        print(f"\n{selecting.table(lines, args, job.right)}", flush=True)
     return 0
 
 
@@ -183,7 +181,8 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
     Raises:
         ValueError: one of them is of no use.
     """
-    from bond_plugin.offline import answers, engine, fingerprints, prompts, scoring, selecting
+    from bond_plugin.offline import engine, fingerprints, prompts, scoring, selecting
+    from bond_plugin.rewards import answers
 
     names = ("selector", "reward_temperature", "ties", "seed", "samples", "label_is_answer", "keep_responses")
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
@@ -199,7 +198,7 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         settings["the training's --data.max_len"] = run.data.max_len
     else:
         try:
-            given = selecting.read_given(args.responses, count)
+            given = selecting.read_given(args.responses, count or 1)
         except ValueError as error:
             raise ValueError(f"--responses {error}") from error
         pairs = [(line.prompt, line.label) for line in given]
@@ -228,15 +227,10 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         right = [parse(str(label)) or str(label) for _, label in pairs]
     special = [] if tokenizer is None or args.model is None else tokenizer.all_special_tokens
 
-    def clean(response: str) -> str:
-        return functools.reduce(lambda text, token: text.replace(token, ""), special, response)
-
-    def samples(there: int, progress: engine.Progress) -> Iterator[tuple[int, engine.PromptSamples]]:
+    def drawn(first: int, progress: engine.Progress) -> Iterator[tuple[int, engine.PromptSamples]]:
         if given is not None:
-            return (
-                (i, scoring.of_texts(given[i].prompt, given[i].responses, tokenizer))
-                for i in range(there, len(given))
-            )
+            left = enumerate(given[first:], first)
+            return ((i, scoring.of_texts(line.prompt, line.responses[:count], tokenizer)) for i, line in left)
         engines = engine.count(args.tensor_parallel_size)
         draw = functools.partial(
             engine.stream,
@@ -253,16 +247,34 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
             engine=scoring.room_beside(score, engines * args.tensor_parallel_size),
             progress=progress,
         )
-        return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < there, draw, engine.chunk_of(count))
+        return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < first, draw, engine.chunk_of(count))
 
-    random = args.ties == "random" or args.selector == "soft"
-    draws = (args.reward_temperature, random, args.seed)
-    return SimpleNamespace(
-        pairs=pairs,
-        score=score,
-        right=right,
-        rewards=[line.rewards for line in given] if given else [None] * len(pairs),
-        selection=selecting.Selection(args.selector, *draws, parse, clean, args.keep_responses),
-        samples=samples,
-        open=functools.partial(selecting.Output, args.output, settings),
-    )
+    def lines(first: int, progress: engine.Progress) -> Iterator[dict[str, Any]]:
+        with contextlib.closing(drawn(first, progress)) as samples:
+            for i, one in samples:
+                (prompt, label), rewards, answers = pairs[i], None, None
+                if score is not None:
+                    rewards = scoring.rewards(score, [pairs[i]], [one])[0].tolist()
+                elif given is not None and given[i].rewards:
+                    rewards = given[i].rewards[:count]
+                texts = [functools.reduce(lambda text, token: text.replace(token, ""), special, text)
+                         for text in one.responses]  # fmt: skip
+                if parse is not None:
+                    answers = [parse(text) for text in texts]
+                j = selecting.choose(args, i, prompt, rewards, answers)
+                line = {
+                    "prompt": prompt,
+                    "label": None if label == "" else label,
+                    "response": texts[j],
+                    "reward": rewards and rewards[j],
+                    "selector": args.selector,
+                    "selected": j,
+                    "rewards": rewards,
+                    "answer": answers and answers[j],
+                    "answers": answers,
+                    "responses": one.responses if args.keep_responses else None,
+                }
+                yield {key: value for key, value in line.items() if value is not None}
+
+    output = selecting.output(args.output, settings)
+    return SimpleNamespace(output=output, total=len(pairs), right=right, lines=lines)

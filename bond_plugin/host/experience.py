@@ -134,7 +134,7 @@ def assembled(
     if algorithm.needs().reward_cache:
         from bond_plugin.offline import make_cache
 
-        reference_rewards = make_cache.rewards_for(args, batch.prompts)
+        reference_rewards = make_cache.of(args).rewards(batch.prompts, args.bond.cache_samples)
     return assemble.advantages(
         algorithm,
         rewards,

@@ -274,7 +274,7 @@ def _stored(sampler: Any, count: int, prompts: list[str], labels: list[Any], opt
     samples = []
     for prompt, label in zip(prompts, labels, strict=True):
         before, _ = prompt_tokens(tokenizer, prompt, options.get("max_new_tokens"), options.get("max_len"))
-        there = make_cache.stored_for(sampler.args, prompt)
+        there = make_cache.of(sampler.args).stored(prompt)
         for place in torch.randperm(len(there), generator=generator)[:count].tolist():
             one = there[place]
             response = {

@@ -25,7 +25,9 @@ def apply(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     if "reference" in run.needs.log_probs:
         # The host keeps log pi - log pi_ref of each token (its k1 estimate of the KL), not log pi_ref itself.
         under["reference"] = under["policy"] - kl
-    cached = make_cache.rewards_for(self.args, batch.prompts) if run.needs.reward_cache else None
+    cached = None
+    if run.needs.reward_cache:
+        cached = make_cache.of(self.args).rewards(batch.prompts, self.args.bond.cache_samples)
     found = run.transform.transform(
         AdvantageInputs(rewards, rewards[:, :0], under, state.of(self).generator("transform"), cached)
     )

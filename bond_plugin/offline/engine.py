@@ -9,7 +9,6 @@ only a process of its own gives it back; and two models can be sampled one after
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -277,10 +276,8 @@ def remaining(
     samples are computed as they would have been without the interruption.
 
     Args:
-        prompts: all of them.
         there: whether the i-th is done; asked again before its samples are given.
         draw: a list of prompts to their samples, ``chunk`` prompts at a time and in order: :func:`stream`.
-        chunk: prompts in a chunk.
 
     Yields:
         The places of prompts that are not there, each with its samples. Close it to stop the sampling.
@@ -328,28 +325,6 @@ def _environment(model: str) -> dict[str, str]:
     return defaults | variables
 
 
-class _Progress:
-    """The part of tqdm's interface that vLLM uses, writing ``{"done"}`` as JSON lines: from ``done`` to ``total``."""
-
-    def __init__(self, stream: IO[str], done: int, total: int) -> None:
-        self.stream, self.total, self.n = stream, total, done
-        self.format_dict = {"elapsed": 1.0}
-        self._reported = 0.0
-
-    def update(self, count: int) -> None:
-        self.n += count
-        now = time.monotonic()
-        if now - self._reported >= _REPORT_EVERY or self.n == self.total:
-            self._reported = now
-            # If the parent is gone this raises BrokenPipeError, which ends the child too.
-            _send(self.stream, {"done": self.n})
-
-    def refresh(self) -> None:
-        pass
-
-    close = refresh
-
-
 def _send(stream: IO[str], message: Any) -> None:
     print(json.dumps(message), file=stream, flush=True)
 
@@ -362,7 +337,16 @@ def _work(job: dict[str, Any], chunks: Iterable[int], stream: IO[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"], **job["tokenizer"])
     requests = [prompt_tokens(tokenizer, text, job["max_new_tokens"], job["max_len"]) for text in job["prompts"]]
 
+    from tqdm import tqdm
     from vllm import LLM, SamplingParams  # takes long, and most of what can go wrong has gone wrong by now
+
+    class Told(tqdm):
+        """vLLM's progress, for the parent. If that is gone this raises BrokenPipeError, which ends the child too."""
+
+        monitor_interval = 0  # no thread that sends too
+
+        def display(self, *_: Any, **__: Any) -> None:
+            _send(stream, {"done": done + self.n})
 
     gpu = torch.cuda.is_available()
     engine = LLM(
@@ -381,7 +365,6 @@ def _work(job: dict[str, Any], chunks: Iterable[int], stream: IO[str]) -> None:
     for chunk in chunks:
         part = range(len(requests))[chunk * job["chunk"] : (chunk + 1) * job["chunk"]]
         asked = [(i, own) for i in part for own in seeds[i]]  # a request a response
-        bar = functools.partial(_Progress, stream, done, done + len(asked))
         # What earlier chunks left behind must not change how this one is computed.
         engine.reset_prefix_cache()
         outputs = engine.generate(
@@ -400,7 +383,7 @@ def _work(job: dict[str, Any], chunks: Iterable[int], stream: IO[str]) -> None:
                 for i, own in asked
             ],
             # vLLM puts its bar around an iterable too, while it reads the prompts: that one passes unchanged.
-            use_tqdm=lambda *iterable, _bar=bar, **_: iterable[0] if iterable else _bar(),
+            use_tqdm=lambda *given, **bar: given[0] if given else Told(mininterval=_REPORT_EVERY, **bar),
         )
         done += len(asked)
         completions = (output.outputs[0] for output in outputs)

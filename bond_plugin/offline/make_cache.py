@@ -1,59 +1,36 @@
-"""The reward cache beside the host: how it is made, whether it is a run's, and its rewards at each step.
+"""The reward cache beside the host: how it is made, and whether it is a run's.
 
 ``bond cache`` calls :func:`make` where ``bond train`` starts Ray. A training run calls :func:`problems` there, and
-:func:`rewards_for` at each step.
+asks :func:`of` at each step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bond_plugin.files import unwritable
+from bond_plugin.files import Busy, ContentError, unwritable
 from bond_plugin.host import flags, plan
 from bond_plugin.host.rewards import RewardError
 from bond_plugin.offline import engine, fingerprints, reward_cache, scoring
 from bond_plugin.offline.prompts import DataError, Pairs, label_text, tokenizer_of, training_prompts
 from bond_plugin.words import shorten
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 _WITH_TOKENS = "with bond cache --cache.log_probs"
 
 _read = functools.cache(reward_cache.read_cache)
 
 
-def rewards_for(args: SimpleNamespace, prompts: Sequence[str]) -> Tensor:
-    """The rewards of the initial policy's samples, from ``--bond.reward_cache``.
-
-    The file is read once a process. In a run that :func:`problems` has passed nothing is missing.
-
-    Args:
-        args: the run's arguments.
-        prompts: P prompts as the host feeds them to the policy (``Experience.prompts``).
-
-    Returns:
-        ``[P, M]`` float64, rounded to float32 as the host's rewards are; M is ``--bond.cache_samples``, or as many
-        as every prompt has.
-
-    Raises:
-        CacheError: the file cannot be read.
-        PromptError: a prompt is missing, or has fewer than M rewards.
-    """
-    return _read(args.bond.reward_cache).rewards(prompts, args.bond.cache_samples)
-
-
-def stored_for(args: SimpleNamespace, prompt: str) -> list[reward_cache.Stored]:
-    """The responses to a prompt in ``--bond.reward_cache``. Errors as for :func:`rewards_for`."""
-    return _read(args.bond.reward_cache).stored(prompt)
+def of(args: SimpleNamespace) -> reward_cache.Cache:
+    """A run's ``--bond.reward_cache``, read once a process. If :func:`problems` has passed it nothing is missing."""
+    return _read(args.bond.reward_cache)
 
 
 def record_of(args: SimpleNamespace, tokenizer: Any) -> reward_cache.Record:
@@ -126,7 +103,7 @@ def problems(args: SimpleNamespace) -> list[str]:
         found = _read(path)
         tokenizer = tokenizer_of(args)
         pairs = training_prompts(args, tokenizer)
-    except (reward_cache.CacheError, DataError) as error:
+    except (ContentError, DataError) as error:
         return [f"{flags.REWARD_CACHE}: {error}"]
     listed = []
     different = _differences(found, args, tokenizer, pairs)
@@ -142,7 +119,7 @@ def problems(args: SimpleNamespace) -> list[str]:
     prompts = [prompt for prompt, _ in pairs]
     try:
         found.check(prompts, args.bond.cache_samples)
-    except reward_cache.PromptError as error:
+    except ContentError as error:
         listed.append(f"{flags.REWARD_CACHE}: {error}. {_remedy(found, prompts, args.bond.cache_samples)}")
     else:
         args.bond.cache_samples = args.bond.cache_samples or found.samples(prompts)
@@ -210,8 +187,8 @@ def make(args: SimpleNamespace) -> int:
                     f"\nbond cache: stopped. {there} of {len(pairs)} prompts are in {path}; the same command goes on"
                 )
                 return 130
-            print(f"\n{path}: {reward_cache.summary(writer.cache, [prompt for prompt, _ in pairs])}", flush=True)
-    except (RewardError, reward_cache.CacheError, DataError, engine.SamplingError) as error:
+            print(f"\n{path}: {writer.cache.summary([prompt for prompt, _ in pairs])}", flush=True)
+    except (RewardError, ContentError, Busy, DataError, engine.SamplingError) as error:
         if isinstance(error, RewardError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(f"{flags.CACHE}: error: {error}", file=sys.stderr, flush=True)
@@ -223,7 +200,7 @@ def _one_label_each(pairs: Pairs) -> None:
     labels: dict[str, Any] = {}
     for prompt, label in pairs:
         if prompt in labels:
-            raise reward_cache.CacheError(
+            raise ContentError(
                 f"--data.label_key: the prompt {shorten(prompt)} has two labels, {shorten(labels[prompt])} and "
                 f"{shorten(label)}, and a cache has one list of rewards a prompt. Drop one of the two, or the flag "
                 "if the reward does not use labels"
@@ -286,7 +263,14 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
             engine=scoring.room_beside(score, engines * width),
             progress=sampled,
         )
-        for rewards in reward_cache.fill(writer, pairs, draw, score, chunk, args.cache.responses):
-            total, count = total + sum(rewards), count + len(rewards)
-            bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
-            bar.update()
+        prompts = [prompt for prompt, _ in pairs]
+        rest = engine.remaining(prompts, lambda i: prompts[i] in writer.cache, draw, chunk)
+        with contextlib.closing(rest):
+            for i, samples in rest:
+                prompt, label = pairs[i]
+                rewards = score(prompt, label, samples)
+                stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
+                writer.append(prompt, rewards, samples.responses if args.cache.responses else None, label, stored)
+                total, count = total + sum(rewards), count + len(rewards)
+                bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
+                bar.update()

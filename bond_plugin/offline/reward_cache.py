@@ -16,12 +16,11 @@ Rewards are compared as the host has them, rounded to float32; so a tie in train
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -30,11 +29,8 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import from_json
 from typing_extensions import Self
 
-from bond_plugin.files import Busy, LineFile, open_file, parse_json
-from bond_plugin.offline import engine
-from bond_plugin.offline.engine import PromptSamples
-from bond_plugin.offline.prompts import Pairs, label_text
-from bond_plugin.offline.scoring import Score
+from bond_plugin.files import ContentError, LineFile, open_file, parse_json
+from bond_plugin.offline.prompts import label_text
 from bond_plugin.schema import Open, explain
 from bond_plugin.words import reason, shorten
 
@@ -42,7 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
-_MARK = "bond_cache"
+MARK = "bond_cache"
+_START = json.dumps({MARK: VERSION}).removesuffix("}").encode()
 _BEST_OF = (2, 4, 8, 16, 32, 64, 128)
 
 Record = dict[str, Any]
@@ -59,14 +56,6 @@ COMPARED = {
 }
 
 
-class CacheError(ValueError):
-    """A reward cache cannot be read, written or used. The message names the file and what to do."""
-
-
-class PromptError(CacheError):
-    """A prompt's rewards are missing, too few, or unusable. The message names the prompt."""
-
-
 def _float32(value: float) -> float:
     """As the host has it. It must have a place in an order."""
     (found,) = array("f", [value])
@@ -78,28 +67,31 @@ def _float32(value: float) -> float:
 Reward = Annotated[float, AfterValidator(_float32)]
 
 
-class _Line(Open):
-    """What a line after the first says: of a prompt, or, with ``reward``, of one sample."""
+class Line(Open):
+    """A prompt's line in a file of responses."""
 
     prompt: str
     label: Any = None
-    responses: list[str] | None = None
-    tokens: list[list[int]] | None = None
-    log_probs: list[list[float]] | None = None
+    responses: Annotated[list[str], Field(min_length=1)] | None = None
     rewards: Annotated[list[Reward], Field(min_length=1)] | None = None
-    reward: Reward | None = None
 
     @model_validator(mode="after")
-    def _one_layout(self) -> Self:
-        if (self.rewards is None) == (self.reward is None):
-            both = "both 'reward' and 'rewards'" if self.rewards else "neither 'rewards' nor 'reward'"
-            raise ValueError(f"it has {both}")
-        if self.rewards and self.responses is not None and len(self.responses) != len(self.rewards):
-            raise ValueError(f"{len(self.responses)} responses, but {len(self.rewards)} rewards")
-        if self.tokens is not None:
-            lengths = [len(one) for one in self.tokens]
-            if lengths != [len(one) for one in self.log_probs or []] or len(lengths) != len(self.rewards or []):
-                raise ValueError("'tokens', 'log_probs' and 'rewards' are of different responses")
+    def _of_the_same_responses(self) -> Self:
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "label"}
+        lists = {name: value for name, value in values.items() if isinstance(value, list)}
+        if len(set(map(len, lists.values()))) > 1:
+            raise ValueError(f"{' and '.join(map(repr, lists))} differ in length")
+        return self
+
+
+class _Cached(Line):
+    tokens: list[list[int]] | None = None
+    log_probs: list[list[float]] | None = None
+
+    @model_validator(mode="after")
+    def _of_the_same_tokens(self) -> Self:
+        if [len(one) for one in self.tokens or []] != [len(one) for one in self.log_probs or []]:
+            raise ValueError("'tokens' and 'log_probs' are of different responses")
         return self
 
 
@@ -114,7 +106,7 @@ class Entry:
     line: int
     label: str | None
     whole: bool
-    start: int | None = None
+    start: int | None
 
 
 class Stored(NamedTuple):
@@ -144,17 +136,13 @@ class Cache(dict[str, Entry]):
         return min((len(self[prompt].rewards) for prompt in wanted), default=0)
 
     def rewards(self, prompts: Sequence[str], samples: int = 0) -> Tensor:
-        """The first ``samples`` rewards of each prompt.
-
-        Args:
-            prompts: P prompts, exactly as the host feeds them to the policy.
-            samples: M; 0 for as many as every prompt of the file has.
+        """The first M = ``samples`` rewards of each of P prompts, which are as the host feeds them to the policy.
 
         Returns:
-            ``[P, M]`` float64, each rounded to float32.
+            ``[P, M]`` float64, each rounded to float32; M as many as every prompt of the file has if it is 0.
 
         Raises:
-            PromptError: a prompt is not in the file, or has fewer rewards.
+            ContentError: a prompt is not in the file, or has fewer rewards.
         """
         import torch
 
@@ -167,11 +155,11 @@ class Cache(dict[str, Entry]):
         """The responses of a prompt, read from the file.
 
         Raises:
-            PromptError: the file has not their tokens.
+            ContentError: the file has not their tokens.
         """
         start = self[prompt].start if prompt in self else None
         if start is None:
-            raise PromptError(f"{self.path} has no tokens and log-probabilities of the prompt {shorten(prompt)}")
+            raise ContentError(f"{self.path} has no tokens and log-probabilities of the prompt {shorten(prompt)}")
         with open_file(self.path) as file:
             file.seek(start)
             line = from_json(file.readline().decode("utf-8-sig"))  # looked at when the file was read
@@ -181,17 +169,17 @@ class Cache(dict[str, Entry]):
         """Whether every prompt has ``samples`` rewards; 0 for at least one.
 
         Raises:
-            PromptError: one has not. The message names the first, and says how many there are.
+            ContentError: one has not. The message names the first, and says how many there are.
         """
         missing = [prompt for prompt in prompts if prompt not in self]
         if missing:
             others = f" (and of {len(missing) - 1} others)" if len(missing) > 1 else ""
-            raise PromptError(f"{self.path} has no rewards of the prompt {shorten(missing[0])}{others}")
+            raise ContentError(f"{self.path} has no rewards of the prompt {shorten(missing[0])}{others}")
         short = [prompt for prompt in prompts if len(self[prompt].rewards) < max(1, samples)]
         if short:
             entry = self[short[0]]
             others = f" (and {len(short) - 1} other prompts have too few)" if len(short) > 1 else ""
-            raise PromptError(
+            raise ContentError(
                 f"{self.path}, line {entry.line}: the prompt {shorten(short[0])} has {len(entry.rewards)} samples, "
                 f"{samples} are asked for{others}"
             )
@@ -200,31 +188,71 @@ class Cache(dict[str, Entry]):
         """Take in what one line holds, the ``number``-th, which begins at the byte ``start``.
 
         Raises:
-            CacheError: it is not a line of a reward cache.
-            PromptError: its rewards are not finite numbers, or contradict an earlier line.
+            ContentError: it is not a line of a reward cache, its rewards are not finite numbers, or they contradict
+                an earlier line.
         """
         where = f"{self.path}, line {number}"
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
-            raise CacheError(
+            raise ContentError(
                 f"{where} is not of a reward cache: each line is an object like "
                 '{"prompt": "...", "responses": [...], "rewards": [...]}, or '
                 '{"prompt": "...", "text": "...", "reward": 0.5}'
             )
-        where = f"{where}, prompt {shorten(item['prompt'])}"
+        where, whole = f"{where}, prompt {shorten(item['prompt'])}", item.get("rewards") is not None
+        if whole == (item.get("reward") is not None):
+            both = "both 'reward' and 'rewards'" if whole else "neither 'rewards' nor 'reward'"
+            raise ContentError(f"{where}: it has {both}")
         try:
-            line = _Line.model_validate(item)
+            line = _Cached.model_validate(item if whole else {**item, "rewards": [item["reward"]]})
         except ValidationError as error:
-            raise PromptError(f"{where}: {explain(error, _Line)}") from error
-        rewards = array("f", line.rewards or [line.reward])
-        place = start if line.tokens is not None else None
-        new = Entry(rewards, number, label_text(line.label), bool(line.rewards), place)
+            raise ContentError(f"{where}: {explain(error, _Cached)}") from error
+        place = start if whole and line.tokens is not None else None
+        new = Entry(array("f", line.rewards), number, label_text(line.label), whole, place)
         known = self.setdefault(line.prompt, new)
         if known is new:
             return
         if not new.whole and not known.whole:
             known.rewards.extend(new.rewards)
         elif (known.rewards, known.label, known.whole) != (new.rewards, new.label, new.whole):
-            raise PromptError(f"{where}: line {known.line} has other rewards of the same prompt; delete one")
+            raise ContentError(f"{where}: line {known.line} has other rewards of the same prompt; delete one")
+
+    def summary(self, prompts: Sequence[str]) -> str:
+        """Mean reward, Best-of-N for N up to half the samples, and ties over ``prompts``, which are all there."""
+        from bond_plugin.bestofn.distribution import quantiles
+        from bond_plugin.bestofn.estimates import expected_max
+
+        rewards = self.rewards(prompts, self.samples(prompts))
+        m = rewards.shape[-1]
+        below, not_above = quantiles(rewards, rewards)
+        ties = (m * (not_above - below) - 1).mean().item() / max(1, m - 1)  # with the same reward, of the others
+        flat = int((rewards == rewards[:, :1]).all(dim=-1).sum().item())
+        means = {"mean reward": rewards} | {f"Best-of-{n}": expected_max(rewards, n) for n in _BEST_OF if 2 * n <= m}
+        return "\n".join(
+            [
+                f"{len(prompts)} prompts x {m} samples",
+                *(f"  {name:<14} {values.mean().item():10.4f}" for name, values in means.items()),
+                f"  {'ties':<14} {ties:10.1%}   pairs of a prompt's samples with the same reward",
+                f"  {'flat prompts':<14} {flat:10d}   all samples have the same reward: nothing to learn from",
+            ]
+        )
+
+
+def read_cache(path: str | Path) -> Cache:
+    """Read a file of ``bond cache`` or of the vBoN authors, whole.
+
+    Raises:
+        ContentError: no such file; a line that is not of a reward cache, or whose rewards are no finite numbers or
+            contradict another's, named by its number; or an empty file.
+    """
+    path = Path(path)
+    try:
+        with open_file(path) as file:
+            cache = _read(path, file)
+    except OSError as error:
+        raise ContentError(f"{path}: {reason(error)}") from error
+    if not cache:
+        raise ContentError(f"{path} has no rewards in it")
+    return cache
 
 
 def cached_responses(path: str | Path) -> list[str]:
@@ -234,27 +262,8 @@ def cached_responses(path: str | Path) -> list[str]:
     return [text for item in items for text in item.get("responses", [item["text"]] if "text" in item else [])]
 
 
-def read_cache(path: str | Path) -> Cache:
-    """Read a file of ``bond cache`` or of the vBoN authors, whole.
-
-    Raises:
-        CacheError: no such file; a line that is not of a reward cache, named by its number; or an empty file.
-        PromptError: a reward that is no finite number, or a prompt with contradicting lines, named with the line.
-    """
-    path = Path(path)
-    try:
-        with open_file(path) as file:
-            cache = _read(path, file)[0]
-    except OSError as error:
-        raise CacheError(f"{path}: {reason(error)}") from error
-    if not cache:
-        raise CacheError(f"{path} has no rewards in it")
-    return cache
-
-
-def _read(path: Path, lines: Iterable[bytes]) -> tuple[Cache, int]:
-    """The content of all lines, and how many they are."""
-    cache, end, number = Cache(path), 0, 0
+def _read(path: Path, lines: Iterable[bytes]) -> Cache:
+    cache, end = Cache(path), 0
     for number, line in enumerate(lines, start=1):
         start, end = end, end + len(line)
         if not line.strip():
@@ -263,20 +272,20 @@ def _read(path: Path, lines: Iterable[bytes]) -> tuple[Cache, int]:
             item = parse_json(line, finite=False)  # of a reward `add` says which prompt it is of
         except ValueError as error:
             if not line.endswith(b"\n") and cache.record is not None:
-                raise CacheError(
+                raise ContentError(
                     f"{path}, line {number} is unfinished: `bond cache` was stopped while it wrote. Start it again "
                     "with the same flags, and it goes on there"
                 ) from error
-            raise CacheError(f"{path}, line {number} {error}") from error
-        if number == 1 and isinstance(item, dict) and _MARK in item:
-            if item[_MARK] != VERSION:
-                raise CacheError(
-                    f"{path} is a reward cache of version {item[_MARK]}; this openrlhf-bond reads version {VERSION}"
+            raise ContentError(f"{path}, line {number} {error}") from error
+        if number == 1 and isinstance(item, dict) and MARK in item:
+            if item[MARK] != VERSION:
+                raise ContentError(
+                    f"{path} is a reward cache of version {item[MARK]}; this openrlhf-bond reads version {VERSION}"
                 )
             cache.record = item
         else:
             cache.add(item, number, start)
-    return cache, number
+    return cache
 
 
 def differences(
@@ -324,18 +333,14 @@ class Writer(LineFile):
         record: what the first line says beside the version. An existing file must say the same.
 
     Raises:
-        CacheError: the file has another record (the message says what differs), or is no file of ``bond cache``, or
-            another process is writing it.
+        ContentError: the file has another record (the message says what differs), or is no file of ``bond cache``.
+        Busy, OSError: another process writes it, or it cannot be written.
     """
 
     def __init__(self, path: str | Path, record: Record) -> None:
-        self.record: Record = {_MARK: VERSION, **record}
+        super().__init__(path)
         try:
-            super().__init__(path)
-        except Busy as error:
-            raise CacheError(str(error)) from None
-        try:
-            self.cache = self._resume()
+            self.cache = self._resume({MARK: VERSION, **record})
         except BaseException:
             self._file.close()
             raise
@@ -348,22 +353,20 @@ class Writer(LineFile):
         label: Any = None,
         stored: tuple[list[list[int]], list[list[float]]] | None = None,
     ) -> None:
-        """Write one prompt's line.
+        """Write one prompt's line; of its M responses the texts, tokens and log-probabilities if they are to be kept.
 
         Args:
-            prompt: not in the cache yet.
             rewards: M finite numbers.
-            responses: M texts, if they are to be kept.
-            stored: M responses' tokens and log-probabilities, if they are to be kept.
             label: what the reward was given as the prompt's label, any JSON; ``None`` or "" for none.
+            stored: tokens and log-probabilities.
 
         Raises:
-            PromptError: a reward is not finite in float32, or the prompt is there already. Nothing is written.
+            ContentError: a reward is not finite in float32, or the prompt is there already. Nothing is written.
         """
         import numpy
 
         if prompt in self.cache:
-            raise PromptError(f"{self.path} has the prompt {shorten(prompt)} already")
+            raise ContentError(f"{self.path} has the prompt {shorten(prompt)} already")
         item: dict[str, Any] = {"prompt": prompt}
         if label_text(label) is not None:
             item["label"] = label
@@ -373,123 +376,24 @@ class Writer(LineFile):
             item["tokens"], item["log_probs"] = stored[0], [[round(x, 6) for x in one] for one in stored[1]]
         # For people: the shortest number that is the same in float32, 0.1 and not 0.10000000149011612.
         item["rewards"] = [float(str(value)) for value in numpy.array(rewards, dtype=numpy.float32)]
-        self.cache.add(item, self._lines + 1, self._file.seek(0, os.SEEK_END))
+        self.cache.add(item, len(self.cache) + 2, self._file.seek(0, os.SEEK_END))
         self.write(item)
 
-    def write(self, item: Any) -> None:
-        super().write(item)
-        self._lines += 1
-
-    def _resume(self) -> Cache:
+    def _resume(self, record: Record) -> Cache:
         self._file.seek(0)
-        start = self._file.read(len(_START))
-        if not _START.startswith(start):
-            raise CacheError(f"{self.path} exists and is no file of `bond cache`: name another --cache.output")
-        cache, self._lines = _read(self.path, self.finished())
+        if not _START.startswith(self._file.read(len(_START))):
+            raise ContentError(f"{self.path} exists and is no file of `bond cache`: name another --cache.output")
+        cache = _read(self.path, self.finished())
         if cache.record is None:  # new, or stopped in its first line
-            self.write(self.record)
-            return Cache(self.path, self.record)
-        found = differences(cache.record, self.record)
-        for key in ("samples", "seed", "log_probs"):
-            if cache.record.get(key) != self.record.get(key):
-                found.append(f"--cache.{key}: {cache.record.get(key)} in the file, {self.record.get(key)} now")
+            self.write(record)
+            return Cache(self.path, record)
+        made = {key: f"--cache.{key}" for key in ("samples", "seed", "log_probs")}
+        found = differences(cache.record, record)
+        found += differences(cache.record, record, made, ("in the file", "now"))
         if found:
             lines = "\n".join(f"  - {line}" for line in found)
-            raise CacheError(
+            raise ContentError(
                 f"{self.path} was begun with other settings:\n{lines}\n"
                 "Name another --cache.output, or delete the file"
             )
         return cache
-
-
-_START = json.dumps({_MARK: VERSION}).removesuffix("}").encode()
-
-
-def fill(
-    writer: Writer,
-    pairs: Pairs,
-    draw: Callable[[list[str]], Generator[list[PromptSamples]]],
-    score: Score,
-    chunk: int,
-    keep_responses: bool = True,
-) -> Iterator[Sequence[float]]:
-    """Sample, score and write the prompts that a cache does not have: see :func:`engine.remaining`.
-
-    Args:
-        writer: of the cache.
-        pairs: all (prompt, label), the prompts all different.
-        draw, chunk: the sampler, and prompts in a chunk.
-        score: the reward.
-        keep_responses: write the responses beside their rewards.
-
-    Yields:
-        The rewards of each prompt once its line is on the disk.
-
-    Raises:
-        PromptError: a reward is not finite. What ``draw`` and ``score`` raise passes. What is written stays.
-    """
-    prompts = [prompt for prompt, _ in pairs]
-    rest = engine.remaining(prompts, lambda i: prompts[i] in writer.cache, draw, chunk)
-    with contextlib.closing(rest):
-        for i, samples in rest:
-            prompt, label = pairs[i]
-            rewards = score(prompt, label, samples)
-            stored = None if samples.log_probs is None else (samples.response_ids, samples.log_probs)
-            writer.append(prompt, rewards, samples.responses if keep_responses else None, label, stored)
-            yield rewards
-
-
-@dataclass(frozen=True)
-class Overview:
-    """A look at a cache.
-
-    Attributes:
-        prompts, samples: how many prompts, and samples of each.
-        mean: mean reward.
-        ties: the share of pairs of samples of one prompt that have the same reward.
-        flat: how many prompts have the same reward for all samples: nothing can be learned from those.
-        best_of: N to the mean reward of Best-of-N, for N up to half the samples.
-    """
-
-    prompts: int
-    samples: int
-    mean: float
-    ties: float
-    flat: int
-    best_of: dict[int, float]
-
-    def __str__(self) -> str:
-        rows = [("mean reward", self.mean), *((f"Best-of-{n}", value) for n, value in self.best_of.items())]
-        return "\n".join(
-            [
-                f"{self.prompts} prompts x {self.samples} samples",
-                *(f"  {name:<14} {value:10.4f}" for name, value in rows),
-                f"  {'ties':<14} {self.ties:10.1%}   pairs of a prompt's samples with the same reward",
-                f"  {'flat prompts':<14} {self.flat:10d}   all samples have the same reward: nothing to learn from",
-            ]
-        )
-
-
-def summary(cache: Cache, prompts: Sequence[str] | None = None) -> Overview:
-    """Mean reward, Best-of-N and ties over ``prompts``; over all prompts of the cache if none are given.
-
-    Raises:
-        PromptError: a prompt is not in the cache.
-    """
-    from bond_plugin.bestofn.distribution import quantiles
-    from bond_plugin.bestofn.estimates import expected_max
-
-    prompts = list(cache) if prompts is None else prompts
-    cache.check(prompts)
-    rewards = cache.rewards(prompts, cache.samples(prompts))
-    m = rewards.shape[-1]
-    below, not_above = quantiles(rewards, rewards)
-    equal = m * (not_above - below) - 1  # other samples with the same reward
-    return Overview(
-        prompts=len(prompts),
-        samples=m,
-        mean=rewards.mean().item(),
-        ties=(equal / max(1, m - 1)).mean().item(),
-        flat=int((rewards == rewards[:, :1]).all(dim=-1).sum().item()),
-        best_of={n: expected_max(rewards, n).mean().item() for n in _BEST_OF if 2 * n <= m},
-    )

@@ -25,19 +25,14 @@ Score = Callable[[str, Any, PromptSamples], Sequence[float]]
 
 
 def scorer(args: SimpleNamespace, tokenizer: Any) -> Score:
-    """How the host would score: a Python file or servers, or a reward model.
-
-    Args:
-        args: the host's nested arguments; ``reward.remote_url`` and, without it, ``reward.model_name_or_path`` say
-            which.
-        tokenizer: the policy's.
+    """How the host would score by its arguments: with a Python file or servers, or without these a reward model.
 
     Raises:
         RewardError: the Python file or the model cannot be loaded.
     """
     try:
         if args.reward.remote_url:
-            return RemoteScore(args.reward.remote_url)
+            return remote_score(args.reward.remote_url)
         return ModelScore(args, tokenizer.pad_token_id)
     except Exception as error:
         name = ", ".join(args.reward.remote_url or [args.reward.model_name_or_path])
@@ -46,10 +41,6 @@ def scorer(args: SimpleNamespace, tokenizer: Any) -> Score:
 
 def rewards(score: Score, pairs: Sequence[tuple[str, Any]], drawn: Sequence[PromptSamples]) -> Tensor:
     """The rewards of K samples of each of P prompts, ``[P, K]`` float64.
-
-    Args:
-        pairs: P (prompt, label).
-        drawn: P times K samples.
 
     Raises:
         RewardError: the reward failed, or one is not finite; the prompt is named.
@@ -101,10 +92,7 @@ def identity(args: SimpleNamespace) -> dict[str, Any]:
 def room_beside(score: Score, gpus: int) -> dict[str, Any]:
     """Arguments of vLLM's engines that leave a reward model its place on a GPU that one of them uses too.
 
-    They are all engines' arguments: which of them draws a sample must not matter.
-
-    Args:
-        gpus: how many the engines use, from the first on.
+    They are all engines' arguments: which of them draws a sample must not matter. The engines use the first ``gpus``.
     """
     if not (isinstance(score, ModelScore) and score.device.type == "cuda" and score.device.index < gpus):
         return {}
@@ -114,36 +102,32 @@ def room_beside(score: Score, gpus: int) -> dict[str, Any]:
     return {"gpu_memory_utilization": round(min(0.9, free / total - 0.1), 2)}
 
 
-class RemoteScore:
+def remote_score(urls: list[str]) -> Score:
     """Rewards of ``--reward.remote_url``, through the host's own calls of it, one query each.
 
-    Raises, when called:
+    Raises, when it is called:
         RewardError: the reward raised (its exception is the cause), or returned no single number.
     """
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-    def __init__(self, urls: list[str]) -> None:
-        from openrlhf.utils.agent import SingleTurnAgentExecutor
+    sys.path += [folder for folder in import_folders(urls) if folder not in sys.path]
+    host = SingleTurnAgentExecutor(urls)
+    fetch = host._fetch_rewards_via_func if host.reward_func else host._fetch_rewards_via_http
 
-        self.name = ", ".join(urls)
-        sys.path += [folder for folder in import_folders(urls) if folder not in sys.path]
-        host = SingleTurnAgentExecutor(urls)
-        self._fetch = host._fetch_rewards_via_func if host.reward_func else host._fetch_rewards_via_http
-
-    def __call__(self, prompt: str, label: Any, samples: PromptSamples) -> list[float]:
-        return asyncio.run(self._all(prompt, label, samples.queries))
-
-    async def _all(self, prompt: str, label: Any, queries: list[str]) -> list[float]:
+    async def every(prompt: str, label: Any, samples: PromptSamples) -> list[float]:
         places = asyncio.Semaphore(_AT_ONCE)
 
         async def one(query: str) -> float:
             async with places:
                 try:
-                    (found,) = await self._fetch([query], [prompt], [label])
+                    (found,) = await fetch([query], [prompt], [label])
                     return checked(found)["rewards"]
                 except Exception as error:
-                    raise failed(self.name, prompt, error) from error
+                    raise failed(", ".join(urls), prompt, error) from error
 
-        return list(await asyncio.gather(*map(one, queries)))
+        return list(await asyncio.gather(*map(one, samples.queries)))
+
+    return lambda *sample: asyncio.run(every(*sample))
 
 
 class ModelScore:
@@ -174,10 +158,9 @@ class ModelScore:
         import torch
 
         found: list[float] = []
-        for start in range(0, len(samples.response_ids), self._rows):
-            rows = [
-                torch.tensor(samples.prompt_ids + ids) for ids in samples.response_ids[start : start + self._rows]
-            ]
+        whole = [torch.tensor(samples.prompt_ids + ids) for ids in samples.response_ids]
+        for start in range(0, len(whole), self._rows):
+            rows = whole[start : start + self._rows]
             sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             with torch.no_grad():

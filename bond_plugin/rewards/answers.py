@@ -1,23 +1,79 @@
-"""Answers of chains of thought, read and compared by math-verify in a process of their own.
+"""The answer that a response ends with.
 
-math-verify ends what takes too long only in a main thread, and rewards are computed in others. Texts are exchanged,
-no expressions: putting 10^10^10 together again would evaluate it.
+For the votes of ``bond select`` a text, by the user's function or as the host's checker of sums writes it. For
+``fobar`` read and compared by math-verify, in a process of its own: math-verify ends what takes too long only in a
+main thread, and rewards are computed in others. Texts are exchanged, no expressions: putting 10^10^10 together again
+would evaluate it.
 """
 
 from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
+import runpy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as OutOfTime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bond_plugin.host.watch import end_with_parent
+from bond_plugin.words import reason, shorten
 
+_FUNCTION = "answer_func"
 _LIMIT = 60.0  # seconds, for what even a signal does not end
 _lock = threading.Lock()
+
+#: A response to its answer, ``None`` for none; equal answers are equal texts.
+Parser = Callable[[str], str | None]
+
+
+class SelectionError(RuntimeError):
+    """The user's function cannot be loaded, failed or gave no text; or rewards with which no response is selected."""
+
+
+def boxed_or_last_line(response: str) -> str | None:
+    """What stands in the last ``\\boxed{}``, else the last line, as the host's checker of sums writes answers."""
+    from openrlhf.utils.math_utils import extract_boxed_answer, mathd_normalize_answer
+
+    found = extract_boxed_answer(response)
+    if found is None:
+        found = next((line for line in reversed(response.splitlines()) if line.strip()), "")
+    return mathd_normalize_answer(found) or None
+
+
+def parser(file: Path | None) -> Parser:
+    """The parser of a Python file that defines ``answer_func(response) -> str | None``, or our own without a file.
+
+    Raises:
+        SelectionError: it cannot be loaded, or fails on an empty response. Later calls raise it as well.
+    """
+    if file is None:
+        return boxed_or_last_line
+    try:
+        function = runpy.run_path(os.fspath(file), run_name="bond_answers").get(_FUNCTION)
+    except OSError as error:
+        raise SelectionError(f"{file}: {reason(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise SelectionError(f"{file}: {error!r}") from error
+    if not callable(function):
+        raise SelectionError(f"{file} defines no {_FUNCTION}(response)")
+
+    def parse(response: str) -> str | None:
+        try:
+            found = function(response)
+        except Exception as error:
+            raise SelectionError(f"{file} failed on the response {shorten(response)}: {error!r}") from error
+        if found is not None and not isinstance(found, str):
+            raise SelectionError(
+                f"{file} must give a text or None, and gave {shorten(found)} for {shorten(response)}"
+            )
+        return found or None
+
+    parse("")
+    return parse
 
 
 class Answer(NamedTuple):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import torch
+
 from bond_plugin.words import shorten
 
 #: A regular expression whose first group is the question in a prompt; without it the whole prompt is the question.
@@ -71,6 +73,11 @@ def parts(query: str, prompt: str) -> tuple[str, str]:
     if not question:
         raise ValueError(f"no question in the prompt {shorten(prompt)} ({QUESTION} is {pattern!r})")
     return question, _SPECIAL.sub("", query[len(prompt) :]).strip()
+
+
+def loaded(kind: Any, folder: str, device: str) -> Any:
+    """A model of a class of transformers: in float32 on a CPU, elsewhere in bf16."""
+    return kind.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16).to(device).eval()
 
 
 class Batches:

@@ -24,7 +24,7 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,23 +54,6 @@ def score(forward: float, found: int, chains: int, alpha: float) -> float:
         found: backward chains that found the number, of ``chains``; 0 of 0 where there is no number.
     """
     return forward**alpha * ((found + EPSILON) / (chains + EPSILON)) ** (1 - alpha)
-
-
-def shares(answers: Sequence[Any], same: Callable[[Any, Any], bool]) -> tuple[list[int | None], list[float]]:
-    """Groups of equal answers, in the order of their first: each answer's group, and the groups' shares of all.
-
-    Args:
-        answers: ``None`` where a chain ends in none; it is of no group.
-    """
-    group: list[int | None] = []
-    firsts: list[Any] = []
-    for answer in answers:
-        place = next((i for i, first in enumerate(firsts) if answer is not None and same(first, answer)), None)
-        if place is None and answer is not None:
-            place = len(firsts)
-            firsts.append(answer)
-        group.append(place)
-    return group, [group.count(i) / len(answers) for i in range(len(firsts))]
 
 
 class Server:
@@ -103,24 +86,26 @@ class Server:
 
 
 class Asked:
-    """A question: its forward chains, and its answers' scores, each found once."""
+    """A question: how its forward chains end, drawn if not given, and its answers' scores, each found once."""
 
-    def __init__(self, question: str) -> None:
-        self._question, self._lock = question, threading.Lock()
-        self._forward: list[Answer | None] | None = None
-        self._known: list[tuple[Answer, float]] = []
+    def __init__(self, question: str, forward: Sequence[Answer | None] | None = None) -> None:
+        self._question, self._forward, self._lock = question, forward, threading.Lock()
+        self.known: list[tuple[Answer, float]] = []
 
-    def score(self, answer: Answer, server: Server) -> float:
+    def score(self, answer: Answer | None, server: Server) -> float:
+        """0 without an answer."""
+        if answer is None:
+            return 0.0
         with self._lock:
-            for known, value in self._known:
+            for known, value in self.known:
                 if same(known, answer):
                     return value
             if self._forward is None:
                 self._forward = server.answers(self._question) if server.alpha > 0 else []
             agree = sum(end is not None and same(answer, end) for end in self._forward)
             back = server.backward(self._question, answer) if server.alpha < 1 else (0, 0)
-            self._known.append((answer, score(agree / max(1, len(self._forward)), *back, server.alpha)))
-            return self._known[-1][1]
+            self.known.append((answer, score(agree / max(1, len(self._forward)), *back, server.alpha)))
+            return self.known[-1][1]
 
 
 _server = functools.cache(Server)
@@ -136,11 +121,10 @@ def weigh(question: str, responses: Sequence[str]) -> list[float]:
     with _making:
         server = _server()
     answers = [read(response) for response in responses]
-    group, forward = shares(answers, same)
-    firsts = [answers[group.index(i)] for i in range(len(forward))]
-    backward = [server.backward(question, answer) if server.alpha < 1 else (0, 0) for answer in firsts]
-    scores = [score(share, *back, server.alpha) for share, back in zip(forward, backward, strict=True)]
-    return [0.0 if place is None else scores[place] / sum(scores) for place in group]
+    asked = Asked(question, answers)
+    scores = [asked.score(answer, server) for answer in answers]
+    total = sum(value for _, value in asked.known)
+    return [value / total if total else 0.0 for value in scores]
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> dict[str, Any]:
@@ -157,9 +141,8 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> di
     found = []
     for query, prompt in zip(queries, prompts, strict=True):
         question, response = parts(query, prompt)
-        answer = read(response)
         with _making:
             asked = _asked(question)
-        found.append(0.0 if answer is None else asked.score(answer, server))
+        found.append(asked.score(read(response), server))
     rewards = torch.tensor(found, dtype=torch.float32)
     return {"rewards": rewards, "scores": rewards, "extra_logs": {}}

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 _NODES = 64  # of the quadrature
+_TOLERANCE = 1e-6
 
 
 def forward_backward(
@@ -52,8 +53,6 @@ def fit(
     samples: int = 0,
     step: float | None = None,
     steps: int = 1000,
-    tolerance: float = 1e-6,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The posterior of w, prior N(0, I / prior).
 
@@ -64,7 +63,7 @@ def fit(
         samples: of w in a step, the stochastic form, which returns the mean over the second half of its steps; 0 for
             exact expectations.
         step: h, by default 1, in the stochastic form 0.05.
-        steps: at most; with exact expectations it ends where no entry moves by more than ``tolerance``.
+        steps: at most; with exact expectations it ends where no entry moves by more than 1e-6.
 
     Returns:
         Mean ``[d]`` and ``factor [d, d]`` with covariance = factor factor', float64.
@@ -82,7 +81,7 @@ def fit(
     penalty = prior * inverse @ inverse.mT
     nodes, weights = (torch.from_numpy(found) for found in np.polynomial.hermite_e.hermegauss(_NODES))
     weights = weights / weights.sum()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     mean, cov = torch.zeros(len(lower), dtype=torch.float64), torch.eye(len(lower), dtype=torch.float64)
     total = [torch.zeros_like(mean), torch.zeros_like(cov)]
     for done in range(steps):
@@ -106,7 +105,7 @@ def fit(
         if samples and done >= steps // 2:
             total = [total[0] + mean, total[1] + cov]
         moved = max((new - old).abs().max().item() for new, old in zip((mean, cov), before, strict=True))
-        if not samples and moved < tolerance:
+        if not samples and moved < _TOLERANCE:
             break
     else:
         if not samples:

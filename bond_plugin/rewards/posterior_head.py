@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bond_plugin.files import parse_json, write_whole
 from bond_plugin.rewards import gaussian
-from bond_plugin.rewards.calls import Batches, number, setting
+from bond_plugin.rewards.calls import Batches, loaded, number, setting
 
 FILE, KAPPA, MODEL = "BOND_HEAD_FILE", "BOND_HEAD_KAPPA", "BOND_HEAD_MODEL"
 DEVICE, BATCH = "BOND_HEAD_DEVICE", "BOND_HEAD_BATCH"
@@ -47,9 +47,7 @@ class Features:
     def __init__(self, folder: str, device: str = "cpu") -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        kind = torch.float32 if device == "cpu" else torch.bfloat16
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModel.from_pretrained(folder, dtype=kind).to(device).eval()
+        self._tokenizer, self._model = AutoTokenizer.from_pretrained(folder), loaded(AutoModel, folder, device)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -61,10 +59,6 @@ class Features:
         mask = pad([torch.ones_like(row) for row in rows]).to(self._model.device)
         states = self._model(pad(rows).to(self._model.device), attention_mask=mask).last_hidden_state
         return states[torch.arange(len(rows)), mask.sum(dim=-1) - 1].float().cpu()
-
-    def all(self, texts: Sequence[str], size: int = 8) -> Tensor:
-        """The same of any number of texts, ``size`` at a time."""
-        return torch.cat([self(texts[i : i + size]) for i in range(0, len(texts), size)])
 
 
 def value(features: Tensor, head: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -153,9 +147,9 @@ def main(argv: list[str]) -> int:
     if not first:
         print(f"{args.data} has no rows", file=sys.stderr)
         return 2
-    model = Features(args.model)
-    texts = model.all(first)
-    other = model.all(second) if args.noise is None else torch.tensor(second)
+    features = Batches(Features(args.model), 8)
+    texts = torch.stack(features(first))
+    other = torch.stack(features(second)) if args.noise is None else torch.tensor(second)
     head = fit(texts, other, args.prior, args.noise)
     from safetensors.torch import save
 

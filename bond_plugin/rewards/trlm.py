@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bond_plugin.rewards.calls import Batches, number, parts, setting
+from bond_plugin.offline import likelihood
+from bond_plugin.rewards.calls import Batches, loaded, number, parts, setting
 
 FORWARD, BACKWARD, TOKENIZER = "BOND_TRLM_FORWARD", "BOND_TRLM_BACKWARD", "BOND_TRLM_TOKENIZER"
 PROMPT, DEVICE, BATCH = "BOND_TRLM_PROMPT", "BOND_TRLM_DEVICE", "BOND_TRLM_BATCH"
@@ -45,7 +46,6 @@ def reversed_row(tokenizer: Any, question: str, response: str) -> Row:
     return [tokenizer.eos_token_id, *reversed(ids(tokenizer, response))], ids(tokenizer, question)[::-1]
 
 
-@torch.no_grad()
 def mean_log_probs(model: Any, rows: Sequence[Row]) -> Tensor:
     """The mean log-probability of each row's asked tokens after those given.
 
@@ -55,21 +55,12 @@ def mean_log_probs(model: Any, rows: Sequence[Row]) -> Tensor:
     Raises:
         ValueError: a row has more tokens than the model has positions.
     """
-    whole = [torch.tensor(given + asked) for given, asked in rows]
-    longest, most = max(map(len, whole)), getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(given) + len(asked) for given, asked in rows)
+    most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and longest > most:
         raise ValueError(f"query and response are {longest} tokens, {model.config.name_or_path} takes {most}")
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    mask = pad([torch.ones_like(row) for row in whole]).to(model.device)
-    first = min(len(given) for given, _ in rows)
-    # The logits at a position are of the token after it.
-    logits = model(pad(whole).to(model.device), attention_mask=mask, logits_to_keep=longest - first + 1).logits
-    found = []
-    for row, (given, asked) in zip(logits, rows, strict=True):
-        begin = len(given) - first
-        log_probs = row[begin : begin + len(asked)].float().log_softmax(dim=-1)
-        found.append(log_probs.gather(-1, torch.tensor(asked, device=row.device).unsqueeze(-1)).mean())
-    return torch.stack(found).cpu()
+    found = likelihood.measure([model], [given for given, _ in rows], [[asked] for _, asked in rows])
+    return (found.log_probs[0, :, 0] / torch.tensor([len(asked) for _, asked in rows])).float()
 
 
 @functools.cache
@@ -83,8 +74,7 @@ def _directions() -> list[tuple[Callable[[str, str], Row], Batches]]:
         raise ValueError(f"the environment variable {PROMPT} must have {{response}} in it, got '{prompt}'")
 
     def scored(folder: str) -> Batches:
-        kind = torch.float32 if device == "cpu" else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).to(device).eval()
+        model = loaded(AutoModelForCausalLM, folder, device)
         return Batches(functools.partial(mean_log_probs, model), number(BATCH, 8, 1))
 
     found: list[tuple[Callable[[str, str], Row], Batches]] = []
