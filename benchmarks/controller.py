@@ -135,8 +135,8 @@ def once(way: str, samples: int, tokens: int, out: Path) -> None:
     batch = experience.Batch
     for owner, name, part in (
         (batch, "tokens", "tokens"), (batch, "__init__", "rows"), (batch, "rewards", "rows"),
-        (batch, "spread", "spread"), (assemble, "advantages", "algorithm"), (advantages, "engine_gap", "gaps"),
-        (experience, "_engine_gaps", "gaps"), (experience, "_for_training", "dealing"),
+        (batch, "spread", "spread"), (assemble, "advantages", "algorithm"), (advantages, "engine_gaps", "gaps"),
+        (advantages, "for_training", "dealing"),
     ):  # fmt: skip
         timed(owner, name, part)
 
@@ -145,7 +145,6 @@ def once(way: str, samples: int, tokens: int, out: Path) -> None:
         if way == "algorithm 2":
             policy = [sample(name) for name in names for _ in range(N - 1)]
             rollout = Rollout(policy, [sample(name) for name in names for _ in range(2)])
-            kept.engines = SimpleNamespace(algorithm=experience.plan.of(args).algorithm)
             maker.make_experience = forward
             call: Callable[[], Any] = functools.partial(maker.make_experience_batch, rollout)
         else:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from bond_plugin.host import log_probs, weights
+from bond_plugin.algorithms import assemble
+from bond_plugin.host import advantages, log_probs, plan, weights
 from bond_plugin.host.advantages import compute_advantages_and_returns, cumulative_returns
-from bond_plugin.host.experience import Batch, of_step, under_weights
+from bond_plugin.host.experience import Batch
 from bond_plugin.host.rewards import RewardError
 
 
@@ -45,7 +46,7 @@ def scored(
         bond=SimpleNamespace(**bond),
         data=SimpleNamespace(max_images_per_prompt=images),
         rollout=SimpleNamespace(n_samples_per_prompt=1, micro_batch_size=rows),
-        train=SimpleNamespace(dynamic_batch_enable=dynamic),
+        train=SimpleNamespace(dynamic_batch_enable=dynamic, async_enable=False, seed=0),
     )
     worker = SimpleNamespace(actor=None, strategy=SimpleNamespace(args=args))
     under = {"policy": 0.0, "anchor": -0.5, "reference": -1.0}
@@ -66,8 +67,9 @@ def scored(
             action_log_probs=each,
             action_mask=mask,
             index=list(range(i * rows, (i + 1) * rows)),
-            prompts=[str(i * rows + row) for row in range(rows)],
+            prompts=[str((i * rows + row) // plan.of(args).rows.all) for row in range(rows)],
             rewards=torch.zeros(rows),
+            rollout_log_probs=None,
         )
         for i, each in enumerate(policy)
     ]
@@ -75,8 +77,21 @@ def scored(
 
 
 def kl_ref(maker: SimpleNamespace) -> float:
-    inputs = SimpleNamespace(rewards=torch.zeros(10, 1), under={})
-    return of_step(maker, inputs, Batch(maker.experiences, 1))["bond/kl_ref"]
+    return maker.bond.metrics["bond/kl_ref"]
+
+
+def given(monkeypatch: pytest.MonkeyPatch, maker: SimpleNamespace) -> set[str]:
+    """Under which weights the algorithm is given log-probabilities."""
+    under: set[str] = set()
+
+    def made(_algorithm: Any, rewards: torch.Tensor, _source: Any, there: dict, *_: Any, **__: Any) -> Any:
+        under.update(there)
+        return SimpleNamespace(advantages=there["policy"] * 0, metrics={}, classifier_targets=None)
+
+    monkeypatch.setattr(assemble, "advantages", made)
+    monkeypatch.setattr(advantages, "for_training", lambda *_: None)
+    compute_advantages_and_returns(lambda _self, there: there, maker, maker.experiences)
+    return under
 
 
 @pytest.mark.parametrize(
@@ -90,7 +105,7 @@ def test_a_report_alone_takes_one_micro_batch_of_four(monkeypatch: pytest.Monkey
     wanted = [i * rows + row for i in range(2, end, 4) for row in range(rows)]
     assert [value for name, value in done if name == "anchor"] == list(range(2 * rows, end * rows))
     assert [value for name, value in done if name == "reference"] == wanted
-    assert set(under_weights(maker, maker.experiences)) == {"policy", "anchor"}
+    assert given(monkeypatch, maker) == {"policy", "anchor"}
     assert kl_ref(maker) == pytest.approx(sum(wanted) / len(wanted))  # the second token is no response's
 
 
@@ -100,6 +115,7 @@ def test_a_report_alone_takes_one_row_of_four(monkeypatch: pytest.MonkeyPatch, r
     maker, done = scored(monkeypatch, rows, end=4)
     wanted = [i * rows + row for i in range(2, 4) for row in range(0, rows, 4)]
     assert [value for name, value in done if name == "reference"] == wanted
+    given(monkeypatch, maker)
     assert kl_ref(maker) == pytest.approx(sum(wanted) / len(wanted))
 
 
@@ -109,7 +125,7 @@ def test_where_they_are_needed_or_few_cannot_be_told_all_are_scored(
 ) -> None:
     maker, done = scored(monkeypatch, **bond)
     assert [value for name, value in done if name == "reference"] == list(range(2, 12))
-    assert set(under_weights(maker, maker.experiences)) == {"policy", "anchor", "reference"}
+    assert given(monkeypatch, maker) == {"policy", "anchor", "reference"}
 
 
 def test_without_the_report_the_initial_policy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

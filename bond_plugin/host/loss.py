@@ -18,7 +18,7 @@ from bond_plugin import registry
 from bond_plugin.algorithms.assemble import PolicyLoss, weighed_loss
 from bond_plugin.algorithms.base import LossInputs
 from bond_plugin.host import batches, checks, hooks, logits, plan, weights
-from bond_plugin.host.rows import ROWS
+from bond_plugin.host.state import ROWS
 
 
 def rows_per_step(args: SimpleNamespace) -> int:

@@ -41,13 +41,11 @@ class Engines:
     """The engines of a trainer whose algorithm draws source samples: which weights they hold, and how to change that.
 
     Attributes:
-        algorithm: see there.
         holding: the weights' name.
         tokenizer: a reference of Ray.
     """
 
-    def __init__(self, trainer: Any, algorithm: Any) -> None:
-        self.algorithm = algorithm
+    def __init__(self, trainer: Any) -> None:
         self.actors = trainer.actor_model_group
         self.holding = "policy"
         self.tokenizer = ray.put(SharedTokenizer(trainer.tokenizer))
@@ -109,7 +107,7 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
     if loader is not None and len(loader) < self.args.rollout.batch_size:
         raise ValueError(_too_few(len(loader), self.args))
     if run.needs.source_samples:
-        kept.engines = Engines(self, run.algorithm)
+        kept.engines = Engines(self)
 
 
 def broadcast_to_vllm(original: Any, self: Any) -> None:

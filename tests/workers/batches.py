@@ -24,7 +24,7 @@ from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 
 from bond_plugin.host import batches, loss, plan
-from bond_plugin.host.rows import ROWS, Row
+from bond_plugin.host.state import ROWS, Row
 
 STEPS, TOKENS, LENGTH = 2, 48, 20
 mark, setup = batches.mark, batches.setup_dynamic_batch
