@@ -134,25 +134,19 @@ def test_without_the_report_the_initial_policy_is_not_asked(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: float) -> None:
-    rows = [
-        SimpleNamespace(rewards=torch.tensor([reward]), prompts=[prompt], index=[i])
-        for i, (reward, prompt) in enumerate(((1.0, "abc"), (value, "hij")))
-    ]
-    with pytest.raises(RewardError, match=f"the reward is {value} for the prompt 'hij'"):
-        Batch(rows, 1).rewards()
-
-
-def test_a_reward_that_is_no_number_ends_a_run_of_the_hosts_estimators_too() -> None:
+@pytest.mark.parametrize("estimator", ["jbond", "reinforce"])
+def test_reward_that_is_no_number_is_an_error_that_names_the_prompt(estimator: str, value: float) -> None:
+    """Of the host's estimators too."""
     args = SimpleNamespace(
-        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="reinforce")),
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator=estimator)),
         rollout=SimpleNamespace(n_samples_per_prompt=1),
     )
     maker = SimpleNamespace(args=args)
     experiences = [SimpleNamespace(prompts=["ab", "cd"], rewards=torch.tensor([1.0, 2.0]))]
-    assert compute_advantages_and_returns(lambda _self, given: given, maker, experiences) is experiences
-    experiences[0].rewards[1] = math.nan
-    with pytest.raises(RewardError, match="the reward is nan for the prompt 'cd'"):
+    if estimator == "reinforce":
+        assert compute_advantages_and_returns(lambda _self, given: given, maker, experiences) is experiences
+    experiences[0].rewards[1] = value
+    with pytest.raises(RewardError, match=f"the reward is {value} for the prompt 'cd'"):
         compute_advantages_and_returns(lambda _self, given: given, maker, experiences)
 
 

@@ -36,18 +36,18 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         ContractError: see :func:`bond_plugin.algorithms.assemble.advantages`.
     """
     args, run, kept = self.args, plan.of(self.args), state.of(self)
+    for e in experiences:
+        for prompt, reward in zip(e.prompts, e.rewards.flatten().tolist(), strict=True):
+            finite(reward, prompt)
     if run.transform is not None:
         return transform.apply(original, self, experiences)
     if run.algorithm is None:
-        for e in experiences:  # elsewhere `Batch.rewards` looks at them
-            for prompt, reward in zip(e.prompts, e.rewards.flatten().tolist(), strict=True):
-                finite(reward, prompt)
         return original(self, experiences)
     needs, n = run.needs, run.rows.policy
     if not needs.source_samples:
         experiences = original(self, experiences)
     batch = Batch(experiences, run.rows.all)
-    rewards = batch.rewards()[:, :n]
+    rewards = batch.rows([e.rewards for e in experiences])[:, :n]
     under = {"policy": batch.tokens([e.action_log_probs for e in experiences])}
     under |= {name: batch.tokens(values) for name, values in kept.log_probs.items()}
     metrics = {"reward/policy": rewards.mean().item()}
@@ -99,7 +99,12 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
 
 
 def engine_gaps(
-    drawn: torch.Tensor, under: dict[str, torch.Tensor], filled: torch.Tensor, n: int, source: str, limit: float | None
+    drawn: torch.Tensor,
+    under: dict[str, torch.Tensor],
+    filled: torch.Tensor,
+    n: int,
+    source: str,
+    limit: float | None,
 ) -> dict[str, float]:
     """Compare the engine's log-probabilities with the trainer's: the policy's samples under the policy, and those of
     the source, if there are any, under what they were drawn from.

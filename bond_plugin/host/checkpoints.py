@@ -32,25 +32,14 @@ _FOLDERS = ("_actor", "_critic")  # of a run, in --ckpt.path
 _FULL = 2**26  # bytes: a disk with no more room than this is full
 
 
-def save_ckpt(
-    original: Any,
-    self: Any,
-    model: Any,
-    save_dir: str,
-    tag: str | None = None,
-    max_num: int = 3,
-    max_mem: float = 1000,
-    client_state: dict | None = None,
-    save_latest: bool = True,
-    metric_value: float | None = None,
-    metric_key: str | None = None,
-) -> None:
+def save_ckpt(original: Any, self: Any, model: Any, save_dir: str, tag: str, max_num: int = 3, max_mem: float = 1000,
+              client_state: dict | None = None, metric_value: float | None = None,
+              metric_key: str | None = None) -> None:  # fmt: skip
     """The host's ``save_ckpt`` in another order, and with the anchor. ``max_mem`` is in GiB. Collective.
 
     Raises:
         CheckpointError: the disk is full.
     """
-    tag = tag or f"global_step{model.global_steps}"
     folder = Path(save_dir, tag)
     if self.is_rank_0() and folder.is_dir() and tag not in _kept(self.args, folder.parent):
         # Cut short, by another number of ranks perhaps: a conversion would take their files for these ranks'.
@@ -75,8 +64,7 @@ def save_ckpt(
         raise
     dist.barrier()
     if self.is_rank_0():
-        if save_latest:
-            write_whole(Path(save_dir, _LATEST), tag)
+        write_whole(Path(save_dir, _LATEST), tag)
         for old in _superfluous(self, Path(save_dir), tag, max_num, max_mem * 2**30):
             shutil.rmtree(old)
             self.print(f"Deleted checkpoint {old}")
@@ -145,11 +133,9 @@ def _anchor_states(folder: Path) -> list[dict[str, Any]]:
 
 def _named(args: Any, folder: Path, file: str) -> list[str]:
     """What ``latest`` names in this folder and, where a run has a critic, in the other one of the two."""
-    folders = {folder}
-    if folder.name in _FOLDERS and args.critic.model_name_or_path:
-        folders |= {folder.with_name(name) for name in _FOLDERS}
-    files = [path for each in folders if (path := each / file).is_file()]
-    return [path.read_text(encoding="utf-8", errors="replace").strip() for path in files]
+    both = folder.name in _FOLDERS and args.critic.model_name_or_path
+    files = [folder.with_name(name) / file for name in (_FOLDERS if both else (folder.name,))]
+    return [path.read_text(encoding="utf-8", errors="replace").strip() for path in files if path.is_file()]
 
 
 def _kept(args: Any, folder: Path) -> list[str]:
@@ -189,11 +175,10 @@ def _step(tag: str) -> int:
 
 def problems(args: Any) -> list[str]:
     """Why this run's ranks cannot resume at its ZeRO stage from what is in ``--ckpt.path``, and what to do."""
-    parts = {"_actor": args.actor}
-    if args.critic.model_name_or_path:
-        parts["_critic"] = args.critic
     found = []
-    for name, part in parts.items():
+    for name, part in zip(_FOLDERS, (args.actor, args.critic), strict=True):
+        if part is args.critic and not part.model_name_or_path:
+            continue
         try:
             found += _misfits(args, Path(args.ckpt.path, name), part)
         except CheckpointError as error:

@@ -11,7 +11,6 @@ from bond_plugin.algorithms import assemble
 from bond_plugin.host import plan, state
 from bond_plugin.host.logits import HIDDEN
 from bond_plugin.host.rewards import EXTRA, finite
-from bond_plugin.host.sampling import Rollout
 from bond_plugin.host.state import ROWS, Row
 
 
@@ -62,18 +61,6 @@ class Batch:
         """One number a row, ``[B]`` for each experience, as ``[P, n]`` float64."""
         return self.in_order(torch.cat([v.flatten() for v in values]).double())
 
-    def rewards(self) -> torch.Tensor:
-        """``[P, n]`` float64.
-
-        Raises:
-            RewardError: one is no number; the message has its prompt.
-        """
-        found = self.rows([e.rewards for e in self.experiences])
-        for prompt, of_prompt in zip(self.prompts, found.tolist(), strict=True):
-            for reward in of_prompt:
-                finite(reward, prompt)
-        return found
-
     def tokens(self, values: list[torch.Tensor]) -> torch.Tensor:
         """One number a token, ``[B, A]`` for each experience, as ``[P, n, A']``: response tokens from the left."""
         flat = torch.cat([v[mask] for v, mask in zip(values, self.masks, strict=True)]).double()
@@ -90,12 +77,12 @@ class Batch:
 @torch.no_grad()
 def make_experience_batch(original: Any, self: Any, rollout_samples: Any) -> list[Any]:
     """The host's experience maker. Of a rollout with source samples it gets the rows, which are scored already."""
-    if not isinstance(rollout_samples, Rollout):
+    run, kept = plan.of(self.args), state.of(self)
+    if not run.needs.source_samples:
         return original(self, rollout_samples)
     from openrlhf.trainer.ppo_utils.length_penalty import apply_length_penalties
 
-    run, kept = plan.of(self.args), state.of(self)
-    policy, source = list(rollout_samples), rollout_samples.source_samples
+    policy, source = rollout_samples, kept.source_samples
     n, m, prompts = run.rows.policy, run.needs.source_samples, len(policy) // run.rows.policy
     if policy[0].rewards is None:  # Python files and servers have scored while sampling
         _score(self, [*policy, *source])

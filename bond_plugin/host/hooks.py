@@ -155,8 +155,8 @@ HOOKS: tuple[Hook, ...] = (
         "checkpoints:load_ckpt",
     ),
     _hook(f"{_STRATEGY}.save_model", "self model tokenizer output_dir kwargs", "weights:save_model"),
-    _hook(f"{_STATES}:offload_deepspeed_states", "model pin_memory non_blocking", "weights:offload_states"),
-    _hook(f"{_STATES}:reload_deepspeed_states", "model non_blocking", "weights:reload_states"),
+    _hook(f"{_STATES}:offload_deepspeed_states", "model pin_memory non_blocking", "weights:move_states"),
+    _hook(f"{_STATES}:reload_deepspeed_states", "model non_blocking", "weights:move_states"),
     _hook(
         f"{_ACTOR}.__init__",
         "self strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size "

@@ -7,7 +7,8 @@ resumed run draws what the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import inspect
 import pickle
 import time
 from typing import Any
@@ -24,17 +25,6 @@ from bond_plugin.offline.engine import prompt_tokens
 TOKENS = "rollout/generated_tokens"
 
 _REQUESTS = 32  # samples in one call to an engine; all calls are made at once
-
-
-class Rollout(list):
-    """What the sampler hands to the experience maker: the policy's samples, prompt by prompt.
-
-    The list itself holds the policy's samples, n a prompt; ``source_samples`` the others, m a prompt.
-    """
-
-    def __init__(self, samples: list[Any], source_samples: list[Any]) -> None:
-        super().__init__(samples)
-        self.source_samples = source_samples
 
 
 class Engines:
@@ -64,25 +54,20 @@ class Engines:
 class SharedTokenizer:
     """A tokenizer that each process unpickles once, however often it is an argument.
 
-    Every sample is a call to an engine with the tokenizer among its arguments, and unpickling one with a
-    vocabulary of 50,000 takes longer than sampling with a small model.
+    It goes along with each call to an engine, and unpickling one with a vocabulary of 50,000 takes longer than
+    sampling with a small model.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._payload = pickle.dumps(tokenizer)
-        self._key = hashlib.sha256(self._payload).hexdigest()
 
-    def __reduce__(self) -> tuple[Any, tuple[str, bytes]]:
-        return _restore_tokenizer, (self._key, self._payload)
-
-
-_tokenizers: dict[str, Any] = {}
+    def __reduce__(self) -> tuple[Any, tuple[bytes]]:
+        return _unpickled, (self._payload,)
 
 
-def _restore_tokenizer(key: str, payload: bytes) -> Any:
-    if key not in _tokenizers:
-        _tokenizers[key] = pickle.loads(payload)
-    return _tokenizers[key]
+@functools.lru_cache(maxsize=4)
+def _unpickled(payload: bytes) -> Any:
+    return pickle.loads(payload)
 
 
 # The trainer.
@@ -99,13 +84,9 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
     run = plan.of(self.args)
     if run.log_probs and not run.taught:
         self.experience_maker.initial_model_group = log_probs.SLOT
-    if run.algorithm is None:
-        return
-    # The host's way to advantages knows its own names; this one asks for nothing but returns, which ours replace.
-    self.experience_maker.advantage_estimator = "reinforce"
-    loader = getattr(self, "prompts_dataloader", None)  # elsewhere in an asynchronous run
-    if loader is not None and len(loader) < self.args.rollout.batch_size:
-        raise ValueError(_too_few(len(loader), self.args))
+    if run.algorithm is not None:
+        # The host's way knows its own names; this one asks for nothing but returns, which our advantages replace.
+        self.experience_maker.advantage_estimator = "reinforce"
     if run.needs.source_samples:
         kept.engines = Engines(self)
 
@@ -124,13 +105,10 @@ def broadcast_to_vllm(original: Any, self: Any) -> None:
 def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
     """The engines must report log-probabilities of the distribution they sample from, temperature included."""
     asked = flags.current()
+    bound = inspect.signature(original).bind(*args, **kwargs)
     if asked is not None and asked.args is not None and plan.of(asked.args).needs.source_samples:
-        import inspect
-
-        bound = inspect.signature(original).bind(*args, **kwargs)
         bound.arguments["logprobs_mode"] = "processed_logprobs"
-        return original(*bound.args, **bound.kwargs)
-    return original(*args, **kwargs)
+    return original(*bound.args, **bound.kwargs)
 
 
 def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> list[Any]:
@@ -145,12 +123,20 @@ def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> l
 def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
     """One rollout batch: the host's, or n samples of the policy and m source samples for each prompt.
 
-    Returns, as the host's does: the samples, the filter's pass rate (none here), the number of prompts
-    taken, and whether the prompts are exhausted.
+    Returns:
+        As the host's does: the policy's samples, the filter's pass rate (none here), the number of prompts taken, and
+        whether the prompts are exhausted. The source samples are in the state.
+
+    Raises:
+        ValueError: there are too few prompts for one step.
     """
-    kept = state.of(self)
-    kept.timings = {}
-    needs = plan.of(self.args).needs
+    kept, run, wanted = state.of(self), plan.of(self.args), self.args.rollout.batch_size
+    if run.algorithm is not None and len(self.prompts_dataloader) < wanted:
+        raise ValueError(
+            f"--data.prompt_dataset has {len(self.prompts_dataloader)} prompts, fewer than one rollout of "
+            f"--rollout.batch_size {wanted}: nothing would be trained"
+        )
+    kept.timings, needs = {}, run.needs
     if kept.engines is None and not needs.offline:
         return _of_the_policy(original, self, generate_kwargs)
     from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
@@ -160,7 +146,6 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
         # on the step at which the episode begins, so that a resumed run has it too.
         self.prompts_dataloader.sampler.generator.manual_seed(kept.seed("prompts"))
         self._dataloader_iter = iter(self.prompts_dataloader)
-    wanted = self.args.rollout.batch_size
     prompts, labels, _images, exhausted = _collect_prompt_batch(self._dataloader_iter, wanted)
     if len(prompts) < wanted:
         self._dataloader_iter = None
@@ -182,7 +167,7 @@ def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
 
     samples = draw("stored" if needs.offline else "policy", self.args.rollout.n_samples_per_prompt)
     if needs.source_samples:
-        samples = Rollout(samples, draw(needs.source, needs.source_samples))
+        kept.source_samples = draw(needs.source, needs.source_samples)
     return samples, None, len(prompts), exhausted
 
 
@@ -195,8 +180,6 @@ def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
     state.of(self).metrics = {TOKENS: _tokens(samples)}
     wanted = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
     if ours and len(samples) < wanted:
-        if len(self.prompts_dataloader) < self.args.rollout.batch_size:  # an asynchronous run has it only here
-            raise ValueError(_too_few(len(self.prompts_dataloader), self.args))
         if samples or prompts:
             print(
                 f"bond: {len(samples)} samples are left at the end of the episode, fewer than --rollout.batch_size x "
@@ -205,13 +188,6 @@ def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
             )
         samples = []
     return samples, pass_rate, prompts, exhausted
-
-
-def _too_few(prompts: int, args: Any) -> str:
-    return (
-        f"--data.prompt_dataset has {prompts} prompts, fewer than one rollout of --rollout.batch_size "
-        f"{args.rollout.batch_size}: nothing would be trained"
-    )
 
 
 def _draw(

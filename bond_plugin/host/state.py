@@ -46,7 +46,7 @@ class State:
         timings: the same, of names ``timing/...``: parts of the host's own timings, which it adds up.
         log: ``metrics.jsonl``, in the trainer's process.
         engines: where source samples are drawn.
-        policy_samples: of the step, where the experiences hold source samples too.
+        policy_samples, source_samples: of the step, where there are both: n and m a prompt, prompt by prompt.
         source_rewards: ``[P, m]`` float64 of the step's source samples; ``None`` without.
         log_probs: under other weights than the policy's, by their name: ``[B, A]`` for each experience; rows are
             NaN where a report alone wants some of them.
@@ -61,6 +61,7 @@ class State:
     log: MetricsFile | None = None
     engines: Engines | None = None
     policy_samples: list[Any] = field(default_factory=list)
+    source_samples: list[Any] = field(default_factory=list)
     source_rewards: Tensor | None = None
     log_probs: dict[str, list[Tensor]] = field(default_factory=dict)
     hidden: list[list[Tensor]] = field(default_factory=list)
