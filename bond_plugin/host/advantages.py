@@ -18,6 +18,7 @@ from bond_plugin.host import plan, state, transform
 from bond_plugin.host.experience import Batch, for_training
 from bond_plugin.host.logits import HIDDEN
 from bond_plugin.host.rewards import finite
+from bond_plugin.offline import make_cache
 
 
 class EngineGapError(RuntimeError):
@@ -63,23 +64,18 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
             # An asynchronous run's samples are an earlier policy's: there the gap is no sign of a broken engine.
             limit = None if args.train.async_enable else run.algorithm.config.max_engine_gap
             metrics |= engine_gaps(drawn, under, batch.in_order(batch.filled), n, needs.source, limit)
-        if run.stored and not needs.offline:
-            drawn = torch.cat([under["policy"][:, :n], drawn[:, n:]], dim=1)  # the engines' differ by rounding
         if args.train.async_enable or run.stored:
             under["behaviour"] = drawn
+        if run.stored and not needs.offline:  # beside the policy's, whose engines differ by rounding
+            under["behaviour"] = torch.cat([under["policy"][:, :n], drawn[:, n:]], dim=1)
         del drawn
-    cached = None
-    if needs.reward_cache:
-        from bond_plugin.offline import make_cache
-
-        cached = make_cache.rewards_for(args, batch.prompts)
     found = assemble.advantages(
         run.algorithm,
         rewards,
         rewards[:, :0] if kept.source_rewards is None else kept.source_rewards,
         under,
         kept.generator("advantages"),
-        reference_rewards=cached,
+        reference_rewards=make_cache.rewards_for(args, batch.prompts) if needs.reward_cache else None,
         classifier_logits=batch.rows([e.values for e in experiences])[:, :n] if needs.classifier else None,
         step=kept.step,
     )

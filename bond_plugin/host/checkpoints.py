@@ -88,7 +88,7 @@ def _superfluous(strategy: Any, folder: Path, saved: str, max_num: int, max_byte
         metric = strategy._read_ckpt_metric(str(path))
         return metric is not None, metric if metric is not None else 0.0, path.stat().st_mtime
 
-    sizes = {path: _size(path) for path in there}
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in there}
     number, size = len(regular), sum(sizes[path] for path in there if path not in gone)
     for path in sorted((path for path in regular if path.name not in named), key=worth):
         if number <= max_num and size <= max_bytes:
@@ -96,10 +96,6 @@ def _superfluous(strategy: Any, folder: Path, saved: str, max_num: int, max_byte
         gone.append(path)
         number, size = number - 1, size - sizes[path]
     return gone
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def anchor_file(folder: Path, rank: int) -> str:

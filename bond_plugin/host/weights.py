@@ -47,9 +47,6 @@ class Weights:
         keep_reference: whether to keep the weights as they are now.
         interval: instead of an average, the anchor is a copy of the policy, renewed every so many optimiser
             steps. ``None`` with ``eta`` ``None``: no anchor.
-
-    Raises:
-        NotImplementedError: the engine's optimiser is of another kind.
     """
 
     def __init__(self, engine: Any, eta: float | None, keep_reference: bool, interval: int | None = None) -> None:
@@ -202,13 +199,6 @@ class _Zero12:
     """ZeRO-1 and 2: every rank holds all 16-bit parameters in flat buffers, and its part of the masters."""
 
     def __init__(self, optimizer: Any) -> None:
-        wanted = ("single_partition_of_fp32_groups", "update_lp_params")
-        missing = [name for name in wanted if not hasattr(optimizer, name)]
-        if missing:
-            raise NotImplementedError(
-                f"cannot keep an anchor beside {type(optimizer).__name__} (no {', '.join(missing)}): use "
-                "--ds.zero_stage 2 or 3"
-            )
         self._optimizer = optimizer
 
     def masters(self) -> list[torch.Tensor]:
@@ -245,8 +235,6 @@ class _Zero3:
     """ZeRO-3: 16-bit parameters are sharded too; small ones are also kept whole and must be made anew."""
 
     def __init__(self, optimizer: Any) -> None:
-        if any(part is None for part in optimizer.fp16_partitioned_groups_flat):
-            raise NotImplementedError("cannot keep an anchor of parameters that are offloaded to disk")
         self._optimizer = optimizer
 
     def masters(self) -> list[torch.Tensor]:
