@@ -12,7 +12,12 @@ import torch
 
 from bond_plugin.algorithms import assemble
 from bond_plugin.host import advantages, log_probs, plan, weights
-from bond_plugin.host.advantages import compute_advantages_and_returns, cumulative_returns
+from bond_plugin.host.advantages import (
+    EngineGapError,
+    compute_advantages_and_returns,
+    cumulative_returns,
+    engine_gaps,
+)
 from bond_plugin.host.experience import Batch
 from bond_plugin.host.rewards import RewardError
 
@@ -218,3 +223,27 @@ def test_returns_are_the_hosts_to_the_last_bit(gamma: float, dtype: torch.dtype)
         bits = torch.int32 if dtype == torch.float32 else torch.int16
         assert found.view(bits).equal(expected.view(bits))
     assert bool(calls) == (gamma != 1.0 or dtype != torch.float32)
+
+
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_gaps_are_of_the_tokens_of_each_kind_of_rows(limit: float | None) -> None:
+    """Two rows of the policy and one of the anchor a prompt: means over tokens, and an error beyond the limit."""
+    experiences = experiences_of(torch.Generator().manual_seed(0))
+    batch = Batch(experiences, 3)
+    engine = batch.tokens([e.action_log_probs for e in experiences])
+    filled = batch.in_order(batch.filled)
+    sign = torch.where(torch.arange(engine.shape[-1]) % 2 == 0, 1.0, -1.0)
+    under = {"policy": engine - 0.1 * sign, "anchor": engine - 0.02}
+    if limit is not None:
+        with pytest.raises(EngineGapError, match=r"bond/engine_gap_policy is 0\.100 nats a token, more than"):
+            engine_gaps(engine, under, filled, 2, "anchor", limit)
+        under["policy"] = engine - 0.01 * sign
+    found = engine_gaps(engine, under, filled, 2, "anchor", limit)
+    size = 0.1 if limit is None else 0.01
+    mean = (size * sign).expand(engine.shape)[:, :2][filled[:, :2]].mean().item()
+    assert found == pytest.approx({
+        "bond/engine_gap_policy": size, "vllm_kl": mean, "bond/engine_gap_anchor": 0.02, "vllm_kl_anchor": 0.02,
+        "bond/anchor_policy_gap": size,
+    })  # fmt: skip
+    pooled = engine_gaps(engine, under, filled, 3, "anchor", None)
+    assert set(pooled) == {"bond/engine_gap_policy", "vllm_kl"}

@@ -118,15 +118,11 @@ def engine_gaps(
     Raises:
         EngineGapError: one is larger.
     """
-
-    def differences(name: str, rows: slice) -> torch.Tensor:
-        return (drawn[:, rows] - under[name][:, rows])[filled[:, rows]]
-
-    found = {}
-    own, other = slice(0, n), slice(n, None)
-    compared = {"policy": own, source: other} if drawn.shape[1] > n and source in under else {"policy": own}
-    for name, rows in compared.items():
-        apart = differences(name, rows)
+    found: dict[str, float] = {}
+    for name, rows in {"policy": slice(0, n), source: slice(n, None)}.items():
+        if name not in under or not drawn[:, rows].numel():
+            continue
+        apart = (drawn - under[name])[:, rows][filled[:, rows]]
         gap = apart.abs().mean().item()
         if limit is not None and not gap <= limit:
             raise EngineGapError(
@@ -135,8 +131,9 @@ def engine_gaps(
             )
         suffix = "" if name == "policy" else f"_{name}"
         found |= {f"vllm_kl{suffix}": apart.mean().item(), f"bond/engine_gap_{name}": gap}
-    if source in compared:
-        found[f"bond/{source}_policy_gap"] = differences("policy", other).abs().mean().item()
+        if name == source:
+            away = (drawn - under["policy"])[:, rows][filled[:, rows]]
+            found[f"bond/{source}_policy_gap"] = away.abs().mean().item()
     return found
 
 

@@ -14,7 +14,6 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -227,9 +226,15 @@ def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, tag: str | No
         self.print(f"bond: note: {load_dir} holds no whole checkpoint: the run starts at step 0")
         return None, {}
     optimizer = weights.engine_of(model).optimizer
-    with weights.decay_kept(optimizer) if universal else nullcontext():
-        load_path, states = original(self, model, load_dir, tag, **kwargs)
-    weights.restore_momentum_type(optimizer)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    decays = [group["weight_decay"] for group in inner.param_groups]
+    load_path, states = original(self, model, load_dir, tag, **kwargs)
+    if universal:  # which under ZeRO-3 brings all groups the first one's decay
+        for group, decay in zip(inner.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+    for each in inner.state.values():
+        if "momentum_buffer" in each:  # Muon's comes in the masters' type; ZeRO-1 and 2 make it in the gradients'
+            each["momentum_buffer"] = each["momentum_buffer"].to(optimizer.gradient_accumulation_dtype)
     kept = weights.of(model)
     if kept is not None and "anchor" in kept and load_path is not None:
         folder = Path(load_dir, tag)

@@ -140,8 +140,7 @@ class Taught:
 def take_layer(worker: Any, layer: tuple[Tensor | None, ...]) -> None:
     """In a worker of the policy: the teacher's output layer."""
     global _layer
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    _layer = tuple(part if part is None else part.to(device) for part in layer)
+    _layer = tuple(part if part is None else part.to(torch.cuda.current_device()) for part in layer)
 
 
 class _Pieces(torch.autograd.Function):

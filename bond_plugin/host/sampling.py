@@ -120,74 +120,69 @@ def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> l
 
 
 @torch.no_grad()
-def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
-    """One rollout batch: the host's, or n samples of the policy and m source samples for each prompt.
+def generate_samples(original: Any, self: Any, **options: Any) -> tuple[list[Any], float | None, int, bool]:
+    """One rollout batch: the host's, or of several weights.
 
     Returns:
-        As the host's does: the policy's samples, the filter's pass rate (none here), the number of prompts taken, and
-        whether the prompts are exhausted. The source samples are in the state.
+        As the host's does: the policy's samples, the filter's pass rate, the number of prompts taken, and whether the
+        prompts are exhausted.
 
     Raises:
         ValueError: there are too few prompts for one step.
     """
-    kept, run, wanted = state.of(self), plan.of(self.args), self.args.rollout.batch_size
-    if run.algorithm is not None and len(self.prompts_dataloader) < wanted:
+    kept, run, rollout = state.of(self), plan.of(self.args), self.args.rollout
+    ours = run.algorithm is not None
+    if ours and len(self.prompts_dataloader) < rollout.batch_size:
         raise ValueError(
             f"--data.prompt_dataset has {len(self.prompts_dataloader)} prompts, fewer than one rollout of "
-            f"--rollout.batch_size {wanted}: nothing would be trained"
+            f"--rollout.batch_size {rollout.batch_size}: nothing would be trained"
         )
-    kept.timings, needs = {}, run.needs
-    if kept.engines is None and not needs.offline:
-        return _of_the_policy(original, self, generate_kwargs)
-    from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
-
-    if getattr(self, "_dataloader_iter", None) is None:
-        # The host's loader draws its order from a generator that no flag seeds. Here it depends on the seed and
-        # on the step at which the episode begins, so that a resumed run has it too.
-        self.prompts_dataloader.sampler.generator.manual_seed(kept.seed("prompts"))
-        self._dataloader_iter = iter(self.prompts_dataloader)
-    prompts, labels, _images, exhausted = _collect_prompt_batch(self._dataloader_iter, wanted)
-    if len(prompts) < wanted:
-        self._dataloader_iter = None
-        if prompts:
-            print(
-                f"bond: the last {len(prompts)} prompts of the episode are fewer than --rollout.batch_size "
-                f"{wanted} and are not used",
-                flush=True,
-            )
-        return [], None, len(prompts), True
-
-    kept.metrics = {TOKENS: 0}
-
-    def draw(name: str, count: int) -> list[Any]:
-        if name == "stored":
-            return _stored(self, count, prompts, labels, generate_kwargs)
-        kept.engines.hold(name, kept.timings)
-        return _draw(self, name, count, prompts, labels, generate_kwargs)
-
-    samples = draw("stored" if needs.offline else "policy", self.args.rollout.n_samples_per_prompt)
-    if needs.source_samples:
-        kept.source_samples = draw(needs.source, needs.source_samples)
-    return samples, None, len(prompts), exhausted
-
-
-def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
-    """The host's own rollout. What is left at the end of the data and fills no rollout is no step of ours."""
-    ours = plan.of(self.args).algorithm is not None
-    if ours:
-        options = {**options, "min_new_tokens": 0}  # the policy may end at once: a sample is a sample of the policy
-    samples, pass_rate, prompts, exhausted = original(self, **options)
-    state.of(self).metrics = {TOKENS: _tokens(samples)}
-    wanted = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
-    if ours and len(samples) < wanted:
+    kept.timings, kept.metrics = {}, {TOKENS: 0}
+    if kept.engines is not None or run.needs.offline:
+        samples, pass_rate, prompts, exhausted = _of_several(self, options)
+    else:
+        if ours:
+            options["min_new_tokens"] = 0  # the policy may end at once: a sample is a sample of the policy
+        samples, pass_rate, prompts, exhausted = original(self, **options)
+        kept.metrics[TOKENS] = _tokens(samples)
+    if ours and len(samples) < rollout.batch_size * rollout.n_samples_per_prompt:
+        # What is left at the end of the data and fills no rollout is no step of ours.
         if samples or prompts:
             print(
-                f"bond: {len(samples)} samples are left at the end of the episode, fewer than --rollout.batch_size x "
-                f"--rollout.n_samples_per_prompt = {wanted}, and are not used",
+                f"bond: at the end of the episode {prompts} prompts and {len(samples)} samples are left, fewer than "
+                f"--rollout.batch_size {rollout.batch_size} x --rollout.n_samples_per_prompt "
+                f"{rollout.n_samples_per_prompt}, and are not used",
                 flush=True,
             )
         samples = []
     return samples, pass_rate, prompts, exhausted
+
+
+def _of_several(sampler: Any, options: dict[str, Any]) -> tuple[list[Any], None, int, bool]:
+    """n samples of the policy a prompt, or stored ones; the source samples, m a prompt, are put into the state."""
+    from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
+
+    args, kept, needs = sampler.args, state.of(sampler), plan.of(sampler.args).needs
+    if getattr(sampler, "_dataloader_iter", None) is None:
+        # The host's loader draws its order from a generator that no flag seeds. Here it depends on the seed and
+        # on the step at which the episode begins, so that a resumed run has it too.
+        sampler.prompts_dataloader.sampler.generator.manual_seed(kept.seed("prompts"))
+        sampler._dataloader_iter = iter(sampler.prompts_dataloader)
+    prompts, labels, _images, exhausted = _collect_prompt_batch(sampler._dataloader_iter, args.rollout.batch_size)
+    if len(prompts) < args.rollout.batch_size:
+        sampler._dataloader_iter = None
+        return [], None, len(prompts), True
+
+    def draw(name: str, count: int) -> list[Any]:
+        if name == "stored":
+            return _stored(sampler, count, prompts, labels, options)
+        kept.engines.hold(name, kept.timings)
+        return _draw(sampler, name, count, prompts, labels, options)
+
+    samples = draw("stored" if needs.offline else "policy", args.rollout.n_samples_per_prompt)
+    if needs.source_samples:
+        kept.source_samples = draw(needs.source, needs.source_samples)
+    return samples, None, len(prompts), exhausted
 
 
 def _draw(

@@ -66,7 +66,7 @@ class Weights:
             self._sets["reference"] = [master.detach().to(dtype, copy=True) for master in self._sharded.masters()]
 
     def __contains__(self, name: str) -> bool:
-        return name == "policy" or name in self._sets
+        return name in self._sets
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
@@ -134,7 +134,6 @@ class Weights:
         return {
             "anchor": [part.cpu() for part in self._sets["anchor"]],
             "pieces": self._sharded.pieces(),
-            "eta": self.eta,
             "ranks": dist.get_world_size(),
             "zero_stage": self._engine.zero_optimization_stage(),
             "tensor_parallel": self._tensor_parallel(),
@@ -311,22 +310,6 @@ def move_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
     kept = of(model)
     if kept is not None:
         kept.follow_masters()
-
-
-def restore_momentum_type(optimizer: Any) -> None:
-    """Muon's momentum in the gradients' type, as ZeRO-1 and 2 make it: a checkpoint brings it in the masters'."""
-    for state in getattr(getattr(optimizer, "optimizer", None), "state", {}).values():
-        if "momentum_buffer" in state:
-            state["momentum_buffer"] = state["momentum_buffer"].to(optimizer.gradient_accumulation_dtype)
-
-
-@contextmanager
-def decay_kept(optimizer: Any) -> Iterator[None]:
-    """Within it a universal checkpoint may be loaded, which under ZeRO-3 brings all groups the first one's decay."""
-    decays = [group["weight_decay"] for group in optimizer.optimizer.param_groups]
-    yield
-    for group, decay in zip(optimizer.optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
 
 
 def save_model(original: Any, self: Any, model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
