@@ -40,7 +40,7 @@ def save_ckpt(original: Any, self: Any, model: Any, save_dir: str, tag: str, max
         CheckpointError: the disk is full.
     """
     folder = Path(save_dir, tag)
-    if self.is_rank_0() and folder.is_dir() and tag not in _kept(self.args, folder.parent):
+    if self.is_rank_0() and folder.is_dir() and tag not in _named(self.args, folder.parent):
         # Cut short, by another number of ranks perhaps: a conversion would take their files for these ranks'.
         shutil.rmtree(folder)
     dist.barrier()
@@ -77,7 +77,7 @@ def _superfluous(strategy: Any, folder: Path, saved: str, max_num: int, max_byte
     First those without a metric, then those with the worst, and the oldest of these. Of the best ones only the
     newest stays, and it does not count. What was just saved and what any ``latest`` names always stays.
     """
-    named = {saved, *_kept(strategy.args, folder)}
+    named = {saved, *_named(strategy.args, folder)}
     there = [path for path in folder.iterdir() if path.is_dir()]
     best = [path for path in there if path.name.startswith("best")]
     regular = [path for path in there if not path.name.startswith("best")]
@@ -126,16 +126,11 @@ def _anchor_states(folder: Path) -> list[dict[str, Any]]:
     return states
 
 
-def _named(args: Any, folder: Path, file: str) -> list[str]:
+def _named(args: Any, folder: Path, names: tuple[str, ...] = (_LATEST, _UNIVERSAL)) -> list[str]:
     """What ``latest`` names in this folder and, where a run has a critic, in the other one of the two."""
     both = folder.name in _FOLDERS and args.critic.model_name_or_path
-    files = [folder.with_name(name) / file for name in (_FOLDERS if both else (folder.name,))]
+    files = [folder.with_name(part) / name for part in (_FOLDERS if both else (folder.name,)) for name in names]
     return [path.read_text(encoding="utf-8", errors="replace").strip() for path in files if path.is_file()]
-
-
-def _kept(args: Any, folder: Path) -> list[str]:
-    """Checkpoints that are not deleted because a run may resume from them."""
-    return _named(args, folder, _LATEST) + _named(args, folder, _UNIVERSAL)
 
 
 def latest(args: Any, folder: Path, universal: bool = False) -> str | None:
@@ -152,7 +147,7 @@ def latest(args: Any, folder: Path, universal: bool = False) -> str | None:
     file = _UNIVERSAL if universal else _LATEST
     if not (folder / file).is_file():
         return None
-    named = sorted(_named(args, folder, file), key=_step)
+    named = sorted(_named(args, folder, (file,)), key=_step)
     for tag in named:
         if tag.strip(".") and os.sep not in tag and os.path.isdir(folder / tag):
             return tag

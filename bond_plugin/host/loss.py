@@ -20,19 +20,14 @@ from bond_plugin.host import batches, checks, hooks, logits, plan, weights
 from bond_plugin.host.state import ROWS
 
 
-def rows_per_step(args: SimpleNamespace) -> int:
-    """Responses that one optimiser step trains on: ``--train.batch_size`` counts those of the policy alone."""
-    rows = plan.of(args).rows
-    return args.train.batch_size // rows.policy * rows.all
-
-
 def setup_distributed(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """In each worker, before its model is made. DeepSpeed counts every row it trains on, source samples too; the flag
-    does not.
+    """In each worker, before its model is made. DeepSpeed counts every row it trains on, source samples too;
+    ``--train.batch_size`` those of the policy alone.
     """
     logits.limit_to(self.args)
-    if plan.of(self.args).needs.source_samples:
-        self.train_batch_size = rows_per_step(self.args)
+    rows = plan.of(self.args).rows
+    if rows.selected:
+        self.train_batch_size = self.args.train.batch_size // rows.policy * rows.all
     original(self, *args, **kwargs)
 
 

@@ -45,7 +45,6 @@ class Engines:
         if self.holding == name:
             return
         started = time.time()
-        self.holding = "unknown"  # until all have arrived
         ray.get([actor.__ray_call__.remote(weights.broadcast, name) for actor in self.actors._actor_handlers])
         self.holding = name
         timings[f"timing/sync_{name}"] = time.time() - started
