@@ -192,7 +192,6 @@ HOOKS: tuple[Hook, ...] = (
     # What is called and not replaced, for rollouts with source samples and outside a training.
     _used("openrlhf.trainer.ppo_utils.samples_generator:_collect_prompt_batch", "dataloader_iter num_prompts"),
     _used(f"{_MAKER}.split_rollout_samples", "self rollout_samples"),
-    _used(f"{_MAKER}.make_experience", "self samples_list"),
     _used("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args"),
     _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
     _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),

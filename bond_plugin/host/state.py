@@ -79,9 +79,8 @@ class State:
 def share(trainer: Any) -> State:
     """Give a trainer a new state, and its experience maker and sampler the same."""
     state = State(trainer.args)
-    for owner in (trainer, trainer.experience_maker, getattr(trainer, "samples_generator", None)):
-        if owner is not None:
-            owner.bond = state
+    for owner in filter(None, (trainer, trainer.experience_maker, getattr(trainer, "samples_generator", None))):
+        owner.bond = state
     return state
 
 
