@@ -61,7 +61,6 @@ def once(way: str, samples: int, tokens: int, out: Path) -> None:
 
     from bond_plugin.algorithms import assemble
     from bond_plugin.host import advantages, experience, state
-    from bond_plugin.host.sampling import Rollout
     from bond_plugin.offline.reward_cache import Writer
 
     generator = torch.Generator().manual_seed(0)
@@ -134,9 +133,9 @@ def once(way: str, samples: int, tokens: int, out: Path) -> None:
 
     batch = experience.Batch
     for owner, name, part in (
-        (batch, "tokens", "tokens"), (batch, "__init__", "rows"), (batch, "rewards", "rows"),
-        (batch, "spread", "spread"), (assemble, "advantages", "algorithm"), (advantages, "engine_gap", "gaps"),
-        (experience, "_engine_gaps", "gaps"), (experience, "_for_training", "dealing"),
+        (batch, "tokens", "tokens"), (batch, "__init__", "rows"), (batch, "rows", "rows"),
+        (batch, "spread", "spread"), (assemble, "advantages", "algorithm"), (advantages, "engine_gaps", "gaps"),
+        (advantages, "for_training", "dealing"),
     ):  # fmt: skip
         timed(owner, name, part)
 
@@ -144,10 +143,9 @@ def once(way: str, samples: int, tokens: int, out: Path) -> None:
     for _ in range(REPEATS + 1):
         if way == "algorithm 2":
             policy = [sample(name) for name in names for _ in range(N - 1)]
-            rollout = Rollout(policy, [sample(name) for name in names for _ in range(2)])
-            kept.engines = SimpleNamespace(algorithm=experience.plan.of(args).algorithm)
+            kept.source_samples = [sample(name) for name in names for _ in range(2)]
             maker.make_experience = forward
-            call: Callable[[], Any] = functools.partial(maker.make_experience_batch, rollout)
+            call: Callable[[], Any] = functools.partial(maker.make_experience_batch, policy)
         else:
             batches = forward(maker.split_rollout_samples([sample(name) for name in names for _ in range(N)]))
             call = functools.partial(maker.compute_advantages_and_returns, batches)

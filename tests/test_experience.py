@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from bond_plugin.host import log_probs, weights
-from bond_plugin.host.advantages import compute_advantages_and_returns, cumulative_returns
-from bond_plugin.host.experience import Batch, of_step, under_weights
+from bond_plugin.algorithms import assemble
+from bond_plugin.host import advantages, log_probs, plan, weights
+from bond_plugin.host.advantages import (
+    EngineGapError,
+    compute_advantages_and_returns,
+    cumulative_returns,
+    engine_gaps,
+)
+from bond_plugin.host.experience import Batch
 from bond_plugin.host.rewards import RewardError
 
 
@@ -45,7 +51,7 @@ def scored(
         bond=SimpleNamespace(**bond),
         data=SimpleNamespace(max_images_per_prompt=images),
         rollout=SimpleNamespace(n_samples_per_prompt=1, micro_batch_size=rows),
-        train=SimpleNamespace(dynamic_batch_enable=dynamic),
+        train=SimpleNamespace(dynamic_batch_enable=dynamic, async_enable=False, seed=0),
     )
     worker = SimpleNamespace(actor=None, strategy=SimpleNamespace(args=args))
     under = {"policy": 0.0, "anchor": -0.5, "reference": -1.0}
@@ -66,8 +72,9 @@ def scored(
             action_log_probs=each,
             action_mask=mask,
             index=list(range(i * rows, (i + 1) * rows)),
-            prompts=[str(i * rows + row) for row in range(rows)],
+            prompts=[str((i * rows + row) // plan.of(args).rows.all) for row in range(rows)],
             rewards=torch.zeros(rows),
+            rollout_log_probs=None,
         )
         for i, each in enumerate(policy)
     ]
@@ -75,8 +82,21 @@ def scored(
 
 
 def kl_ref(maker: SimpleNamespace) -> float:
-    inputs = SimpleNamespace(rewards=torch.zeros(10, 1), under={})
-    return of_step(maker, inputs, Batch(maker.experiences, 1))["bond/kl_ref"]
+    return maker.bond.metrics["bond/kl_ref"]
+
+
+def given(monkeypatch: pytest.MonkeyPatch, maker: SimpleNamespace) -> set[str]:
+    """Under which weights the algorithm is given log-probabilities."""
+    under: set[str] = set()
+
+    def made(_algorithm: Any, rewards: torch.Tensor, _source: Any, there: dict, *_: Any, **__: Any) -> Any:
+        under.update(there)
+        return SimpleNamespace(advantages=there["policy"] * 0, metrics={}, classifier_targets=None)
+
+    monkeypatch.setattr(assemble, "advantages", made)
+    monkeypatch.setattr(advantages, "for_training", lambda *_: None)
+    compute_advantages_and_returns(lambda _self, there: there, maker, maker.experiences)
+    return under
 
 
 @pytest.mark.parametrize(
@@ -90,7 +110,7 @@ def test_a_report_alone_takes_one_micro_batch_of_four(monkeypatch: pytest.Monkey
     wanted = [i * rows + row for i in range(2, end, 4) for row in range(rows)]
     assert [value for name, value in done if name == "anchor"] == list(range(2 * rows, end * rows))
     assert [value for name, value in done if name == "reference"] == wanted
-    assert set(under_weights(maker, maker.experiences)) == {"policy", "anchor"}
+    assert given(monkeypatch, maker) == {"policy", "anchor"}
     assert kl_ref(maker) == pytest.approx(sum(wanted) / len(wanted))  # the second token is no response's
 
 
@@ -100,6 +120,7 @@ def test_a_report_alone_takes_one_row_of_four(monkeypatch: pytest.MonkeyPatch, r
     maker, done = scored(monkeypatch, rows, end=4)
     wanted = [i * rows + row for i in range(2, 4) for row in range(0, rows, 4)]
     assert [value for name, value in done if name == "reference"] == wanted
+    given(monkeypatch, maker)
     assert kl_ref(maker) == pytest.approx(sum(wanted) / len(wanted))
 
 
@@ -109,7 +130,7 @@ def test_where_they_are_needed_or_few_cannot_be_told_all_are_scored(
 ) -> None:
     maker, done = scored(monkeypatch, **bond)
     assert [value for name, value in done if name == "reference"] == list(range(2, 12))
-    assert set(under_weights(maker, maker.experiences)) == {"policy", "anchor", "reference"}
+    assert given(monkeypatch, maker) == {"policy", "anchor", "reference"}
 
 
 def test_without_the_report_the_initial_policy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,25 +139,19 @@ def test_without_the_report_the_initial_policy_is_not_asked(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: float) -> None:
-    rows = [
-        SimpleNamespace(rewards=torch.tensor([reward]), prompts=[prompt], index=[i])
-        for i, (reward, prompt) in enumerate(((1.0, "abc"), (value, "hij")))
-    ]
-    with pytest.raises(RewardError, match=f"the reward is {value} for the prompt 'hij'"):
-        Batch(rows, 1).rewards()
-
-
-def test_a_reward_that_is_no_number_ends_a_run_of_the_hosts_estimators_too() -> None:
+@pytest.mark.parametrize("estimator", ["jbond", "reinforce"])
+def test_reward_that_is_no_number_is_an_error_that_names_the_prompt(estimator: str, value: float) -> None:
+    """Of the host's estimators too."""
     args = SimpleNamespace(
-        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="reinforce")),
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator=estimator)),
         rollout=SimpleNamespace(n_samples_per_prompt=1),
     )
     maker = SimpleNamespace(args=args)
     experiences = [SimpleNamespace(prompts=["ab", "cd"], rewards=torch.tensor([1.0, 2.0]))]
-    assert compute_advantages_and_returns(lambda _self, given: given, maker, experiences) is experiences
-    experiences[0].rewards[1] = math.nan
-    with pytest.raises(RewardError, match="the reward is nan for the prompt 'cd'"):
+    if estimator == "reinforce":
+        assert compute_advantages_and_returns(lambda _self, given: given, maker, experiences) is experiences
+    experiences[0].rewards[1] = value
+    with pytest.raises(RewardError, match=f"the reward is {value} for the prompt 'cd'"):
         compute_advantages_and_returns(lambda _self, given: given, maker, experiences)
 
 
@@ -208,3 +223,27 @@ def test_returns_are_the_hosts_to_the_last_bit(gamma: float, dtype: torch.dtype)
         bits = torch.int32 if dtype == torch.float32 else torch.int16
         assert found.view(bits).equal(expected.view(bits))
     assert bool(calls) == (gamma != 1.0 or dtype != torch.float32)
+
+
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_gaps_are_of_the_tokens_of_each_kind_of_rows(limit: float | None) -> None:
+    """Two rows of the policy and one of the anchor a prompt: means over tokens, and an error beyond the limit."""
+    experiences = experiences_of(torch.Generator().manual_seed(0))
+    batch = Batch(experiences, 3)
+    engine = batch.tokens([e.action_log_probs for e in experiences])
+    filled = batch.in_order(batch.filled)
+    sign = torch.where(torch.arange(engine.shape[-1]) % 2 == 0, 1.0, -1.0)
+    under = {"policy": engine - 0.1 * sign, "anchor": engine - 0.02}
+    if limit is not None:
+        with pytest.raises(EngineGapError, match=r"bond/engine_gap_policy is 0\.100 nats a token, more than"):
+            engine_gaps(engine, under, filled, 2, "anchor", limit)
+        under["policy"] = engine - 0.01 * sign
+    found = engine_gaps(engine, under, filled, 2, "anchor", limit)
+    size = 0.1 if limit is None else 0.01
+    mean = (size * sign).expand(engine.shape)[:, :2][filled[:, :2]].mean().item()
+    assert found == pytest.approx({
+        "bond/engine_gap_policy": size, "vllm_kl": mean, "bond/engine_gap_anchor": 0.02, "vllm_kl_anchor": 0.02,
+        "bond/anchor_policy_gap": size,
+    })  # fmt: skip
+    pooled = engine_gaps(engine, under, filled, 3, "anchor", None)
+    assert set(pooled) == {"bond/engine_gap_policy", "vllm_kl"}

@@ -9,7 +9,7 @@ refused), ``identity`` (whose checkpoints a folder holds), ``launch`` (Ray), ``r
 In a run: ``sampling`` and ``requests`` (rollouts), ``rewards`` (what the user's reward gives), ``experience`` and
 ``advantages`` (from samples to advantages), ``log_probs`` (under other weights), ``transform`` (other rewards for the
 host's estimators), ``loss`` (policy loss), ``batches`` (micro-batches by tokens), ``weights`` (anchor and reference),
-``checkpoints``, ``classifier`` (learned quantile), ``state`` and ``rows`` (what is kept on the host's objects),
+``checkpoints``, ``classifier`` (learned quantile), ``state`` (what is kept on the host's objects),
 ``metrics`` (what a run shows), ``watch`` (what has died), ``cpu`` (machines without GPU).
 
 Importing this module is cheap, and :func:`load` imports nothing heavy either: it arms hooks which act when

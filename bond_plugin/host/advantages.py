@@ -1,8 +1,8 @@
-"""Advantages of algorithms that draw nothing but the policy's samples, and rewards of transforms.
+"""Advantages of our algorithms, and rewards of transforms, in the host's experience maker.
 
 Rollouts, reward models, penalties, statistics, log-probabilities, replay and loss are the host's: what is ours stands
-behind :func:`compute_advantages_and_returns`. Algorithms that draw from other weights have a way of their own
-(:mod:`bond_plugin.host.experience`).
+behind :func:`compute_advantages_and_returns`. What algorithms that draw from other weights do before and after it
+is in :mod:`bond_plugin.host.experience`.
 """
 
 from __future__ import annotations
@@ -12,45 +12,130 @@ from typing import Any
 import numpy as np
 import torch
 
+from bond_plugin import registry
+from bond_plugin.algorithms import assemble
 from bond_plugin.host import plan, state, transform
-from bond_plugin.host.experience import Batch, assembled, engine_gap, keep_for_loss, of_step
+from bond_plugin.host.experience import Batch, for_training
+from bond_plugin.host.logits import HIDDEN
 from bond_plugin.host.rewards import finite
+from bond_plugin.offline import make_cache
+
+
+class EngineGapError(RuntimeError):
+    """Trainer and engine do not agree on the log-probabilities of the same tokens."""
 
 
 @torch.no_grad()
 def compute_advantages_and_returns(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
     """Let the host do its part (rewards, penalties, statistics, returns), and put our advantages in.
 
+    The rows of a rollout with source samples have been through what of it they need.
+
     Raises:
         RewardError: a reward is no number, whatever the estimator.
+        EngineGapError: see :func:`engine_gaps`.
+        ContractError: see :func:`bond_plugin.algorithms.assemble.advantages`.
     """
-    run = plan.of(self.args)
+    args, run, kept = self.args, plan.of(self.args), state.of(self)
+    for e in experiences:
+        for prompt, reward in zip(e.prompts, e.rewards.flatten().tolist(), strict=True):
+            finite(reward, prompt)
     if run.transform is not None:
         return transform.apply(original, self, experiences)
-    algorithm = run.algorithm
-    if algorithm is None:
-        for e in experiences:  # elsewhere `Batch.rewards` looks at them
-            for prompt, reward in zip(e.prompts, e.rewards.flatten().tolist(), strict=True):
-                finite(reward, prompt)
+    if run.algorithm is None:
         return original(self, experiences)
-    experiences = original(self, experiences)
-    batch = Batch(experiences, self.args.rollout.n_samples_per_prompt)
-    found = assembled(self, algorithm, batch, batch.n)
+    needs, n = run.needs, run.rows.policy
+    if not needs.source_samples:
+        experiences = original(self, experiences)
+    batch = Batch(experiences, run.rows.all)
+    rewards = batch.rows([e.rewards for e in experiences])[:, :n]
+    under = {"policy": batch.tokens([e.action_log_probs for e in experiences])}
+    under |= {name: batch.tokens(values) for name, values in kept.log_probs.items()}
+    metrics = {"reward/policy": rewards.mean().item()}
+    if "reference" in under:
+        # Over responses; of those that a report alone wants, some have none.
+        totals = (under["policy"] - under["reference"])[:, :n].sum(dim=-1)
+        metrics["bond/kl_ref"] = totals.nanmean().item()
+        if run.kl_from_few:
+            del under["reference"]
+    if all(e.rollout_log_probs is not None for e in experiences):
+        drawn = batch.tokens([e.rollout_log_probs for e in experiences])
+        if not needs.offline:
+            # An asynchronous run's samples are an earlier policy's: there the gap is no sign of a broken engine.
+            limit = None if args.train.async_enable else run.algorithm.config.max_engine_gap
+            metrics |= engine_gaps(drawn, under, batch.in_order(batch.filled), n, needs.source, limit)
+        if args.train.async_enable or run.stored:
+            under["behaviour"] = drawn
+        if run.stored and not needs.offline:  # beside the policy's, whose engines differ by rounding
+            under["behaviour"] = torch.cat([under["policy"][:, :n], drawn[:, n:]], dim=1)
+        del drawn
+    known = make_cache.of(args).rewards(batch.prompts, args.bond.cache_samples) if needs.reward_cache else None
+    found = assemble.advantages(
+        run.algorithm,
+        rewards,
+        rewards[:, :0] if kept.source_rewards is None else kept.source_rewards,
+        under,
+        kept.generator("advantages"),
+        reference_rewards=known,
+        classifier_logits=batch.rows([e.values for e in experiences])[:, :n] if needs.classifier else None,
+        step=kept.step,
+    )
     batch.spread(found.advantages)
-    for e in experiences:
+    kept.metrics |= {**found.metrics, **metrics}
+    for i, e in enumerate(experiences):
         e.returns = None  # which a critic would be trained on
-    keep_for_loss(self, experiences)
-
-    metrics = state.of(self).metrics
-    metrics |= {**found.metrics, **of_step(self, found.inputs, batch)}
-    if all(e.rollout_log_probs is not None for e in experiences) and not run.needs.offline:
-        rows = torch.ones(batch.size, dtype=torch.bool)
-        # An asynchronous run's samples are an earlier policy's: there the gap is no sign of a broken engine.
-        limit = None if self.args.train.async_enable else algorithm.config.max_engine_gap
-        trainer = [e.action_log_probs for e in experiences]
-        metrics |= engine_gap(experiences, trainer, rows, "policy", limit)
-    _warn_of_few(state.of(self), algorithm)
+        if kept.hidden:
+            e.info[HIDDEN] = kept.hidden[i]
+        # What a loss of the algorithm's own compares with, in the place of the reference's log-probabilities.
+        if run.algorithm.policy_loss == registry.OWN_LOSS and run.in_slot in needs.log_probs:
+            e.base_action_log_probs = kept.log_probs[run.in_slot][i]
+    if needs.source_samples:
+        return for_training(args, batch, found.classifier_targets)
+    _warn_of_few(kept, run.algorithm)
     return experiences
+
+
+def engine_gaps(
+    drawn: torch.Tensor,
+    under: dict[str, torch.Tensor],
+    filled: torch.Tensor,
+    n: int,
+    source: str,
+    limit: float | None,
+) -> dict[str, float]:
+    """Compare the engine's log-probabilities with the trainer's: the policy's samples under the policy, and those of
+    the source, if there are any, under what they were drawn from.
+
+    ``vllm_kl`` is the host's measure, the mean of log pi_engine - log pi_trainer over tokens; the gap is the mean of
+    its absolute value. How far the policy is from the source is told too: it must exceed the gap once it has moved.
+
+    Args:
+        drawn, filled: ``[P, n + f, A]``, the engine's, and which of them are tokens.
+        under: the trainer's, by the weights.
+        n: rows of the policy a prompt.
+        source: the name of the other rows' weights.
+        limit: how large a gap may be, in nats a token; ``None``: as large as it likes.
+
+    Raises:
+        EngineGapError: one is larger.
+    """
+    found: dict[str, float] = {}
+    for name, rows in {"policy": slice(0, n), source: slice(n, None)}.items():
+        if name not in under or not drawn[:, rows].numel():
+            continue
+        apart = (drawn - under[name])[:, rows][filled[:, rows]]
+        gap = apart.abs().mean().item()
+        if limit is not None and not gap <= limit:
+            raise EngineGapError(
+                f"bond/engine_gap_{name} is {gap:.3f} nats a token, more than --bond.max_engine_gap {limit}: the "
+                "vLLM engine does not hold the weights it should, or computes very differently from the trainer"
+            )
+        suffix = "" if name == "policy" else f"_{name}"
+        found |= {f"vllm_kl{suffix}": apart.mean().item(), f"bond/engine_gap_{name}": gap}
+        if name == source:
+            away = (drawn - under["policy"])[:, rows][filled[:, rows]]
+            found[f"bond/{source}_policy_gap"] = away.abs().mean().item()
+    return found
 
 
 @torch.no_grad()

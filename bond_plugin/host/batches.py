@@ -38,8 +38,7 @@ def divisor(strategy: Any) -> int:
 def setup_dynamic_batch(original: Any, self: Any, strategy: Any) -> None:
     """The host counts the policy's samples where it cuts a rollout into steps; source samples are rows too."""
     args = strategy.args
-    counted = copy.copy(args)
-    counted.train, counted.rollout = copy.copy(args.train), copy.copy(args.rollout)
+    counted = copy.deepcopy(args)
     counted.rollout.n_samples_per_prompt = plan.of(args).rows.all
     counted.train.batch_size = strategy.train_batch_size  # rows, see `loss.setup_distributed`
     strategy.args = counted

@@ -14,7 +14,6 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +31,16 @@ _FOLDERS = ("_actor", "_critic")  # of a run, in --ckpt.path
 _FULL = 2**26  # bytes: a disk with no more room than this is full
 
 
-def save_ckpt(
-    original: Any,
-    self: Any,
-    model: Any,
-    save_dir: str,
-    tag: str | None = None,
-    max_num: int = 3,
-    max_mem: float = 1000,
-    client_state: dict | None = None,
-    save_latest: bool = True,
-    metric_value: float | None = None,
-    metric_key: str | None = None,
-) -> None:
+def save_ckpt(original: Any, self: Any, model: Any, save_dir: str, tag: str, max_num: int = 3, max_mem: float = 1000,
+              client_state: dict | None = None, metric_value: float | None = None,
+              metric_key: str | None = None) -> None:  # fmt: skip
     """The host's ``save_ckpt`` in another order, and with the anchor. ``max_mem`` is in GiB. Collective.
 
     Raises:
         CheckpointError: the disk is full.
     """
-    tag = tag or f"global_step{model.global_steps}"
     folder = Path(save_dir, tag)
-    if self.is_rank_0() and folder.is_dir() and tag not in _kept(self.args, folder.parent):
+    if self.is_rank_0() and folder.is_dir() and tag not in _named(self.args, folder.parent):
         # Cut short, by another number of ranks perhaps: a conversion would take their files for these ranks'.
         shutil.rmtree(folder)
     dist.barrier()
@@ -75,8 +63,7 @@ def save_ckpt(
         raise
     dist.barrier()
     if self.is_rank_0():
-        if save_latest:
-            write_whole(Path(save_dir, _LATEST), tag)
+        write_whole(Path(save_dir, _LATEST), tag)
         for old in _superfluous(self, Path(save_dir), tag, max_num, max_mem * 2**30):
             shutil.rmtree(old)
             self.print(f"Deleted checkpoint {old}")
@@ -90,7 +77,7 @@ def _superfluous(strategy: Any, folder: Path, saved: str, max_num: int, max_byte
     First those without a metric, then those with the worst, and the oldest of these. Of the best ones only the
     newest stays, and it does not count. What was just saved and what any ``latest`` names always stays.
     """
-    named = {saved, *_kept(strategy.args, folder)}
+    named = {saved, *_named(strategy.args, folder)}
     there = [path for path in folder.iterdir() if path.is_dir()]
     best = [path for path in there if path.name.startswith("best")]
     regular = [path for path in there if not path.name.startswith("best")]
@@ -100,7 +87,7 @@ def _superfluous(strategy: Any, folder: Path, saved: str, max_num: int, max_byte
         metric = strategy._read_ckpt_metric(str(path))
         return metric is not None, metric if metric is not None else 0.0, path.stat().st_mtime
 
-    sizes = {path: _size(path) for path in there}
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in there}
     number, size = len(regular), sum(sizes[path] for path in there if path not in gone)
     for path in sorted((path for path in regular if path.name not in named), key=worth):
         if number <= max_num and size <= max_bytes:
@@ -108,10 +95,6 @@ def _superfluous(strategy: Any, folder: Path, saved: str, max_num: int, max_byte
         gone.append(path)
         number, size = number - 1, size - sizes[path]
     return gone
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def anchor_file(folder: Path, rank: int) -> str:
@@ -143,18 +126,11 @@ def _anchor_states(folder: Path) -> list[dict[str, Any]]:
     return states
 
 
-def _named(args: Any, folder: Path, file: str) -> list[str]:
+def _named(args: Any, folder: Path, names: tuple[str, ...] = (_LATEST, _UNIVERSAL)) -> list[str]:
     """What ``latest`` names in this folder and, where a run has a critic, in the other one of the two."""
-    folders = {folder}
-    if folder.name in _FOLDERS and args.critic.model_name_or_path:
-        folders |= {folder.with_name(name) for name in _FOLDERS}
-    files = [path for each in folders if (path := each / file).is_file()]
-    return [path.read_text(encoding="utf-8", errors="replace").strip() for path in files]
-
-
-def _kept(args: Any, folder: Path) -> list[str]:
-    """Checkpoints that are not deleted because a run may resume from them."""
-    return _named(args, folder, _LATEST) + _named(args, folder, _UNIVERSAL)
+    both = folder.name in _FOLDERS and args.critic.model_name_or_path
+    files = [folder.with_name(part) / name for part in (_FOLDERS if both else (folder.name,)) for name in names]
+    return [path.read_text(encoding="utf-8", errors="replace").strip() for path in files if path.is_file()]
 
 
 def latest(args: Any, folder: Path, universal: bool = False) -> str | None:
@@ -171,7 +147,7 @@ def latest(args: Any, folder: Path, universal: bool = False) -> str | None:
     file = _UNIVERSAL if universal else _LATEST
     if not (folder / file).is_file():
         return None
-    named = sorted(_named(args, folder, file), key=_step)
+    named = sorted(_named(args, folder, (file,)), key=_step)
     for tag in named:
         if tag.strip(".") and os.sep not in tag and os.path.isdir(folder / tag):
             return tag
@@ -189,11 +165,10 @@ def _step(tag: str) -> int:
 
 def problems(args: Any) -> list[str]:
     """Why this run's ranks cannot resume at its ZeRO stage from what is in ``--ckpt.path``, and what to do."""
-    parts = {"_actor": args.actor}
-    if args.critic.model_name_or_path:
-        parts["_critic"] = args.critic
     found = []
-    for name, part in parts.items():
+    for name, part in zip(_FOLDERS, (args.actor, args.critic), strict=True):
+        if part is args.critic and not part.model_name_or_path:
+            continue
         try:
             found += _misfits(args, Path(args.ckpt.path, name), part)
         except CheckpointError as error:
@@ -246,9 +221,15 @@ def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, tag: str | No
         self.print(f"bond: note: {load_dir} holds no whole checkpoint: the run starts at step 0")
         return None, {}
     optimizer = weights.engine_of(model).optimizer
-    with weights.decay_kept(optimizer) if universal else nullcontext():
-        load_path, states = original(self, model, load_dir, tag, **kwargs)
-    weights.restore_momentum_type(optimizer)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    decays = [group["weight_decay"] for group in inner.param_groups]
+    load_path, states = original(self, model, load_dir, tag, **kwargs)
+    if universal:  # which under ZeRO-3 brings all groups the first one's decay
+        for group, decay in zip(inner.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+    for each in inner.state.values():
+        if "momentum_buffer" in each:  # Muon's comes in the masters' type; ZeRO-1 and 2 make it in the gradients'
+            each["momentum_buffer"] = each["momentum_buffer"].to(optimizer.gradient_accumulation_dtype)
     kept = weights.of(model)
     if kept is not None and "anchor" in kept and load_path is not None:
         folder = Path(load_dir, tag)

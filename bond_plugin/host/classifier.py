@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin.host import batches, plan
-from bond_plugin.host.rows import ROWS
+from bond_plugin.host.state import ROWS
 
 
 def logits_of(critic: Any, sequences: Tensor, attention_mask: Tensor) -> Tensor:

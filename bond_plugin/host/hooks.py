@@ -155,8 +155,8 @@ HOOKS: tuple[Hook, ...] = (
         "checkpoints:load_ckpt",
     ),
     _hook(f"{_STRATEGY}.save_model", "self model tokenizer output_dir kwargs", "weights:save_model"),
-    _hook(f"{_STATES}:offload_deepspeed_states", "model pin_memory non_blocking", "weights:offload_states"),
-    _hook(f"{_STATES}:reload_deepspeed_states", "model non_blocking", "weights:reload_states"),
+    _hook(f"{_STATES}:offload_deepspeed_states", "model pin_memory non_blocking", "weights:move_states"),
+    _hook(f"{_STATES}:reload_deepspeed_states", "model non_blocking", "weights:move_states"),
     _hook(
         f"{_ACTOR}.__init__",
         "self strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size "
@@ -192,7 +192,6 @@ HOOKS: tuple[Hook, ...] = (
     # What is called and not replaced, for rollouts with source samples and outside a training.
     _used("openrlhf.trainer.ppo_utils.samples_generator:_collect_prompt_batch", "dataloader_iter num_prompts"),
     _used(f"{_MAKER}.split_rollout_samples", "self rollout_samples"),
-    _used(f"{_MAKER}.make_experience", "self samples_list"),
     _used("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args"),
     _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
     _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),

@@ -22,19 +22,8 @@ from bond_plugin.host import classifier, flags, logits, plan, state, weights
 #: In the place of a group of workers: answered from what the policy's workers have sent.
 SLOT = "the policy's workers"
 
-
 #: For ``bond/kl_ref`` alone, one row of so many is scored under the initial policy.
 _REPORTED = 4
-
-
-class UnderWeights(NamedTuple):
-    """What a worker says of one micro-batch: ``[B, A]`` log-probabilities under the policy and other weights.
-
-    Rows are NaN where nothing but a report wants them, and they are not in it.
-    """
-
-    policy: Tensor
-    others: dict[str, Tensor]
 
 
 class OfTeacher(NamedTuple):
@@ -46,24 +35,26 @@ class OfTeacher(NamedTuple):
 def execute_batch(original: Any, self: Any, method_name: str, all_data: dict, start_idx: int, end_idx: int) -> list:
     """A worker's share of a call: the policy's forward passes also under the other weights that are wanted, and the
     classifier's logits for what the host takes for a critic's values.
+
+    Returns:
+        Of each micro-batch what the host's gives; or by the weights, ``policy`` among them, ``[B, A]``
+        log-probabilities. Rows are NaN where nothing but a report wants them, and they are not in it.
     """
     run = plan.of(self.strategy.args)
     if method_name == "forward" and hasattr(self, "critic") and run.needs.classifier:
         return classifier.logits(self, all_data, start_idx, end_idx)
     found = original(self, method_name, all_data, start_idx, end_idx)
     kept = weights.of(getattr(self, "actor", None))
-    names = run.log_probs if kept is not None and method_name == "forward" else ()
-    if not names:
+    if kept is None or method_name != "forward" or not run.log_probs:
         return found
-    others: dict[str, list[Tensor]] = {}
-    for name in names:
-        few = name == "reference" and run.kl_from_few
+    under = {"policy": found}
+    for name in run.log_probs:
         with kept.swapped_in(name):
-            if few:
-                others[name] = _of_few(original, self, all_data, start_idx, end_idx)
+            if name == "reference" and run.kl_from_few:
+                under[name] = _of_few(original, self, all_data, start_idx, end_idx)
             else:
-                others[name] = original(self, method_name, all_data, start_idx, end_idx)
-    return [UnderWeights(policy, {name: others[name][i] for name in names}) for i, policy in enumerate(found)]
+                under[name] = original(self, method_name, all_data, start_idx, end_idx)
+    return [dict(zip(under, each, strict=True)) for each in zip(*under.values(), strict=True)]
 
 
 def _of_few(original: Any, self: Any, all_data: dict, start: int, end: int) -> list[Tensor]:
@@ -73,18 +64,15 @@ def _of_few(original: Any, self: Any, all_data: dict, start: int, end: int) -> l
     args = self.strategy.args
     whole = args.train.dynamic_batch_enable or args.data.max_images_per_prompt > 0
     whole = whole or args.rollout.micro_batch_size < _REPORTED or end - start >= _REPORTED
-    masks = all_data["action_mask"][start:end]
-    found = [torch.full(mask.shape, math.nan) for mask in masks]
-    if whole:
-        chosen, rows = range(0, len(found), _REPORTED), slice(None)
-    else:
-        chosen, rows = range(len(found)), slice(None, None, _REPORTED)
+    batches, rows = (_REPORTED, 1) if whole else (1, _REPORTED)
     data = {
-        key: [values[start + i][rows] if isinstance(values[start + i], Tensor) else values[start + i] for i in chosen]
+        key: [each[::rows] if isinstance(each, Tensor) else each for each in values[start:end:batches]]
         for key, values in all_data.items()
     }
-    for i, scored in zip(chosen, original(self, "forward", data, 0, len(chosen)), strict=True):
-        found[i][rows] = scored.float()
+    found = [torch.full(mask.shape, math.nan) for mask in all_data["action_mask"][start:end]]
+    scored = original(self, "forward", data, 0, len(data["action_mask"]))
+    for each, values in zip(found[::batches], scored, strict=True):
+        each[::rows] = values.float()
     return found
 
 
@@ -109,17 +97,17 @@ def flatten_results(original: Any, self: Any, refs: Any, duplicate_factor: int) 
     if isinstance(refs, OfTeacher):
         found, kept = original(self, refs.refs, duplicate_factor), state.of(self)
         if plan.of(self.args).needs.logits:
-            kept.hidden = [each.hidden for each in found]
             for layer in (ray.put(each.layer) for each in found if each.layer is not None):
                 workers = self.actor_model_group._actor_handlers
                 ray.get([worker.__ray_call__.remote(logits.take_layer, layer) for worker in workers])
-            found = [each.log_probs for each in found]
+            kept.hidden, found = [each.hidden for each in found], [each.log_probs for each in found]
         kept.log_probs["teacher"] = found
         return found
     found = original(self, refs, duplicate_factor)
-    if found and isinstance(found[0], UnderWeights):
-        state.of(self).log_probs = {name: [each.others[name] for each in found] for name in found[0].others}
-        found = [each.policy for each in found]
+    if found and isinstance(found[0], dict):
+        kept = state.of(self)
+        kept.log_probs = {name: [each[name] for each in found] for name in found[0]}
+        found = kept.log_probs.pop("policy")
     return found
 
 

@@ -17,8 +17,8 @@ teacher's logits are many, and its hidden states few: its workers send those, ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +39,6 @@ _limit = 0  # bytes of fp32 logits at a time in this process; 0: the host's way
 _needs_logits = False  # whether the run's loss is on them
 _sent = False  # whether this process, a teacher's, has sent its output layer
 _call: _Call | None = None  # the one that is being computed
-_on_logits: OnLogits | None = None  # what its caller wants too
 _layer: tuple[Tensor | None, ...] = ()  # the teacher's output layer, in the policy's workers
 
 
@@ -53,10 +52,11 @@ def limit_to(args: SimpleNamespace) -> None:
     _limit, _needs_logits = plan.in_bytes(args, "logits_mb"), plan.of(args).needs.logits
 
 
+@dataclass
 class _Call:
     """One micro-batch: of which positions the log-probability of which token is wanted.
 
-    Args:
+    Attributes:
         kept: ``[N]`` bool, of all positions that go through the model, those before a response token.
         labels: ``[K]``, the tokens that follow them.
         temperature: by which logits are divided.
@@ -64,11 +64,11 @@ class _Call:
         beside: what is told of the hidden states too.
     """
 
-    def __init__(
-        self, kept: Tensor, labels: Tensor, temperature: float, entropy: bool, beside: OnLogits | Taught | None
-    ) -> None:
-        self.kept, self._labels = kept, labels
-        self._temperature, self._entropy, self.beside = temperature, entropy, beside
+    kept: Tensor
+    labels: Tensor
+    temperature: float
+    entropy: bool
+    beside: OnLogits | Taught | None
 
     def through(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
         """What stands for the logits: ``[..., 4]`` fp32, log-probability, entropy, loss and mark of each position."""
@@ -78,10 +78,8 @@ class _Call:
         flat = flat[self.kept]
         size = max(1, _limit // (4 * layer.weight.shape[0]))
         keep = torch.is_grad_enabled()
-        made = _Pieces.apply(
-            flat, layer.weight, layer.bias, self._labels, self._temperature, self._entropy, size, keep
-        )
-        losses = None if self.beside is None else self.beside.at(layer, flat, self._temperature)
+        made = _Pieces.apply(flat, layer.weight, layer.bias, self.labels, self.temperature, self.entropy, size, keep)
+        losses = None if self.beside is None else self.beside.at(layer, flat, self.temperature)
         losses = torch.zeros_like(made[:, 0]) if losses is None else losses.float()
         empty = flat.new_zeros(len(self.kept), 4, dtype=torch.float32)
         empty[:, 3] = _MARK
@@ -89,39 +87,30 @@ class _Call:
         return empty.index_copy(0, self.kept.nonzero().flatten(), found).unflatten(0, hidden.shape[:-1])
 
 
+@dataclass
 class OnLogits:
-    """An algorithm's loss on logits, in the calls of ``Actor.forward`` that :meth:`wanted` is around.
-
-    Args:
-        losses: the algorithm's method.
-        teacher: ``[K, H]``, hidden states of the teacher at the same tokens.
+    """An algorithm's loss on logits, of the calls of ``Actor.forward`` while it is the actor's ``bond_on_logits``.
 
     Attributes:
+        losses: the algorithm's method.
+        teacher: ``[K, H]``, hidden states of the teacher at the same tokens.
         values: of the last call, ``[K]``, with gradient.
     """
 
-    def __init__(self, losses: Callable[[Logits], Tensor], teacher: Tensor) -> None:
-        self._losses, self._teacher = losses, teacher
-        self.values: Tensor | None = None
+    losses: Callable[[Logits], Tensor]
+    teacher: Tensor
+    values: Tensor | None = None
 
     def at(self, layer: nn.Linear, hidden: Tensor, temperature: float) -> Tensor | None:
         """``[K]`` of an output layer and what it is given; ``None`` if no response has a token."""
-        if not len(self._teacher):
+        if not len(self.teacher):
             return None
-        teacher = Head(self._teacher.to(hidden.device), *_layer)
-        found = self._losses(Logits(Head(hidden, layer.weight, layer.bias), teacher, temperature, _limit))
+        teacher = Head(self.teacher.to(hidden.device), *_layer)
+        found = self.losses(Logits(Head(hidden, layer.weight, layer.bias), teacher, temperature, _limit))
         return checked("token_losses", found, hidden.shape[:1])
 
-    @contextmanager
-    def wanted(self) -> Iterator[None]:
-        global _on_logits
-        _on_logits = self
-        try:
-            yield
-        finally:
-            _on_logits = None
 
-
+@dataclass
 class Taught:
     """What a teacher's worker says of one micro-batch, in the place of its log-probabilities.
 
@@ -131,10 +120,9 @@ class Taught:
         layer: weight and bias of the output layer, of the first worker's first micro-batch; else ``None``.
     """
 
-    def __init__(self) -> None:
-        self.log_probs: Tensor | None = None
-        self.hidden: list[Tensor] = []
-        self.layer: tuple[Tensor | None, ...] | None = None
+    log_probs: Tensor | None = None
+    hidden: list[Tensor] = field(default_factory=list)
+    layer: tuple[Tensor | None, ...] | None = None
 
     def at(self, layer: nn.Linear, hidden: Tensor, temperature: float) -> None:
         """Keep what an output layer is given."""
@@ -144,27 +132,15 @@ class Taught:
             self.layer = tuple(None if part is None else part.detach().cpu() for part in (layer.weight, layer.bias))
         _sent = True
 
-    def made(self, log_probs: Tensor, action_mask: Tensor) -> Taught:
-        """Of the rows of ``action_mask``."""
-        counts = action_mask.sum(dim=-1).tolist()
-        self.log_probs, self.hidden = log_probs.cpu(), list(self.hidden[0][: sum(counts)].split(counts))
-        return self
-
     def to(self, device: Any) -> Taught:
         """As the host's worker calls it."""
         return self
 
 
-def is_teacher(actor: Any) -> bool:
-    """Whether this is the model whose logits an algorithm's loss is compared with."""
-    return _needs_logits and not getattr(actor, "bond_trained", False)
-
-
 def take_layer(worker: Any, layer: tuple[Tensor | None, ...]) -> None:
     """In a worker of the policy: the teacher's output layer."""
     global _layer
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    _layer = tuple(part if part is None else part.to(device) for part in layer)
+    _layer = tuple(part if part is None else part.to(torch.cuda.current_device()) for part in layer)
 
 
 class _Pieces(torch.autograd.Function):
@@ -226,17 +202,18 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
             attention_mask: Tensor | None = None, return_output: bool = False, **options: Any) -> Any:  # fmt: skip
     """The host's ``Actor.forward``, where it is asked for the log-probabilities of responses."""
     global _call
-
-    beside = Taught() if is_teacher(self) else _on_logits
-
-    def plain() -> Any:
-        return original(self, sequences, action_mask, attention_mask, return_output, **options)
-
+    teaches = _needs_logits and not getattr(self, "bond_trained", False)
+    beside = Taught() if teaches else getattr(self, "bond_on_logits", None)
     layer = _output_layer(self)
     others = set(options) - {"ring_attn_group", "packed_seq_lens", "return_entropy"}  # images, or other results
     ours = _limit and layer is not None and action_mask is not None and not others
     if not ours or options.get("ring_attn_group") is not None:
-        return _without(beside, plain)
+        if beside is not None:
+            raise RuntimeError(
+                "a loss on logits needs a model, and a teacher, whose logits are what one linear layer gives, "
+                "unchanged"
+            )
+        return original(self, sequences, action_mask, attention_mask, return_output, **options)
     length = action_mask.shape[1]
     kept = torch.zeros_like(sequences, dtype=torch.bool)
     kept[:, -1 - length : -1] = action_mask.bool()
@@ -248,24 +225,20 @@ def forward(original: Any, self: Any, sequences: Tensor, action_mask: Tensor | N
     _call = _Call(kept, labels[kept], temperature, bool(options.get("return_entropy")), beside)
     layer.forward = lambda hidden: _call.through(layer, hidden)
     try:
-        found = plain()
-        return beside.made(found, action_mask) if isinstance(beside, Taught) else found
+        found = original(self, sequences, action_mask, attention_mask, return_output, **options)
+        if not teaches:
+            return found
+        counts = action_mask.sum(dim=-1).tolist()
+        beside.log_probs, (hidden,) = found.cpu(), beside.hidden
+        beside.hidden = list(hidden[: sum(counts)].split(counts))
+        return beside
     except _NotHandedOn:
         print("bond: note: this model changes its logits after the output layer: --bond.logits_mb 0", flush=True)
         self.bond_plain_logits = True
     finally:
         _call, self.temperature = None, temperature
         del layer.forward
-    return _without(beside, plain)
-
-
-def _without(beside: OnLogits | Taught | None, plain: Callable[[], Any]) -> Any:
-    """The host's way, in which nothing is told of hidden states."""
-    if beside is not None:
-        raise RuntimeError(
-            "a loss on logits needs a model, and a teacher, whose logits are what one linear layer gives, unchanged"
-        )
-    return plain()
+    return forward(original, self, sequences, action_mask, attention_mask, return_output, **options)
 
 
 def _output_layer(actor: Any) -> nn.Linear | None:

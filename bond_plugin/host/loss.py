@@ -7,7 +7,6 @@ whole optimiser step.
 
 from __future__ import annotations
 
-import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,22 +17,17 @@ from bond_plugin import registry
 from bond_plugin.algorithms.assemble import PolicyLoss, weighed_loss
 from bond_plugin.algorithms.base import LossInputs
 from bond_plugin.host import batches, checks, hooks, logits, plan, weights
-from bond_plugin.host.rows import ROWS
-
-
-def rows_per_step(args: SimpleNamespace) -> int:
-    """Responses that one optimiser step trains on: ``--train.batch_size`` counts those of the policy alone."""
-    rows = plan.of(args).rows
-    return args.train.batch_size // rows.policy * rows.all
+from bond_plugin.host.state import ROWS
 
 
 def setup_distributed(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """In each worker, before its model is made. DeepSpeed counts every row it trains on, source samples too; the flag
-    does not.
+    """In each worker, before its model is made. DeepSpeed counts every row it trains on, source samples too;
+    ``--train.batch_size`` those of the policy alone.
     """
     logits.limit_to(self.args)
-    if plan.of(self.args).needs.source_samples:
-        self.train_batch_size = rows_per_step(self.args)
+    rows = plan.of(self.args).rows
+    if rows.selected:
+        self.train_batch_size = self.args.train.batch_size // rows.policy * rows.all
     original(self, *args, **kwargs)
 
 
@@ -44,35 +38,28 @@ class PromptMeanLoss(nn.Module):
         loss: from the group ``openrlhf.policy_losses``.
         args: the run's arguments.
         micro_batches: micro-batches of an optimiser step on this rank, over whose losses DeepSpeed takes the mean.
+
+    Attributes:
+        known: of the micro-batch that comes next, ``from_source`` (without it there are none) and ``under`` of its
+            :class:`LossInputs`.
+        on_logits: where its losses on logits will be, if the algorithm has such.
+        row_losses: of the last micro-batch, ``[B]``.
     """
 
     def __init__(self, loss: PolicyLoss, args: SimpleNamespace, micro_batches: int) -> None:
         super().__init__()
-        self._loss = loss
-        self._micro_batches = micro_batches
-        self.rows = plan.of(args).rows
-        n = self.rows.policy
+        run = plan.of(args)
+        n = run.rows.policy
+        self._loss, self._micro_batches, self.rows = loss, micro_batches, run.rows
         self._prompts = args.train.batch_size // n
-        self._clip = tuple(args.actor.eps_clip_low_high)
+        low, high = args.actor.eps_clip_low_high
         one_step = args.train.max_epochs == 1 and args.rollout.batch_size * n == args.train.batch_size
-        self._on_policy = one_step and not plan.of(args).needs.offline
-        self._stored = plan.of(args).stored > 0
+        self._settings = {"on_policy": one_step and not run.needs.offline, "clip_low": low, "clip_high": high}
+        self._stored = run.stored > 0
         self._values = hooks.policy_loss_values()
-        self._from_source: Tensor | None = None
-        self._under: dict[str, Tensor] = {}
-        self._on_logits: logits.OnLogits | None = None
+        self.known: dict[str, Any] = {}
+        self.on_logits: logits.OnLogits | None = None
         self.row_losses: Tensor | None = None
-
-    def expect(
-        self,
-        from_source: Tensor | None,
-        under: dict[str, Tensor] | None = None,
-        on_logits: logits.OnLogits | None = None,
-    ) -> None:
-        """Say of the micro-batch that comes next which rows are source samples (``[B]`` bool; ``None``: none), what
-        :attr:`LossInputs.under` is, and where the losses on logits will be.
-        """
-        self._from_source, self._under, self._on_logits = from_source, under or {}, on_logits
 
     def forward(
         self,
@@ -82,30 +69,22 @@ class PromptMeanLoss(nn.Module):
         action_mask: Tensor | None = None,
         rollout_log_probs: Tensor | None = None,
         dp_size: int = 1,
-        batch_num_tokens: Any = None,
-        global_batch_size: Any = None,
+        **_totals: Any,
     ) -> tuple[Any, ...]:
-        from_source, under = self._from_source, self._under
+        none = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
+        known = {"from_source": none, "under": {}, **self.known}
         if self._stored and rollout_log_probs is not None:
-            under = {**under, "behaviour": rollout_log_probs}
-        if from_source is None:
-            from_source = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
-        token_losses = None
-        if self._on_logits is not None:
-            mask = action_mask.bool()
-            losses = torch.zeros_like(log_probs)
-            token_losses = losses.masked_scatter(mask, self._on_logits.values.to(losses)) if mask.any() else losses
+            known["under"] = {**known["under"], "behaviour": rollout_log_probs}
+        if self.on_logits is not None:
+            values = self.on_logits.values.to(log_probs)
+            known["token_losses"] = torch.zeros_like(log_probs).masked_scatter(action_mask.bool(), values)
         inputs = LossInputs(
             log_probs=log_probs,
             old_log_probs=old_log_probs,
             advantages=advantages,
             mask=action_mask,
-            from_source=from_source,
-            on_policy=self._on_policy,
-            clip_low=self._clip[0],
-            clip_high=self._clip[1],
-            under=under,
-            token_losses=token_losses,
+            **known,
+            **self._settings,
         )
         found = weighed_loss(self._loss, inputs, self.rows)
         self.row_losses = found.row_loss.detach()
@@ -134,23 +113,22 @@ def training_step(
     loss = self.actor_loss_fn
     if not isinstance(loss, PromptMeanLoss):
         return original(self, experience, kl_ctl, step, loss_batch_info)
-    from_source = None
+    run, compared = plan.of(self.args), experience.base_action_log_probs
+    loss.known = {} if compared is None else {"under": {run.in_slot: compared}}
     if known is not None:
         from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
-    run, compared = plan.of(self.args), experience.base_action_log_probs
-    on_logits = None if hidden is None else logits.OnLogits(run.algorithm.token_losses, torch.cat(hidden))
-    loss.expect(from_source, None if compared is None else {run.in_slot: compared}, on_logits)
-    with contextlib.nullcontext() if on_logits is None else on_logits.wanted():
-        status = original(self, experience, kl_ctl, step, loss_batch_info)
+        loss.known["from_source"] = from_source
+    loss.on_logits = None if hidden is None else logits.OnLogits(run.algorithm.token_losses, torch.cat(hidden))
+    self.actor.bond_on_logits = loss.on_logits
+    status = original(self, experience, kl_ctl, step, loss_batch_info)
+    self.actor.bond_on_logits = None
     # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
     status["metrics"]["bond/loss"] = loss.row_losses * loss.rows.all
     status["weights"]["bond/loss"] = "sample"
-    if from_source is not None:
+    if known is not None:
         # Likewise, "reward" on the host's bar is to be the mean over the policy's samples alone.
-        reward = status["metrics"]["reward"]
-        status["metrics"]["reward"] = (
-            torch.where(from_source.cpu(), 0.0, reward.cpu()) * loss.rows.all / loss.rows.policy
-        )
+        reward = torch.where(from_source.cpu(), 0.0, status["metrics"]["reward"].cpu())
+        status["metrics"]["reward"] = reward * loss.rows.all / loss.rows.policy
     return status
 
 

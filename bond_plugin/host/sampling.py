@@ -7,7 +7,8 @@ resumed run draws what the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import inspect
 import pickle
 import time
 from typing import Any
@@ -26,28 +27,15 @@ TOKENS = "rollout/generated_tokens"
 _REQUESTS = 32  # samples in one call to an engine; all calls are made at once
 
 
-class Rollout(list):
-    """What the sampler hands to the experience maker: the policy's samples, prompt by prompt.
-
-    The list itself holds the policy's samples, n a prompt; ``source_samples`` the others, m a prompt.
-    """
-
-    def __init__(self, samples: list[Any], source_samples: list[Any]) -> None:
-        super().__init__(samples)
-        self.source_samples = source_samples
-
-
 class Engines:
     """The engines of a trainer whose algorithm draws source samples: which weights they hold, and how to change that.
 
     Attributes:
-        algorithm: see there.
         holding: the weights' name.
         tokenizer: a reference of Ray.
     """
 
-    def __init__(self, trainer: Any, algorithm: Any) -> None:
-        self.algorithm = algorithm
+    def __init__(self, trainer: Any) -> None:
         self.actors = trainer.actor_model_group
         self.holding = "policy"
         self.tokenizer = ray.put(SharedTokenizer(trainer.tokenizer))
@@ -57,7 +45,6 @@ class Engines:
         if self.holding == name:
             return
         started = time.time()
-        self.holding = "unknown"  # until all have arrived
         ray.get([actor.__ray_call__.remote(weights.broadcast, name) for actor in self.actors._actor_handlers])
         self.holding = name
         timings[f"timing/sync_{name}"] = time.time() - started
@@ -66,25 +53,20 @@ class Engines:
 class SharedTokenizer:
     """A tokenizer that each process unpickles once, however often it is an argument.
 
-    Every sample is a call to an engine with the tokenizer among its arguments, and unpickling one with a
-    vocabulary of 50,000 takes longer than sampling with a small model.
+    It goes along with each call to an engine, and unpickling one with a vocabulary of 50,000 takes longer than
+    sampling with a small model.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._payload = pickle.dumps(tokenizer)
-        self._key = hashlib.sha256(self._payload).hexdigest()
 
-    def __reduce__(self) -> tuple[Any, tuple[str, bytes]]:
-        return _restore_tokenizer, (self._key, self._payload)
-
-
-_tokenizers: dict[str, Any] = {}
+    def __reduce__(self) -> tuple[Any, tuple[bytes]]:
+        return _unpickled, (self._payload,)
 
 
-def _restore_tokenizer(key: str, payload: bytes) -> Any:
-    if key not in _tokenizers:
-        _tokenizers[key] = pickle.loads(payload)
-    return _tokenizers[key]
+@functools.lru_cache(maxsize=4)
+def _unpickled(payload: bytes) -> Any:
+    return pickle.loads(payload)
 
 
 # The trainer.
@@ -101,15 +83,11 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
     run = plan.of(self.args)
     if run.log_probs and not run.taught:
         self.experience_maker.initial_model_group = log_probs.SLOT
-    if run.algorithm is None:
-        return
-    # The host's way to advantages knows its own names; this one asks for nothing but returns, which ours replace.
-    self.experience_maker.advantage_estimator = "reinforce"
-    loader = getattr(self, "prompts_dataloader", None)  # elsewhere in an asynchronous run
-    if loader is not None and len(loader) < self.args.rollout.batch_size:
-        raise ValueError(_too_few(len(loader), self.args))
+    if run.algorithm is not None:
+        # The host's way knows its own names; this one asks for nothing but returns, which our advantages replace.
+        self.experience_maker.advantage_estimator = "reinforce"
     if run.needs.source_samples:
-        kept.engines = Engines(self, run.algorithm)
+        kept.engines = Engines(self)
 
 
 def broadcast_to_vllm(original: Any, self: Any) -> None:
@@ -126,13 +104,10 @@ def broadcast_to_vllm(original: Any, self: Any) -> None:
 def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
     """The engines must report log-probabilities of the distribution they sample from, temperature included."""
     asked = flags.current()
+    bound = inspect.signature(original).bind(*args, **kwargs)
     if asked is not None and asked.args is not None and plan.of(asked.args).needs.source_samples:
-        import inspect
-
-        bound = inspect.signature(original).bind(*args, **kwargs)
         bound.arguments["logprobs_mode"] = "processed_logprobs"
-        return original(*bound.args, **bound.kwargs)
-    return original(*args, **kwargs)
+    return original(*bound.args, **bound.kwargs)
 
 
 def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> list[Any]:
@@ -144,76 +119,69 @@ def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> l
 
 
 @torch.no_grad()
-def generate_samples(original: Any, self: Any, **generate_kwargs: Any) -> Any:
-    """One rollout batch: the host's, or n samples of the policy and m source samples for each prompt.
+def generate_samples(original: Any, self: Any, **options: Any) -> tuple[list[Any], float | None, int, bool]:
+    """One rollout batch: the host's, or of several weights.
 
-    Returns, as the host's does: the samples, the filter's pass rate (none here), the number of prompts
-    taken, and whether the prompts are exhausted.
+    Returns:
+        As the host's does: the policy's samples, the filter's pass rate, the number of prompts taken, and whether the
+        prompts are exhausted.
+
+    Raises:
+        ValueError: there are too few prompts for one step.
     """
-    kept = state.of(self)
-    kept.timings = {}
-    needs = plan.of(self.args).needs
-    if kept.engines is None and not needs.offline:
-        return _of_the_policy(original, self, generate_kwargs)
-    from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
-
-    if getattr(self, "_dataloader_iter", None) is None:
-        # The host's loader draws its order from a generator that no flag seeds. Here it depends on the seed and
-        # on the step at which the episode begins, so that a resumed run has it too.
-        self.prompts_dataloader.sampler.generator.manual_seed(kept.seed("prompts"))
-        self._dataloader_iter = iter(self.prompts_dataloader)
-    wanted = self.args.rollout.batch_size
-    prompts, labels, _images, exhausted = _collect_prompt_batch(self._dataloader_iter, wanted)
-    if len(prompts) < wanted:
-        self._dataloader_iter = None
-        if prompts:
-            print(
-                f"bond: the last {len(prompts)} prompts of the episode are fewer than --rollout.batch_size "
-                f"{wanted} and are not used",
-                flush=True,
-            )
-        return [], None, len(prompts), True
-
-    kept.metrics = {TOKENS: 0}
-
-    def draw(name: str, count: int) -> list[Any]:
-        if name == "stored":
-            return _stored(self, count, prompts, labels, generate_kwargs)
-        kept.engines.hold(name, kept.timings)
-        return _draw(self, name, count, prompts, labels, generate_kwargs)
-
-    samples = draw("stored" if needs.offline else "policy", self.args.rollout.n_samples_per_prompt)
-    if needs.source_samples:
-        samples = Rollout(samples, draw(needs.source, needs.source_samples))
-    return samples, None, len(prompts), exhausted
-
-
-def _of_the_policy(original: Any, self: Any, options: dict[str, Any]) -> Any:
-    """The host's own rollout. What is left at the end of the data and fills no rollout is no step of ours."""
-    ours = plan.of(self.args).algorithm is not None
-    if ours:
-        options = {**options, "min_new_tokens": 0}  # the policy may end at once: a sample is a sample of the policy
-    samples, pass_rate, prompts, exhausted = original(self, **options)
-    state.of(self).metrics = {TOKENS: _tokens(samples)}
-    wanted = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
-    if ours and len(samples) < wanted:
-        if len(self.prompts_dataloader) < self.args.rollout.batch_size:  # an asynchronous run has it only here
-            raise ValueError(_too_few(len(self.prompts_dataloader), self.args))
+    kept, run, rollout = state.of(self), plan.of(self.args), self.args.rollout
+    ours = run.algorithm is not None
+    if ours and len(self.prompts_dataloader) < rollout.batch_size:
+        raise ValueError(
+            f"--data.prompt_dataset has {len(self.prompts_dataloader)} prompts, fewer than one rollout of "
+            f"--rollout.batch_size {rollout.batch_size}: nothing would be trained"
+        )
+    kept.timings, kept.metrics = {}, {TOKENS: 0}
+    if kept.engines is not None or run.needs.offline:
+        samples, pass_rate, prompts, exhausted = _of_several(self, options)
+    else:
+        if ours:
+            options["min_new_tokens"] = 0  # the policy may end at once: a sample is a sample of the policy
+        samples, pass_rate, prompts, exhausted = original(self, **options)
+        kept.metrics[TOKENS] = _tokens(samples)
+    if ours and len(samples) < rollout.batch_size * rollout.n_samples_per_prompt:
+        # What is left at the end of the data and fills no rollout is no step of ours.
         if samples or prompts:
             print(
-                f"bond: {len(samples)} samples are left at the end of the episode, fewer than --rollout.batch_size x "
-                f"--rollout.n_samples_per_prompt = {wanted}, and are not used",
+                f"bond: at the end of the episode {prompts} prompts and {len(samples)} samples are left, fewer than "
+                f"--rollout.batch_size {rollout.batch_size} x --rollout.n_samples_per_prompt "
+                f"{rollout.n_samples_per_prompt}, and are not used",
                 flush=True,
             )
         samples = []
     return samples, pass_rate, prompts, exhausted
 
 
-def _too_few(prompts: int, args: Any) -> str:
-    return (
-        f"--data.prompt_dataset has {prompts} prompts, fewer than one rollout of --rollout.batch_size "
-        f"{args.rollout.batch_size}: nothing would be trained"
-    )
+def _of_several(sampler: Any, options: dict[str, Any]) -> tuple[list[Any], None, int, bool]:
+    """n samples of the policy a prompt, or stored ones; the source samples, m a prompt, are put into the state."""
+    from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
+
+    args, kept, needs = sampler.args, state.of(sampler), plan.of(sampler.args).needs
+    if getattr(sampler, "_dataloader_iter", None) is None:
+        # The host's loader draws its order from a generator that no flag seeds. Here it depends on the seed and
+        # on the step at which the episode begins, so that a resumed run has it too.
+        sampler.prompts_dataloader.sampler.generator.manual_seed(kept.seed("prompts"))
+        sampler._dataloader_iter = iter(sampler.prompts_dataloader)
+    prompts, labels, _images, exhausted = _collect_prompt_batch(sampler._dataloader_iter, args.rollout.batch_size)
+    if len(prompts) < args.rollout.batch_size:
+        sampler._dataloader_iter = None
+        return [], None, len(prompts), True
+
+    def draw(name: str, count: int) -> list[Any]:
+        if name == "stored":
+            return _stored(sampler, count, prompts, labels, options)
+        kept.engines.hold(name, kept.timings)
+        return _draw(sampler, name, count, prompts, labels, options)
+
+    samples = draw("stored" if needs.offline else "policy", args.rollout.n_samples_per_prompt)
+    if needs.source_samples:
+        kept.source_samples = draw(needs.source, needs.source_samples)
+    return samples, None, len(prompts), exhausted
 
 
 def _draw(

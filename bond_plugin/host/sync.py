@@ -2,14 +2,13 @@
 
 For each tensor the host makes a call of Ray and one of the engine, sends it and waits until it is loaded. Here its
 loop runs as it is, gathering included; what it hands over is collected, and goes out ``--bond.sync_mb`` at a time:
-one call, one broadcast of bytes, one loading. With CUDA IPC (``--train.colocate_all``) and with Ray's collectives the
-host's own way is taken.
+one call, one broadcast, one loading (an engine takes but one type). With CUDA IPC (``--train.colocate_all``) and
+with Ray's collectives the host's own way is taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,22 +16,6 @@ import ray
 import torch
 
 from bond_plugin.host import cpu, on_cpu, plan
-
-_ALIGNED = 16  # bytes, so that each tensor can be seen in its own type where it lies
-
-
-def place(end: int, dtype: torch.dtype, shape: Sequence[int]) -> slice:
-    """Where a tensor lies among the bytes that travel, after others that end at ``end``."""
-    start = -(-end // _ALIGNED) * _ALIGNED
-    return slice(start, start + dtype.itemsize * math.prod(shape))
-
-
-def places(dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> list[slice]:
-    """Where each tensor lies: the same for sender and receiver."""
-    found: list[slice] = []
-    for dtype, shape in zip(dtypes, shapes, strict=True):
-        found.append(place(found[-1].stop if found else 0, dtype, shape))
-    return found
 
 
 class Parcel:
@@ -42,19 +25,19 @@ class Parcel:
         engines: the real ones.
         group: the real one.
         capacity: bytes that are sent at a time; a larger tensor goes alone.
+
+    Attributes:
+        engines: for the host to call, all with the same.
     """
 
     def __init__(self, engines: list[Any], group: Any, capacity: int) -> None:
-        self._engines, self._group, self._capacity = engines, group, capacity
+        self._real, self._group, self._capacity = engines, group, capacity
+        self.engines = [_Engine(engine, self._note) for engine in engines]
         self._done = ray.put(None)  # of the host's calls, which have nothing to wait for
         self._noted: tuple[str, bool] = ("", False)
         self._held: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-        self._end = 0  # of what is held, in bytes
-        self._bytes: torch.Tensor | None = None
-
-    def engines(self) -> list[Any]:
-        """For the host to call, all with the same."""
-        return [_Engine(engine, self._note) for engine in self._engines]
+        self._end = 0  # of what is held, in numbers
+        self._buffer: torch.Tensor | None = None
 
     def _note(self, name: str, dtype: Any, shape: Any, empty_cache: bool = False) -> Any:
         self._noted = (name, empty_cache)
@@ -63,28 +46,25 @@ class Parcel:
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
         """In the group's place: keep the tensor that was noted, and send what is held before there is too much."""
         name, last = self._noted
-        at = place(self._end, tensor.dtype, tensor.shape)
-        if self._held and at.stop > self._capacity:
-            self._send(self._bytes, stream, last=False)
-            at = place(self._end, tensor.dtype, tensor.shape)
+        data, capacity = tensor.detach().flatten(), self._capacity // tensor.itemsize
+        if self._held and self._end + len(data) > capacity:
+            self._send(self._buffer, stream, last=False)
+        start, self._end = self._end, self._end + len(data)
         self._held.append((name, tensor.dtype, tuple(tensor.shape)))
-        self._end = at.stop
-        # The bytes are copied: under ZeRO-3 they are there only until the host goes on to the next parameter.
-        data = tensor.detach().contiguous().flatten().view(torch.uint8)
-        if at.stop > self._capacity:
+        if len(data) > capacity:
             self._send(data, stream, last)
             return
-        if self._bytes is None:
-            self._bytes = torch.empty(self._capacity, dtype=torch.uint8, device=tensor.device)
-        self._bytes[at] = data
+        if self._buffer is None:
+            self._buffer = data.new_empty(capacity)
+        # Copied: under ZeRO-3 the numbers are there only until the host goes on to the next parameter.
+        self._buffer[start : self._end] = data
         if last:
-            self._send(self._bytes, stream, last)
+            self._send(self._buffer, stream, last)
 
     def _send(self, data: torch.Tensor, stream: Any, last: bool) -> None:
         names, dtypes, shapes = map(list, zip(*self._held, strict=True))
         refs = [
-            engine.update_weight.remote(names, dtype=dtypes, shape=shapes, empty_cache=last)
-            for engine in self._engines
+            engine.update_weight.remote(names, dtype=dtypes, shape=shapes, empty_cache=last) for engine in self._real
         ]
         self._group.broadcast(data[: self._end], src=0, stream=stream)
         self._held, self._end = [], 0
@@ -110,7 +90,7 @@ def broadcast_to_vllm(original: Any, self: Any) -> None:
         original(self)
         return
     parcel = Parcel(engines, group, capacity)
-    self._model_update_group, self.vllm_engines = parcel, parcel.engines()
+    self._model_update_group, self.vllm_engines = parcel, parcel.engines
     try:
         original(self)
     finally:
@@ -127,9 +107,9 @@ def update_weight(original: Any, self: Any, name: Any, dtype: Any, shape: Any, e
     for each, kind in zip(name, dtype, strict=True):
         if kind != self.model_config.dtype:
             raise ValueError(f"{each} arrives as {kind}, but the engine holds {self.model_config.dtype}")
-    where = places(dtype, shape)
-    data = torch.empty(where[-1].stop, dtype=torch.uint8, device="cpu" if on_cpu() else "cuda")
+    sizes = [math.prod(each) for each in shape]
+    data = torch.empty(sum(sizes), dtype=self.model_config.dtype, device="cpu" if on_cpu() else "cuda")
     self._model_update_group.broadcast(data, src=0, stream=torch.cuda.current_stream())
-    parts = zip(name, dtype, shape, where, strict=True)
-    self.model_runner.model.load_weights(weights=[(n, data[at].view(d).view(tuple(s))) for n, d, s, at in parts])
+    parts = zip(name, data.split(sizes), shape, strict=True)
+    self.model_runner.model.load_weights(weights=[(n, part.view(tuple(s))) for n, part, s in parts])
     cpu.weights_changed()

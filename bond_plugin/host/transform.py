@@ -19,7 +19,7 @@ def apply(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
 
     run = plan.of(self.args)
     batch = Batch(experiences, run.rows.policy)
-    rewards = batch.rewards()
+    rewards = batch.rows([e.rewards for e in experiences])
     kl = batch.tokens([e.kl for e in experiences])
     under = {"policy": batch.tokens([e.action_log_probs for e in experiences])}
     if "reference" in run.needs.log_probs:

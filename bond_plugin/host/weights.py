@@ -47,15 +47,12 @@ class Weights:
         keep_reference: whether to keep the weights as they are now.
         interval: instead of an average, the anchor is a copy of the policy, renewed every so many optimiser
             steps. ``None`` with ``eta`` ``None``: no anchor.
-
-    Raises:
-        NotImplementedError: the engine's optimiser is of another kind.
     """
 
     def __init__(self, engine: Any, eta: float | None, keep_reference: bool, interval: int | None = None) -> None:
         self._engine = engine
-        self._optimizer = engine.optimizer
-        self._sharded = _Zero3(engine.optimizer) if _is_zero3(engine.optimizer) else _Zero12(engine.optimizer)
+        zero3 = hasattr(engine.optimizer, "fp16_partitioned_groups_flat")
+        self._sharded = _Zero3(engine.optimizer) if zero3 else _Zero12(engine.optimizer)
         self.eta = eta
         self.interval = interval
         self.active = "policy"
@@ -69,7 +66,7 @@ class Weights:
             self._sets["reference"] = [master.detach().to(dtype, copy=True) for master in self._sharded.masters()]
 
     def __contains__(self, name: str) -> bool:
-        return name == "policy" or name in self._sets
+        return name in self._sets
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
@@ -97,8 +94,7 @@ class Weights:
             return
         if self.active != "policy":
             raise RuntimeError(f"{self.active} is in place, cannot put {name} there")
-        source = self._sets[name]
-        self._sharded.load(source)
+        self._sharded.load(self._sets[name])
         self.active = name
         try:
             yield
@@ -110,21 +106,17 @@ class Weights:
     def anchor_distance(self) -> float:
         """The L2 norm of policy minus anchor over all parameters, from the fp32 weights. Collective."""
         total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
-
-        def add(part: int, start: int, length: int, times: float) -> None:
-            pairs = (self._sets["anchor"][part], self._sharded.masters()[part].detach())
-            pieces = zip(*(one.narrow(0, start, length).split(_PIECE) for one in pairs), strict=True)
-            for average, master in pieces:
-                difference = master - average
-                total.add_(torch.dot(difference, difference).to(total.device), alpha=times)
-
-        for part, average in enumerate(self._sets["anchor"]):
-            add(part, 0, len(average), 1.0)
         # Under tensor parallelism some parameters (norms, say) are whole on each rank: they count once.
-        ranks = self._engine.autotp_size()
-        if ranks > 1:  # which transformers does not allow under ZeRO-3
-            for part, start, length in self._sharded.replicated():
-                add(part, start, length, 1.0 / ranks - 1.0)
+        _, ranks = self._tensor_parallel()
+        whole = self._sharded.replicated() if ranks > 1 else ()
+        parts = zip(self._sets["anchor"], self._sharded.masters(), self._sharded.pieces(), strict=True)
+        for average, master, held in parts:
+            for name, place, _, length in held:
+                pair = (one.detach().narrow(0, place, length).split(_PIECE) for one in (average, master))
+                for kept, now in zip(*pair, strict=True):
+                    difference = now - kept
+                    square = torch.dot(difference, difference).to(total.device)
+                    total.add_(square, alpha=1.0 / ranks if name in whole else 1.0)
         dist.all_reduce(total)
         return total.sqrt().item()
 
@@ -142,7 +134,6 @@ class Weights:
         return {
             "anchor": [part.cpu() for part in self._sets["anchor"]],
             "pieces": self._sharded.pieces(),
-            "eta": self.eta,
             "ranks": dist.get_world_size(),
             "zero_stage": self._engine.zero_optimization_stage(),
             "tensor_parallel": self._tensor_parallel(),
@@ -177,7 +168,12 @@ class Weights:
                     there.setdefault(name, []).append((start, part.narrow(0, place, length)))
         for part, held in zip(self._sets["anchor"], here, strict=True):
             for name, place, start, length in held:
-                missing = length - _copy_overlaps(part.narrow(0, place, length), start, there.get(name, []))
+                into, missing = part.narrow(0, place, length), length
+                for begin, values in there.get(name, ()):
+                    first, last = max(start, begin), min(start + length, begin + len(values))
+                    if first < last:
+                        into[first - start : last - start].copy_(values[first - begin : last - begin])
+                        missing -= last - first
                 if missing:
                     raise CheckpointError(
                         f"the anchor in {folder} lacks {missing} of {length} weights of {name}: it is another model's"
@@ -198,84 +194,46 @@ class Weights:
         return own
 
 
-def _copy_overlaps(into: torch.Tensor, start: int, pieces: list[tuple[int, torch.Tensor]]) -> int:
-    """Fill what ``into`` holds of a flattened parameter, from ``start`` on; returns how many numbers were copied."""
-    copied = 0
-    for begin, values in pieces:
-        first, last = max(start, begin), min(start + len(into), begin + len(values))
-        if first < last:
-            into[first - start : last - start].copy_(values[first - begin : last - begin])
-            copied += last - first
-    return copied
-
-
-def _is_zero3(optimizer: Any) -> bool:
-    return hasattr(optimizer, "fp16_partitioned_groups_flat")
-
-
 class _Zero12:
     """ZeRO-1 and 2: every rank holds all 16-bit parameters in flat buffers, and its part of the masters."""
 
     def __init__(self, optimizer: Any) -> None:
-        wanted = ("single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "bit16_groups_flat")
-        missing = [name for name in wanted if not hasattr(optimizer, name)]
-        if missing:
-            raise NotImplementedError(
-                f"cannot keep an anchor beside {type(optimizer).__name__} (no {', '.join(missing)}): use "
-                "--ds.zero_stage 2 or 3"
-            )
         self._optimizer = optimizer
 
     def masters(self) -> list[torch.Tensor]:
         return list(self._optimizer.single_partition_of_fp32_groups)
 
-    def _held(self) -> Iterator[tuple[int, Any, Any]]:
-        """(part, parameter, DeepSpeed's mapping) of all of which this rank holds something in fp32."""
-        for group, params in enumerate(self._optimizer.bit16_groups):
-            for param in params:
-                mapping = getattr(param, "_hp_mapping", None)  # None: another data-parallel rank has it
-                if mapping is not None:
-                    yield group, param, mapping
-
     def pieces(self) -> list[list[Piece]]:
-        found: list[list[Piece]] = [[] for _ in self._optimizer.bit16_groups]
-        for group, param, mapping in self._held():
-            of, at = mapping.lp_fragment_address, mapping.hp_fragment_address
-            found[group].append((self._optimizer.param_names[param], at.start, of.start, of.numel))
-        return found
+        return [list(self._in_group(params)) for params in self._optimizer.bit16_groups]
 
-    def replicated(self) -> Iterator[tuple[int, int, int]]:
-        """(part, start, length) of what each rank of a tensor-parallel group has the same of."""
+    def _in_group(self, params: list[Any]) -> Iterator[Piece]:
+        for param in params:
+            mapping = getattr(param, "_hp_mapping", None)
+            if mapping is not None:  # else another data-parallel rank has it
+                of, at = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield self._optimizer.param_names[param], at.start, of.start, of.numel
+
+    def replicated(self) -> set[str]:
+        """The parameters of which each rank of a tensor-parallel group has the same."""
         from deepspeed.runtime.utils import is_model_parallel_parameter
 
-        for group, param, mapping in self._held():
-            if not is_model_parallel_parameter(param):
-                place = mapping.get_hp_fragment_address()
-                yield group, place.start, place.numel
+        return {name for param, name in self._optimizer.param_names.items() if not is_model_parallel_parameter(param)}
 
     @torch.no_grad()
     def load(self, parts: list[torch.Tensor]) -> None:
-        from deepspeed.runtime.utils import all_gather_dp_groups
-
         optimizer = self._optimizer
-        for group, part in enumerate(parts):
-            rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
-            optimizer.parallel_partitioned_bit16_groups[group][rank].data.copy_(part.data)
-        all_gather_dp_groups(
-            groups_flat=optimizer.bit16_groups_flat,
-            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
-            dp_process_group=optimizer.real_dp_process_group,
-            start_alignment_factor=optimizer.nccl_start_alignment_factor,
-            allgather_bucket_size=optimizer.allgather_bucket_size,
-        )
+        masters = optimizer.single_partition_of_fp32_groups
+        optimizer.single_partition_of_fp32_groups = parts
+        try:
+            optimizer.update_lp_params()  # as it does after a step
+        finally:
+            optimizer.single_partition_of_fp32_groups = masters
 
 
 class _Zero3:
     """ZeRO-3: 16-bit parameters are sharded too; small ones are also kept whole and must be made anew."""
 
     def __init__(self, optimizer: Any) -> None:
-        if any(part is None for part in optimizer.fp16_partitioned_groups_flat):
-            raise NotImplementedError("cannot keep an anchor of parameters that are offloaded to disk")
         self._optimizer = optimizer
 
     def masters(self) -> list[torch.Tensor]:
@@ -340,8 +298,8 @@ def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: 
         kept.after_optimizer_step()
 
 
-def offload_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """Between two trainings (``--ds.enable_sleep``) the kept weights leave the GPU with the masters.
+def move_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    """Between two trainings (``--ds.enable_sleep``) the kept weights leave the GPU with the masters, and come back.
 
     The host leaves the 16-bit parameters there, for sending them to the engines and for log-probabilities; so other
     weights can be put in their place (copied from the CPU) and taken out again at any time. Run on CPU alone, where
@@ -354,34 +312,12 @@ def offload_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None
         kept.follow_masters()
 
 
-def reload_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """Before a training: what :func:`offload_states` took away comes back."""
-    offload_states(original, model, *args, **kwargs)
-
-
-def restore_momentum_type(optimizer: Any) -> None:
-    """Muon's momentum in the gradients' type, as ZeRO-1 and 2 make it: a checkpoint brings it in the masters'."""
-    for state in getattr(getattr(optimizer, "optimizer", None), "state", {}).values():
-        if "momentum_buffer" in state:
-            state["momentum_buffer"] = state["momentum_buffer"].to(optimizer.gradient_accumulation_dtype)
-
-
-@contextmanager
-def decay_kept(optimizer: Any) -> Iterator[None]:
-    """Within it a universal checkpoint may be loaded, which under ZeRO-3 brings all groups the first one's decay."""
-    decays = [group["weight_decay"] for group in optimizer.optimizer.param_groups]
-    yield
-    for group, decay in zip(optimizer.optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
-
-
 def save_model(original: Any, self: Any, model: Any, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
     """The final model is the policy; ``--bond.save_anchor`` writes the anchor beside it."""
     original(self, model, tokenizer, output_dir, **kwargs)
     kept = of(model)
-    if kept is None or "anchor" not in kept or not self.args.bond.save_anchor:
-        return
-    if output_dir == self.args.ckpt.output_dir:
+    anchored = kept is not None and "anchor" in kept and self.args.bond.save_anchor
+    if anchored and output_dir == self.args.ckpt.output_dir:
         with kept.swapped_in("anchor"):
             original(self, model, tokenizer, os.path.join(output_dir, "anchor"), **kwargs)
 
@@ -391,12 +327,5 @@ def save_model(original: Any, self: Any, model: Any, tokenizer: Any, output_dir:
 
 def broadcast(actor: Any, name: str) -> None:
     """Send the weights ``name`` to the rollout engines, by the host's own way of sending the policy's."""
-    with _kept(actor, name).swapped_in(name):
+    with of(actor.actor).swapped_in(name):
         actor.trainer.broadcast_to_vllm()
-
-
-def _kept(actor: Any, name: str) -> Weights:
-    kept = of(actor.actor)
-    if kept is None or name not in kept:
-        raise RuntimeError(f"the training worker keeps no {name}: the hooks did not reach it")
-    return kept

@@ -23,8 +23,8 @@ from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 
-from bond_plugin.host import batches, loss, plan
-from bond_plugin.host.rows import ROWS, Row
+from bond_plugin.host import batches, plan
+from bond_plugin.host.state import ROWS, Row
 
 STEPS, TOKENS, LENGTH = 2, 48, 20
 mark, setup = batches.mark, batches.setup_dynamic_batch
@@ -101,7 +101,7 @@ def run(kind: str, stage: int, mode: str) -> dict:
         trainer = ActorPPOTrainer(strategy, model, None, optimizer, scheduler, micro_train_batch_size=1)
         engine, fit = model.model, lambda: trainer.ppo_train(0.0)
 
-    rows = experience_of(steps * loss.rows_per_step(args), plan.of(args).rows.selected)
+    rows = experience_of(steps * strategy.train_batch_size, plan.of(args).rows.selected)
     share = len(rows.sequences) // dist.get_world_size()
     mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     trainer.replay_buffer.append(

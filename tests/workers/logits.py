@@ -115,8 +115,8 @@ with tempfile.TemporaryDirectory() as other:
         assert [len(row) for row in told.hidden] == action_mask.sum(dim=-1).tolist()
         logits.take_layer(None, told.layer)
         beside = logits.OnLogits(algorithm.token_losses, torch.cat(told.hidden))
-        with beside.wanted():
-            policy(ids, action_mask, mask, return_output=True)
+        policy.bond_on_logits = beside
+        policy(ids, action_mask, mask, return_output=True)
         (beside.values * weights[0][action_mask.bool()]).sum().backward()
         gradient = torch.cat([p.grad.float().flatten() for p in policy.parameters()])
         found["taught" + " packed" * packed] = {

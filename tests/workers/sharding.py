@@ -74,7 +74,7 @@ def gradient(stage: int, micro: int) -> dict:
         part = slice(start, start + micro)
         logits = engine(input_ids=ids[part]).logits[:, :-1].float()
         log_probs = logits.log_softmax(-1).gather(-1, ids[part, 1:].unsqueeze(-1)).squeeze(-1)
-        loss_fn.expect(from_source[part])
+        loss_fn.known = {"from_source": from_source[part]}
         loss, *_ = loss_fn(log_probs, log_probs.detach(), advantages[part], mask[part], dp_size=ranks)
         engine.backward(loss)
         if start + micro < (rank + 1) * share:
