@@ -18,9 +18,10 @@ from bond_plugin.host import flags as flags_module
 from bond_plugin.host import identity, inputs, launch
 from bond_plugin.offline import fingerprints
 
-BELOW_ONE = inputs._RANGES[1, inputs._INFINITY].split()
-BELOW_ZERO = inputs._RANGES[0, inputs._INFINITY].split()
-SHARES = inputs._RANGES[0, 1].split()
+BELOW_ONE, BELOW_ZERO, SHARES = (
+    inputs.RANGES[must][1].split() for must in ("be at least 1", "be at least 0", "be from 0 to 1")
+)
+BELOW_ZERO.remove("actor.eps_clip_low_high")  # which takes two
 FLOATS = [*(dest for dest in BELOW_ZERO if dest.split(".")[0] in ("actor", "algo")), *SHARES, "ckpt.max_mem"]
 
 

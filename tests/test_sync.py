@@ -57,7 +57,7 @@ class Wire:
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync.ray, "put", lambda value: value)
     monkeypatch.setattr(sync.ray, "get", lambda refs: refs)
-    cpu.install()
+    cpu.patch_torch()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

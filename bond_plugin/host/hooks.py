@@ -17,10 +17,12 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from bond_plugin.host import cpu, on_cpu
 
 SUPPORTED_HOST = ("0.11.0", "0.11.1", "0.11.2")
 
@@ -232,7 +234,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
 )
 
-_MODULES = frozenset(hook.module for hook in HOOKS)
+_MODULES = frozenset([*(hook.module for hook in HOOKS), cpu.NEEDS_FLASH_ATTN, "torch"])
 _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's class
 
 _installed: set[str] = set()
@@ -253,17 +255,13 @@ def arm() -> None:
         return
     check_version()
     _armed = True
-    from bond_plugin.host import flags, on_cpu
+    from bond_plugin.host import flags
 
     flags.extend_parsers()
-    if on_cpu():
-        from bond_plugin.host import cpu
-
-        cpu.install()
     sys.meta_path.insert(0, _Finder())
-    for module in list(_by_module()):
-        if module in sys.modules and not _is_loading(sys.modules[module]):
-            _install_module(sys.modules[module])
+    for module in (sys.modules[name] for name in _MODULES if name in sys.modules):
+        if not getattr(module.__spec__, "_initializing", False):
+            _install_module(module)
 
 
 def check_version() -> None:
@@ -302,8 +300,6 @@ def states() -> Iterator[tuple[str, str]]:
 
 
 def _active() -> Iterator[Hook]:
-    from bond_plugin.host import on_cpu
-
     return (hook for hook in HOOKS if on_cpu() or not hook.cpu)
 
 
@@ -315,6 +311,9 @@ def _by_module() -> dict[str, list[Hook]]:
 
 
 def _install_module(module: ModuleType) -> None:
+    if module.__name__ == "torch" and on_cpu() and "torch" not in _installed:
+        cpu.patch_torch()
+        _installed.add("torch")
     for hook in _by_module().get(module.__name__, ()):
         if hook.target not in _installed:
             _install(hook, module)
@@ -391,10 +390,6 @@ def _supported() -> str:
     return ", ".join(SUPPORTED_HOST)
 
 
-def _is_loading(module: ModuleType) -> bool:
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
-
-
 class _Finder(importlib.abc.MetaPathFinder):
     """Runs :func:`_install_module` right after one of the hooked modules has been executed."""
 
@@ -402,21 +397,25 @@ class _Finder(importlib.abc.MetaPathFinder):
         self._looking: set[str] = set()
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        from bond_plugin.host import cpu, on_cpu
-
         # Every import of the process comes by here, thousands in one that imports the host.
-        if name in self._looking or (name not in _MODULES and name != cpu.NEEDS_FLASH_ATTN):
-            return None
-        stand_in = name == cpu.NEEDS_FLASH_ATTN and (on_cpu() or _lacks_flash_attn())
-        if not (stand_in or name in _by_module()):
+        if name not in _MODULES or name in self._looking:
             return None
         self._looking.add(name)
         try:
             spec = importlib.util.find_spec(name)
         finally:
             self._looking.discard(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, cpu.flash_attn_stand_in if stand_in else _nothing)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+        stand_in = name == cpu.NEEDS_FLASH_ATTN and (on_cpu() or _lacks_flash_attn())
+
+        def exec_module(module: ModuleType) -> None:
+            with cpu.flash_attn_stand_in() if stand_in else nullcontext():
+                execute(module)
+            _install_module(module)
+
+        spec.loader.exec_module = exec_module
         return spec
 
 
@@ -430,25 +429,3 @@ def _lacks_flash_attn() -> bool:
         )
     print("bond: note: this machine has no flash-attn, which the run itself needs on a GPU", flush=True)
     return True
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, inner: Any, around: Callable[[], Any]) -> None:
-        self._inner = inner
-        self._around = around
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._inner.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        with self._around():
-            self._inner.exec_module(module)
-        _install_module(module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)

@@ -24,27 +24,54 @@ from bond_plugin.host import models
 from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem
 from bond_plugin.words import did_you_mean, reason
 
-_INFINITY = math.inf
-#: Flags of the host, by the least and the largest value that make sense.
-_RANGES: dict[tuple[float, float], str] = {
-    (1, _INFINITY): "actor.num_nodes actor.num_gpus_per_node critic.num_nodes critic.num_gpus_per_node ref.num_nodes "
-    "ref.num_gpus_per_node reward.num_nodes reward.num_gpus_per_node vllm.tensor_parallel_size ds.ring_attn_size "
-    "ds.tensor_parallel_size train.batch_size train.micro_batch_size train.max_epochs train.num_episodes "
-    "train.max_tokens_per_gpu train.async_queue_size rollout.batch_size rollout.micro_batch_size "
-    "rollout.vllm_generate_batch_size rollout.max_tokens_per_gpu rollout.max_new_tokens rollout.n_samples_per_prompt "
-    "data.max_len data.max_samples logger.logging_steps ckpt.max_num eval.n_samples_per_prompt ds.zpg "
-    "ds.ring_attn_head_stride algo.kl.horizon actor.muon.ns_steps critic.muon.ns_steps",
-    (0, _INFINITY): "vllm.num_engines actor.adam.lr critic.adam.lr actor.adam.eps critic.adam.eps actor.max_norm "
-    "critic.max_norm actor.adam.weight_decay critic.adam.weight_decay actor.eps_clip critic.value_clip "
-    "algo.kl.init_coef ds.lora.rank ds.lora.alpha eval.temperature data.max_images_per_prompt "
-    "data.dataloader_num_workers actor.muon.lr critic.muon.lr actor.aux_loss_coef actor.entropy_coef "
-    "reward.overlong_penalty_factor bond.logits_mb bond.sync_mb",
-    (0, 1): "rollout.top_p algo.advantage.gamma algo.advantage.lambd actor.lr_warmup_ratio critic.lr_warmup_ratio "
-    "actor.min_lr_ratio critic.min_lr_ratio train.ema_beta vllm.gpu_memory_utilization ds.lora.dropout",
-    (0, 3): "ds.zero_stage",
-    (0, 2**32 - 1): "train.seed",
-    (-1, _INFINITY): "critic.freezing_steps",
-    (-_INFINITY, 1): "reward.stop_properly_penalty_coef",
+#: Flags, most of them the host's, by what each of their numbers must be.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "be at least 1": (
+        lambda number: number >= 1,
+        "actor.num_nodes actor.num_gpus_per_node critic.num_nodes critic.num_gpus_per_node ref.num_nodes "
+        "ref.num_gpus_per_node reward.num_nodes reward.num_gpus_per_node vllm.tensor_parallel_size ds.ring_attn_size "
+        "ds.tensor_parallel_size train.batch_size train.micro_batch_size train.max_epochs train.num_episodes "
+        "train.max_tokens_per_gpu train.async_queue_size rollout.batch_size rollout.micro_batch_size "
+        "rollout.vllm_generate_batch_size rollout.max_tokens_per_gpu rollout.max_new_tokens "
+        "rollout.n_samples_per_prompt data.max_len data.max_samples logger.logging_steps ckpt.max_num "
+        "eval.n_samples_per_prompt ds.zpg ds.ring_attn_head_stride algo.kl.horizon actor.muon.ns_steps "
+        "critic.muon.ns_steps ref.interval",
+    ),
+    "be at least 0": (
+        lambda number: number >= 0,
+        "vllm.num_engines actor.adam.lr critic.adam.lr actor.adam.eps critic.adam.eps actor.max_norm critic.max_norm "
+        "actor.adam.weight_decay critic.adam.weight_decay actor.eps_clip actor.eps_clip_low_high critic.value_clip "
+        "algo.kl.init_coef ds.lora.rank ds.lora.alpha eval.temperature data.max_images_per_prompt "
+        "data.dataloader_num_workers actor.muon.lr critic.muon.lr actor.aux_loss_coef actor.entropy_coef "
+        "reward.overlong_penalty_factor bond.logits_mb bond.sync_mb",
+    ),
+    "be from 0 to 1": (
+        lambda number: 0 <= number <= 1,
+        "rollout.top_p algo.advantage.gamma algo.advantage.lambd actor.lr_warmup_ratio critic.lr_warmup_ratio "
+        "actor.min_lr_ratio critic.min_lr_ratio train.ema_beta vllm.gpu_memory_utilization ds.lora.dropout",
+    ),
+    "be from 0 to 3": (lambda number: 0 <= number <= 3, "ds.zero_stage"),
+    "be from 0 to 4294967295": (lambda number: 0 <= number < 2**32, "train.seed"),
+    "be at least -1": (lambda number: number >= -1, "critic.freezing_steps"),
+    "be at most 1": (lambda number: number <= 1, "reward.stop_properly_penalty_coef"),
+    "be above 0": (
+        lambda number: number > 0,
+        "rollout.temperature rollout.top_p ckpt.max_mem vllm.gpu_memory_utilization reward.timeout algo.kl.target "
+        "reward.overlong_buffer_len",
+    ),
+    "be above 1": (lambda number: number > 1, "actor.dual_clip"),
+    "be at least 1, or -1 for never": (lambda number: number >= 1 or number == -1, "eval.steps ckpt.save_steps"),
+    "lie in [0, 1)": (
+        lambda number: 0 <= number < 1,
+        "actor.adam.betas critic.adam.betas actor.muon.momentum critic.muon.momentum",
+    ),
+    "lie in (0, 1]": (lambda number: 0 < number <= 1, "ref.eta"),
+}
+#: Flags of two numbers, and what the lower one must not be below.
+_PAIRS = {
+    "reward.clip_range": -math.inf,
+    "algo.dynamic_filtering_range": -math.inf,
+    "algo.advantage.is_correction_threshold": 0.0,
 }
 #: Of these infinity is a value: no limit.
 _UNLIMITED = (
@@ -54,27 +81,9 @@ _UNLIMITED = (
     "critic.value_clip",
     "ckpt.max_mem",
     "reward.timeout",
-    "reward.clip_range",
-    "algo.dynamic_filtering_range",
-    "algo.advantage.is_correction_threshold",
     "bond.max_weight",
+    *_PAIRS,
 )
-_ABOVE_ZERO = (
-    "rollout.temperature",
-    "rollout.top_p",
-    "ckpt.max_mem",
-    "vllm.gpu_memory_utilization",
-    "reward.timeout",
-    "algo.kl.target",
-    "reward.overlong_buffer_len",
-)
-#: Flags of two numbers, the lower one first; and below what the lower one must not be.
-_PAIRS = {
-    "reward.clip_range": -_INFINITY,
-    "algo.dynamic_filtering_range": -_INFINITY,
-    "algo.advantage.is_correction_threshold": 0.0,
-}
-_STEPS = ("eval.steps", "ckpt.save_steps")  # -1 for never
 _MOST_BYTES = 2**28  # of a file of prompts that are read
 _MOST_ROWS = 1_000_000  # the same of a table
 _SHOWN = 5  # faulty lines of a file that are named
@@ -115,8 +124,8 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
         wrong, seen = _prompts(args, dest, template)
         found, notes = found + wrong, notes + seen
     for dest in ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir"):
-        if _value(args, dest) is not None:
-            found += [f"--{dest} {line}" for line in filter(None, [unwritable(_value(args, dest))])]
+        if value(args, dest) is not None:
+            found += [f"--{dest} {line}" for line in filter(None, [unwritable(value(args, dest))])]
     return found, notes
 
 
@@ -128,7 +137,7 @@ def unseen(args: SimpleNamespace) -> list[str]:
         if name and not os.path.isdir(name) and not (dest == "reward" and args.reward.remote_url):
             found.append(f"--{dest}.model_name_or_path {name}: a name on a hub")
     for dest in ("data.prompt_dataset", "eval.dataset"):
-        for name in filter(None, (_value(args, dest) or "").split(",")):
+        for name in filter(None, (value(args, dest) or "").split(",")):
             path = Path(name.partition("@")[0].strip())
             if not path.exists():
                 found.append(f"--{dest} {name}: a name on a hub")
@@ -147,10 +156,16 @@ def unseen(args: SimpleNamespace) -> list[str]:
     return [*found, "memory, ports, and the packages for a GPU"]
 
 
-def _value(args: SimpleNamespace, dest: str) -> Any:
+def value(args: SimpleNamespace, dest: str) -> Any:
     for part in dest.split("."):
         args = getattr(args, part, None)
     return args
+
+
+def _numbers(args: SimpleNamespace, dest: str) -> list[Any]:
+    """What a flag says, as a list; nothing if it is not given."""
+    said = value(args, dest)
+    return [] if said is None else list(said) if isinstance(said, list | tuple) else [said]
 
 
 def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
@@ -160,43 +175,21 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
         args: the run's, before the host divides by any of them.
         given: the destinations of the flags that the user gave.
     """
-    for (low, high), dests in _RANGES.items():
+    for must, (fits, dests) in RANGES.items():
         for dest in dests.split():
-            value = _value(args, dest)
-            if value is None or low <= value <= high:
-                continue
-            bound = f"from {low} to {high}"
-            if _INFINITY in (high, -low):
-                bound = f"at least {low}" if high == _INFINITY else f"at most {high}"
-            yield f"--{dest} must be {bound}, got {value}"
-    for dest in _ABOVE_ZERO:
-        value = _value(args, dest)
-        if value is not None and not value > 0:
-            yield f"--{dest} must be above 0, got {value}"
+            values = _numbers(args, dest)
+            if not all(map(fits, values)):
+                yield f"--{dest} must {must}, got {' '.join(map(str, values))}"
     for dest, low in _PAIRS.items():
-        values = _value(args, dest)
-        if not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values)):
+        values = _numbers(args, dest)
+        if values and (not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values))):
             yield f"--{dest} takes LOW and HIGH, LOW below HIGH, got {' '.join(map(str, values))}"
-    if args.actor.eps_clip_low_high is not None and not min(args.actor.eps_clip_low_high) >= 0:
-        yield f"--actor.eps_clip_low_high must be at least 0, got {' '.join(map(str, args.actor.eps_clip_low_high))}"
-    if args.actor.dual_clip is not None and not args.actor.dual_clip > 1:
-        yield f"--actor.dual_clip must be above 1, got {args.actor.dual_clip}"
-    for dest in _STEPS:
-        value = _value(args, dest)
-        if value is not None and value < 1 and value != -1:
-            yield f"--{dest} must be at least 1, or -1 for never, got {value}"
-    for dest in ("actor.adam.betas", "critic.adam.betas", "actor.muon.momentum", "critic.muon.momentum"):
-        values = _value(args, dest)
-        values = values if isinstance(values, list | tuple) else [values]
-        if not all(0 <= beta < 1 for beta in values):
-            yield f"--{dest} must lie in [0, 1), got {' '.join(map(str, values))}"
     for dest in sorted(given):
-        value = _value(args, dest)
-        values = value if isinstance(value, list | tuple) else [value]
+        values = [one for one in _numbers(args, dest) if isinstance(one, int | float)]
         if any(isinstance(one, float) and math.isnan(one) for one in values):
-            yield f"--{dest} is not a number: {value}"
-        elif dest not in _UNLIMITED and any(isinstance(one, int | float) and abs(one) >= 2**63 for one in values):
-            yield f"--{dest} is too large: {value}"
+            yield f"--{dest} is not a number: {value(args, dest)}"
+        elif dest not in _UNLIMITED and any(abs(one) >= 2**63 for one in values):
+            yield f"--{dest} is too large: {value(args, dest)}"
     new = args.rollout.max_new_tokens
     buffer = args.reward.overlong_buffer_len
     if None not in (new, buffer) and buffer > new:
@@ -245,7 +238,7 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     flags = ("--data.input_key", "--data.label_key", "--data.apply_chat_template")
     lines = Lines(Columns(data.input_key, data.label_key, data.apply_chat_template, flags), template, table=True)
     found, notes, count = [], [], 0
-    for path in _local(_value(args, dest)):
+    for path in _local(value(args, dest)):
         if _has_lines(path):
             rows = lines.read(path, _MOST_BYTES)
         elif _is_table(path):
@@ -292,14 +285,14 @@ _TABLES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 def _data_sets(args: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the names of data sets, their splits and their shares."""
     for dest, split in (("data.prompt_dataset", "data.prompt_split"), ("eval.dataset", "eval.split")):
-        names = [name.partition("@")[0].strip() for name in (_value(args, dest) or "").split(",")]
+        names = [name.partition("@")[0].strip() for name in (value(args, dest) or "").split(",")]
         if len(names) > 1 and "" in names:
-            yield f"--{dest} {_value(args, dest)}: a name is missing between its commas"
+            yield f"--{dest} {value(args, dest)}: a name is missing between its commas"
         for name in filter(os.path.isfile, names):
             if not name.endswith(_TABLES):
                 yield f"--{dest} {name}: the host reads files of the kinds {', '.join(_TABLES)}"
-            elif _value(args, split) != "train":
-                yield f"--{split} {_value(args, split)}: the only split of the file {name} is train"
+            elif value(args, split) != "train":
+                yield f"--{split} {value(args, split)}: the only split of the file {name} is train"
     if args.data.prompt_probs is not None:
         yield from _shares(args.data.prompt_probs, (args.data.prompt_dataset or "").count(",") + 1)
 

@@ -197,7 +197,7 @@ def _before_ray(run: flags.Invocation) -> None:
         hooks.check_all()
         notes, aside = checks.complete(args, run.given, run.critic)
         wrong, seen = inputs.problems(args)
-        problems, notes = wrong + checks.problems(args, run.given), notes + seen
+        problems, notes = wrong + checks.problems(args), notes + seen
         if args.ckpt.load_enable and not problems:
             identified = identity.of(args)
             problems, told = identity.check(args, identified)
@@ -284,24 +284,20 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
 
 def gpu_slots(args: SimpleNamespace) -> dict[str, int]:
     """How many of Ray's GPUs each part of a run takes, by the flags that say so."""
-    from bond_plugin.host import plan  # torch: not in every process that loads the plugins
+    from bond_plugin.host import checks  # torch: not in every process that loads the plugins
 
-    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
-    slots = {"--actor.num_gpus_per_node": actor}
-    colocate_all = args.train.colocate_all
-    if not (colocate_all and not args.train.async_enable):
-        slots["--vllm.num_engines"] = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
-    loaded = args.algo.kl.init_coef > 0 and not plan.of(args).moving_reference
-    if loaded and not (colocate_all or args.train.colocate_actor_ref):
-        slots["--ref.num_gpus_per_node"] = args.ref.num_nodes * args.ref.num_gpus_per_node
-    if colocate_all:
-        return slots
-    critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
-    reward = 0 if args.reward.remote_url else args.reward.num_nodes * args.reward.num_gpus_per_node
-    if critic:
-        slots["--critic.num_gpus_per_node"] = critic
-    if reward and not (critic and args.train.colocate_critic_reward):
-        slots["--reward.num_gpus_per_node"] = reward
+    train, loaded = args.train, checks.loaded(args)
+    if train.colocate_all or train.colocate_actor_ref:
+        loaded.pop("ref", None)
+    if train.colocate_all or (train.colocate_critic_reward and "critic" in loaded):
+        loaded.pop("reward", None)
+    if train.colocate_all:
+        loaded.pop("critic", None)
+    slots = {
+        f"--{name}.num_gpus_per_node": group.num_nodes * group.num_gpus_per_node for name, group in loaded.items()
+    }
+    if train.async_enable or not train.colocate_all:
+        slots["--vllm.num_engines"] = args.vllm.num_engines * args.vllm.tensor_parallel_size
     return slots
 
 
