@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import re
 import sys
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -35,25 +34,21 @@ class Invocation:
     """What this process was asked to run, for the hooks that act later.
 
     Attributes:
-        estimator: the value of ``--algo.advantage.estimator``.
         given: destinations of the flags that the user or the recipe gave.
         dry_run: print the configuration and stop before Ray starts.
         json: a file to write it to, too.
         caching: make a reward cache instead of training.
         args: the host's nested arguments, once the host has made them.
-        parser: to report errors in the usual way.
         critic: the value of ``--critic.model_name_or_path``, which the host forgets for estimators other than
             ``gae``.
     """
 
-    estimator: str
     given: frozenset[str]
     dry_run: bool
-    parser: argparse.ArgumentParser
-    args: SimpleNamespace | None = field(default=None)
+    json: str | None
+    caching: bool
+    args: SimpleNamespace | None = None
     critic: str | None = None
-    caching: bool = False
-    json: str | None = None
 
 
 _current: Invocation | None = None
@@ -120,25 +115,22 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
         estimator = recipes.said(ESTIMATOR, argv, from_recipe) or parser.get_default(ESTIMATOR[2:])
-        if ":" in estimator:  # an import path: a module in this folder is as good as an installed one
-            if os.getcwd() not in sys.path:
-                sys.path.insert(0, os.getcwd())
+        if ":" in estimator:  # an import path
             parser._option_string_actions[ESTIMATOR].choices.append(estimator)
         selected = algorithm_class(estimator)
-        if selected is not None:
-            _add_config_flags(parser, estimator, selected.__module__, selected.Config.options("bond"))
+        configured = [] if selected is None else [(estimator, "bond", selected)]
         transform = recipes.said(TRANSFORM, argv, from_recipe)
         if selected is not None and last_value(argv, TRANSFORM) is None and last_value(argv, ESTIMATOR) is not None:
             transform = None  # the recipe's goes with the estimator that the command line replaces
-        transformed = None
         if transform in registry.names(registry.REWARD_TRANSFORMS):  # if it is not, the parser says so
             if selected is not None:
                 parser.error(
                     f"{TRANSFORM} {transform} is for the host's own estimators, not for {ESTIMATOR} {estimator}: "
                     "drop one of the two"
                 )
-            transformed = transform_class(transform)
-            _add_config_flags(parser, transform, transformed.__module__, transformed.Config.options(transform))
+            configured.append((transform, transform, transform_class(transform)))
+        for one in configured:
+            _add_config_flags(parser, *one)
         if path:
             from_recipe = _without_replaced(from_recipe, estimator, transform, parser)
             argv = recipes.to_argv(from_recipe, parser, path) + argv
@@ -154,10 +146,8 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     try:
         if caching:
             _settle_output(vars(parsed))
-        if selected is not None:
-            selected.Config.from_flags(vars(parsed), "bond")
-        if transformed is not None:
-            transformed.Config.from_flags(vars(parsed), transform)
+        for _, prefix, found in configured:
+            found.Config.from_flags(vars(parsed), prefix)
     except ValueError as error:
         parser.error(str(error))
     given = frozenset(
@@ -167,9 +157,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     )
     if parsed.json and not parsed.dry_run:
         parser.error("--json FILE is for --dry-run: add that, or drop it")
-    _current = Invocation(
-        estimator=estimator, given=given, dry_run=parsed.dry_run, parser=parser, caching=caching, json=parsed.json
-    )
+    _current = Invocation(given, parsed.dry_run, parsed.json, caching)
     del parsed.dry_run, parsed.json, parsed.recipe
     return parsed
 
@@ -224,16 +212,13 @@ def refuse(problems: list[str]) -> None:
 
 def _complete_older_hosts(args: SimpleNamespace) -> None:
     """What OpenRLHF 0.11.0 and 0.11.1 do, under the names of the flags of 0.11.2."""
-    if not hasattr(args, "algo") or not hasattr(args.algo, "advantage"):
+    advantage = inputs.value(args, "algo.advantage")
+    if advantage is None:
         return  # one of the host's other trainers
-    if not hasattr(args.algo.advantage, "is_correction_level"):
-        args.algo.advantage.is_correction_level = "token" if args.algo.advantage.is_correction_enable else "off"
-    for node, name, value in (
-        (args.actor, "loss_agg_mode", "token-mean"),
-        (args.algo.kl, "unbiased_gradient", False),
-    ):
-        if not hasattr(node, name):
-            setattr(node, name, value)
+    corrects = getattr(advantage, "is_correction_enable", False)
+    vars(advantage).setdefault("is_correction_level", "token" if corrects else "off")
+    vars(args.actor).setdefault("loss_agg_mode", "token-mean")
+    vars(args.algo.kl).setdefault("unbiased_gradient", False)
 
 
 def _limit_choices(parser: argparse.ArgumentParser) -> None:
@@ -472,9 +457,9 @@ def _settle_output(values: dict[str, Any]) -> None:
         raise ValueError(f"--cache.seed must be below 2^32, got {values['cache.seed']}")
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, options: dict[str, Field]) -> None:
-    group = parser.add_argument_group(f"openrlhf-bond: {name} ({module})")
-    for dotted, f in options.items():
+def _add_config_flags(parser: argparse.ArgumentParser, name: str, prefix: str, found: type) -> None:
+    group = parser.add_argument_group(f"openrlhf-bond: {name} ({found.__module__})")
+    for dotted, f in found.Config.options(prefix).items():
         option = f"--{dotted}"
         if option in parser._option_string_actions:
             raise registry.RegistryError(
@@ -489,25 +474,21 @@ def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estima
         option = token.partition("=")[0]
         if not option.startswith("--"):
             messages.append(f"unexpected argument '{token}'")
-            continue
-        owners = _owners(option)
-        if owners:
+        elif owners := _owners(option):
             messages.append(
                 f"{option} belongs to {' and '.join(owners)}, but {ESTIMATOR} is {estimator}: pass "
                 f"{' or '.join(owners)}, or drop {option}"
             )
-            continue
-        messages.append(f"unknown flag {option}{did_you_mean(option, parser._option_string_actions)}")
+        else:
+            messages.append(f"unknown flag {option}{did_you_mean(option, parser._option_string_actions)}")
     return "; ".join(messages)
 
 
 def _owners(option: str) -> list[str]:
     """What a flag belongs to, as the flags that would select it."""
-    owners = []
-    for name in registry.names(registry.ADVANTAGE_ESTIMATORS):
-        if option[2:] in algorithm_class(name).Config.options("bond"):
-            owners.append(f"{ESTIMATOR} {name}")
-    for name in registry.names(registry.REWARD_TRANSFORMS):
-        if option[2:] in transform_class(name).Config.options(name):
-            owners.append(f"{TRANSFORM} {name}")
-    return owners
+    algorithms, transforms = registry.names(registry.ADVANTAGE_ESTIMATORS), registry.names(registry.REWARD_TRANSFORMS)
+    known = [
+        *((ESTIMATOR, name, algorithm_class(name).Config.options("bond")) for name in algorithms),
+        *((TRANSFORM, name, transform_class(name).Config.options(name)) for name in transforms),
+    ]
+    return [f"{flag} {name}" for flag, name, options in known if option[2:] in options]

@@ -106,9 +106,7 @@ HOOKS: tuple[Hook, ...] = (
         "sampling:trainer_init",
     ),
     _hook(f"{_TRAINER}.init_checkpoint_states", "self", "checkpoints:init_checkpoint_states", per_object=True),
-    _hook(f"{_TRAINER}.broadcast_to_vllm", "self", "sampling:broadcast_to_vllm", per_object=True),
     _hook(f"{_TRAINER}.train_step", "self rollout_samples global_step", "metrics:train_step", per_object=True),
-    _hook(f"{_TRAINER}._compute_rollout_stats", "self experiences", "metrics:rollout_stats", per_object=True),
     _hook(
         f"{_TRAINER}.save_logs_and_checkpoints",
         "self global_step logs_dict client_states",
@@ -116,7 +114,6 @@ HOOKS: tuple[Hook, ...] = (
         per_object=True,
     ),
     _hook(f"{_SAMPLER}.generate_samples", "self generate_kwargs", "sampling:generate_samples"),
-    _hook(f"{_SAMPLER}.generate_eval_samples", "self generate_kwargs", "sampling:generate_eval_samples"),
     _hook(f"{_SAMPLER}._process_response_into_experience", "self response generate_kwargs", "rewards:settle"),
     _hook(f"{_MAKER}.make_experience_batch", "self rollout_samples", "experience:make_experience_batch"),
     _hook(f"{_MAKER}._dispatch_forward", "self group sync_condition kwargs", "log_probs:dispatch_forward"),
@@ -199,6 +196,7 @@ HOOKS: tuple[Hook, ...] = (
     _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
     _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),
     _used("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer"),
+    _used(f"{_TRAINER}._compute_rollout_stats", "self experiences"),
     _used(
         "openrlhf.datasets.prompts_dataset:PromptDataset.__init__", "self dataset tokenizer strategy input_template"
     ),

@@ -135,16 +135,15 @@ def _number(value: Any) -> Any:
 
 
 def train_step(original: Any, self: Any, rollout_samples: Any, global_step: int) -> tuple[dict, int]:
-    """Add what the experience maker measured to what the host reports."""
+    """Add what the experience maker measured to what the host reports. Its statistics are of the policy's samples."""
     kept = state.of(self)
     kept.step = global_step
     status, kept.step = original(self, rollout_samples, global_step)
+    if kept.engines is not None:
+        kept.engines.holding = "policy"  # which the host has sent, for the next rollout or an evaluation
+    if kept.policy_samples:
+        status |= self._compute_rollout_stats(kept.policy_samples)
     return status | kept.metrics, kept.step
-
-
-def rollout_stats(original: Any, self: Any, experiences: list[Any]) -> dict:
-    """The host's rollout statistics are of the policy's samples."""
-    return original(self, state.of(self).policy_samples or experiences)
 
 
 def save_logs_and_checkpoints(

@@ -112,14 +112,6 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
         kept.engines = Engines(self, run.algorithm)
 
 
-def broadcast_to_vllm(original: Any, self: Any) -> None:
-    """The host sends the policy after each training step."""
-    original(self)
-    engines = state.of(self).engines
-    if engines is not None:
-        engines.holding = "policy"
-
-
 # The sampler.
 
 
@@ -133,14 +125,6 @@ def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
         bound.arguments["logprobs_mode"] = "processed_logprobs"
         return original(*bound.args, **bound.kwargs)
     return original(*args, **kwargs)
-
-
-def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> list[Any]:
-    """Evaluation is of the policy."""
-    kept = state.of(self)
-    if kept.engines is not None:
-        kept.engines.hold("policy", kept.timings)
-    return original(self, **generate_kwargs)
 
 
 @torch.no_grad()
