@@ -71,13 +71,9 @@ class Hook:
         return self.module.startswith("openrlhf.")
 
 
-def _hook(target: str, parameters: str | None, ours: str, **options: bool) -> Hook:
+def _hook(target: str, parameters: str | None, ours: str | None, **options: bool) -> Hook:
     names = None if parameters is None else tuple(parameters.split())
-    return Hook(target, names, f"bond_plugin.host.{ours}", **options)
-
-
-def _used(target: str, parameters: str) -> Hook:
-    return Hook(target, tuple(parameters.split()), None)
+    return Hook(target, names, ours and f"bond_plugin.host.{ours}", **options)
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -97,7 +93,7 @@ HOOKS: tuple[Hook, ...] = (
         "num_resources_per_node",
         "log_probs:group_init",
     ),
-    _hook("openrlhf.trainer.ppo_trainer:tqdm", None, "metrics:progress_bar"),
+    _hook("openrlhf.trainer.ppo_trainer:tqdm", None, "metrics:ProgressBar"),
     # The trainer, Ray's single controller.
     _hook(
         f"{_TRAINER}.__init__",
@@ -179,7 +175,7 @@ HOOKS: tuple[Hook, ...] = (
     _hook(
         f"{_EXECUTOR}.execute",
         "self prompt label sampling_params max_length hf_tokenizer llm_engine images",
-        "requests:execute",
+        "rewards:execute",
     ),
     _hook(
         "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap.update_weight",
@@ -189,18 +185,20 @@ HOOKS: tuple[Hook, ...] = (
     _hook(f"{_EXECUTOR}._fetch_rewards_via_func", "self queries_list prompts_list labels_list", "rewards:fetch"),
     _hook(f"{_EXECUTOR}._fetch_rewards_via_http", "self queries_list prompts_list labels_list", "rewards:fetch"),
     # What is called and not replaced, for rollouts with source samples and outside a training.
-    _used("openrlhf.trainer.ppo_utils.samples_generator:_collect_prompt_batch", "dataloader_iter num_prompts"),
-    _used(f"{_MAKER}.split_rollout_samples", "self rollout_samples"),
-    _used(f"{_MAKER}.make_experience", "self samples_list"),
-    _used("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args"),
-    _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
-    _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),
-    _used("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer"),
-    _used(f"{_TRAINER}._compute_rollout_stats", "self experiences"),
-    _used(
-        "openrlhf.datasets.prompts_dataset:PromptDataset.__init__", "self dataset tokenizer strategy input_template"
+    _hook("openrlhf.trainer.ppo_utils.samples_generator:_collect_prompt_batch", "dataloader_iter num_prompts", None),
+    _hook(f"{_MAKER}.split_rollout_samples", "self rollout_samples", None),
+    _hook(f"{_MAKER}.make_experience", "self samples_list", None),
+    _hook("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args", None),
+    _hook("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples", None),
+    _hook("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience", None),
+    _hook("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer", None),
+    _hook(f"{_TRAINER}._compute_rollout_stats", "self experiences", None),
+    _hook(
+        "openrlhf.datasets.prompts_dataset:PromptDataset.__init__",
+        "self dataset tokenizer strategy input_template",
+        None,
     ),
-    _used("openrlhf.utils.utils:get_tokenizer", "pretrain model padding_side strategy use_fast"),
+    _hook("openrlhf.utils.utils:get_tokenizer", "pretrain model padding_side strategy use_fast", None),
     # Machines without GPU.
     _hook(f"{_STRATEGY}.get_ds_train_config", "self optim_dict max_norm", "cpu:torch_adam", cpu=True),
     _hook("openrlhf.utils.utils:convert_to_torch_dtype", "param_dtype", "cpu:torch_dtype", cpu=True),

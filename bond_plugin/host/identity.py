@@ -12,6 +12,7 @@ from typing import Any
 
 from bond_plugin import recipe as recipes
 from bond_plugin.files import ContentError, write_json
+from bond_plugin.host import inputs
 from bond_plugin.offline import fingerprints
 from bond_plugin.schema import Open, read_model
 
@@ -51,8 +52,7 @@ def of(args: SimpleNamespace) -> dict[str, Any]:
     flags = {name: value for name, value in flat.items() if name in _DATA or name.startswith(_TOLD)}
     for name in _NOTHING:
         flags.pop(name, None)
-    names = (args.data.prompt_dataset or "").split(",")
-    files = [path for name in names if (path := Path(name.partition("@")[0].strip())).is_file()]
+    files = filter(Path.is_file, inputs.data_sets(args, "data.prompt_dataset"))
     return {
         "flags": flags,
         "prompts": {str(path): fingerprints.of_file(path) for path in files},

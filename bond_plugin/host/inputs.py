@@ -98,61 +98,52 @@ def import_folders(files: Iterable[str]) -> list[str]:
 def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     """Everything that is wrong with the files of a run, each with the flag; and notes."""
     found, notes = [], []
-    for dest in ("actor", "critic", "ref", "reward"):
-        name = getattr(args, dest).model_name_or_path or ""
+    here = models.named(args)
+    for dest, name in here.items():
         if os.path.isfile(name):
-            found.append(f"--{dest}.model_name_or_path {name} is a file: name the model's folder")
-        elif os.path.isdir(name) and not (dest == "reward" and args.reward.remote_url):
-            found += [
-                f"--{dest}.model_name_or_path {name}: {line}" for line in models.files(Path(name), dest == "actor")
-            ]
-    judge = Path(args.reward.model_name_or_path or "")
-    if not found and not args.reward.remote_url and judge.is_dir() and args.reward.model_name_or_path:
-        lacks = models.without_head(judge, args.ds.value_head_prefix)
-        if lacks:
-            notes.append(
-                f"--reward.model_name_or_path {judge} has no {lacks}: the host makes one of random numbers, and its "
-                "rewards are no better. Where the head has another name: --ds.value_head_prefix"
-            )
+            found.append(f"--{dest} {name} is a file: name the model's folder")
+        elif os.path.isdir(name):
+            policy = dest.startswith("actor")
+            found += [f"--{dest} {name}: {line}" for line in models.files(Path(name), policy)]
+    judge = here.get("reward.model_name_or_path", "")
+    if not found and os.path.isdir(judge) and (lacks := models.without_head(Path(judge), args.ds.value_head_prefix)):
+        notes.append(
+            f"--reward.model_name_or_path {judge} has no {lacks}: the host makes one of random numbers, and its "
+            "rewards are no better. Where the head has another name: --ds.value_head_prefix"
+        )
     tokenizer = None
     if not found and os.path.isdir(args.actor.model_name_or_path or ""):
-        tokenizer, wrong = models.policy(args)
-        found += wrong
+        tokenizer, found = models.policy(args)
     template = chat_template(tokenizer) if args.data.apply_chat_template and tokenizer and not found else None
     found += _data_sets(args)
     for dest in ("data.prompt_dataset", "eval.dataset"):
         wrong, seen = _prompts(args, dest, template)
         found, notes = found + wrong, notes + seen
     for dest in ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir"):
-        if value(args, dest) is not None:
-            found += [f"--{dest} {line}" for line in filter(None, [unwritable(value(args, dest))])]
+        name = value(args, dest)
+        if name is not None and (line := unwritable(name)):
+            found.append(f"--{dest} {line}")
     return found, notes
 
 
 def unseen(args: SimpleNamespace) -> list[str]:
     """What of a run's inputs was not looked at, so that a run may still end at it."""
-    found = []
-    for dest in ("actor", "critic", "reward"):
-        name = getattr(args, dest).model_name_or_path
-        if name and not os.path.isdir(name) and not (dest == "reward" and args.reward.remote_url):
-            found.append(f"--{dest}.model_name_or_path {name}: a name on a hub")
+    named = models.named(args).items()
+    found = [f"--{dest} {name}: a name on a hub" for dest, name in named if not os.path.isdir(name)]
     for dest in ("data.prompt_dataset", "eval.dataset"):
-        for name in filter(None, (value(args, dest) or "").split(",")):
-            path = Path(name.partition("@")[0].strip())
+        for path in data_sets(args, dest):
+            kind = _kind(path)
             if not path.exists():
-                found.append(f"--{dest} {name}: a name on a hub")
-            elif not _has_lines(path) and not _is_table(path):
-                found.append(f"--{dest} {name}: neither JSON lines nor a table")
+                found.append(f"--{dest} {path}: a name on a hub")
+            elif kind is None:
+                found.append(f"--{dest} {path}: neither JSON lines nor a table")
             elif path.stat().st_size > _MOST_BYTES:
-                most = f"{_MOST_BYTES // 2**20} MiB" if _has_lines(path) else f"{_MOST_ROWS:,} rows"
-                found.append(f"--{dest} {name}: what comes after {most}")
-    for url in args.reward.remote_url or []:
-        what = "what it does when it is imported and called" if url.endswith(".py") else "a server"
-        found.append(f"--reward.remote_url {url}: {what}")
-    if args.train.agent_func_path:
-        found.append(
-            f"--train.agent_func_path {args.train.agent_func_path}: what it does when it is imported and called"
-        )
+                most = f"{_MOST_BYTES // 2**20} MiB" if kind == "lines" else f"{_MOST_ROWS:,} rows"
+                found.append(f"--{dest} {path}: what comes after {most}")
+    agents = [("train.agent_func_path", args.train.agent_func_path)] if args.train.agent_func_path else []
+    for dest, name in [*(("reward.remote_url", url) for url in args.reward.remote_url or []), *agents]:
+        what = "what it does when it is imported and called" if name.endswith(".py") else "a server"
+        found.append(f"--{dest} {name}: {what}")
     return [*found, "memory, ports, and the packages for a GPU"]
 
 
@@ -238,12 +229,10 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     flags = ("--data.input_key", "--data.label_key", "--data.apply_chat_template")
     lines = Lines(Columns(data.input_key, data.label_key, data.apply_chat_template, flags), template, table=True)
     found, notes, count = [], [], 0
-    for path in _local(value(args, dest)):
-        if _has_lines(path):
-            rows = lines.read(path, _MOST_BYTES)
-        elif _is_table(path):
-            rows = lines.read_table(path, _MOST_ROWS)
-        else:
+    for path in filter(Path.exists, data_sets(args, dest)):
+        kind = _kind(path)
+        rows = lines.read(path, _MOST_BYTES) if kind == "lines" else lines.read_table(path, _MOST_ROWS)
+        if kind is None:
             count += args.rollout.batch_size  # or more: it is not looked at
             continue
         wrong, seen = [], Counter()
@@ -267,16 +256,20 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     return found, notes
 
 
-def _has_lines(path: Path) -> bool:
-    """Whether a data set is a file of JSON lines (``.json`` may also be one list)."""
+def data_sets(args: SimpleNamespace, dest: str) -> list[Path]:
+    """The data sets that a flag names, files or not."""
+    names = (name.partition("@")[0].strip() for name in (value(args, dest) or "").split(","))
+    return [Path(name) for name in names if name]
+
+
+def _kind(path: Path) -> str | None:
+    """Whether a data set is read as ``lines`` of JSON, as a ``table`` (JSON that is one list, too), or not at all."""
     if path.suffix == ".json" and path.is_file():
         with open_file(path) as file:
-            return not file.read(1024).lstrip(b"\xef\xbb\xbf \n\r\t").startswith(b"[")
-    return path.suffix == ".jsonl"
-
-
-def _is_table(path: Path) -> bool:
-    return path.suffix in (".csv", ".parquet", ".json") and path.is_file()  # here JSON is one list
+            return "table" if file.read(1024).lstrip(b"\xef\xbb\xbf \n\r\t").startswith(b"[") else "lines"
+    if path.suffix == ".jsonl":
+        return "lines"
+    return "table" if path.suffix in (".csv", ".parquet") and path.is_file() else None
 
 
 _TABLES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
@@ -285,11 +278,11 @@ _TABLES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 def _data_sets(args: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the names of data sets, their splits and their shares."""
     for dest, split in (("data.prompt_dataset", "data.prompt_split"), ("eval.dataset", "eval.split")):
-        names = [name.partition("@")[0].strip() for name in (value(args, dest) or "").split(",")]
-        if len(names) > 1 and "" in names:
+        names = data_sets(args, dest)
+        if 0 < (value(args, dest) or "").count(",") >= len(names):
             yield f"--{dest} {value(args, dest)}: a name is missing between its commas"
-        for name in filter(os.path.isfile, names):
-            if not name.endswith(_TABLES):
+        for name in filter(Path.is_file, names):
+            if name.suffix not in _TABLES:
                 yield f"--{dest} {name}: the host reads files of the kinds {', '.join(_TABLES)}"
             elif value(args, split) != "train":
                 yield f"--{split} {value(args, split)}: the only split of the file {name} is train"
@@ -305,14 +298,6 @@ def _shares(text: str, names: int) -> Iterator[str]:
     if len(shares) == names and all(share > 0 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-8):
         return
     yield f"--data.prompt_probs {text}: for each data set ({names}) one number above 0, with commas, together 1"
-
-
-def _local(names: str | None) -> Iterator[Path]:
-    """What is here of the data sets that a flag names."""
-    for name in (names or "").split(","):
-        path = Path(name.partition("@")[0].strip())
-        if path.exists():
-            yield path
 
 
 # The reward.

@@ -27,7 +27,7 @@ _SHOWN = {
 _latest: dict[str, float] = {}
 
 
-class StepBar(tqdm):
+class ProgressBar(tqdm):
     """The host's bar over prompts, with the latest metrics beside it."""
 
     def update(self, n: float | None = 1) -> bool | None:
@@ -35,9 +35,6 @@ class StepBar(tqdm):
         if shown:
             self.set_postfix(shown, refresh=False)
         return super().update(n)
-
-
-progress_bar = StepBar
 
 
 class MetricsFile:

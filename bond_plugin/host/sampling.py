@@ -16,7 +16,7 @@ import ray
 import torch
 
 from bond_plugin.host import flags, hooks, log_probs, metrics, plan, state, weights
-from bond_plugin.host.requests import Requests
+from bond_plugin.host.rewards import Requests
 from bond_plugin.offline import make_cache
 from bond_plugin.offline.engine import prompt_tokens
 
