@@ -102,15 +102,15 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
         parser.usage = "bond train [--recipe FILE.yaml] [--flag value ...]; --help explains every flag"
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
     try:
-        estimators = registry.names(registry.ADVANTAGE_ESTIMATORS)
-        losses = registry.names(registry.POLICY_LOSSES)
-        _add_choices(parser, ESTIMATOR, list(estimators), registry.ADVANTAGE_ESTIMATORS)
-        _add_choices(parser, POLICY_LOSS, list(losses), registry.POLICY_LOSSES)
-        _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
+        _add_choices(parser, ESTIMATOR, registry.ADVANTAGE_ESTIMATORS)
+        _add_choices(parser, POLICY_LOSS, registry.POLICY_LOSSES)
+        _add_flags(parser, "launch", _RUN_FLAGS)
         if not {"--help", "-h"} & set(argv):
             _limit_choices(parser)  # imports much, and the help does not show them
         if caching:
-            _add_cache_flags(parser)
+            parser.description, parser.epilog, parser.usage = _CACHE_DESCRIPTION, _CACHE_EPILOG, _CACHE_USAGE
+            parser.formatter_class = argparse.RawDescriptionHelpFormatter
+            _add_flags(parser, "cache", _CACHE_FLAGS)
 
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
@@ -243,8 +243,8 @@ def _limit_choices(parser: argparse.ArgumentParser) -> None:
         action.choices, action.metavar = choices, action.metavar or "NAME"
 
 
-def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str], group: str) -> None:
-    action = parser._option_string_actions[option]
+def _add_choices(parser: argparse.ArgumentParser, option: str, group: str) -> None:
+    action, names = parser._option_string_actions[option], registry.names(group)
     taken = sorted(set(names) & set(action.choices or ()))
     if taken:
         raise registry.RegistryError(
@@ -257,115 +257,96 @@ def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str],
             action.help += " Or package.module:Class, a subclass of bond_plugin.algorithms.Algorithm."
 
 
-def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) -> None:
-    group = parser.add_argument_group("openrlhf-bond: launch")
-    group.add_argument(
-        "--recipe",
-        metavar="FILE.yaml",
-        help="take flags from a recipe: the dotted flags as nested YAML. Flags on the command line win",
-    )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check everything, print the final configuration and the state of each hook, and stop before Ray",
-    )
-    group.add_argument("--json", metavar="FILE.json", help="write what --dry-run prints to a file as JSON, too")
-    group.add_argument(
-        TRANSFORM,
-        choices=transforms,
-        default=None,
-        help="replace the reward by one that is made of it, under any of the host's own estimators; the "
+#: Our flags that do not depend on the algorithm, as ``add_argument`` takes them.
+_RUN_FLAGS: dict[str, dict[str, Any]] = {
+    "--recipe": {
+        "metavar": "FILE.yaml",
+        "help": "take flags from a recipe: the dotted flags as nested YAML. Flags on the command line win",
+    },
+    "--dry-run": {
+        "action": "store_true",
+        "help": "check everything, print the final configuration and the state of each hook, and stop before Ray",
+    },
+    "--json": {"metavar": "FILE.json", "help": "write what --dry-run prints to a file as JSON, too"},
+    TRANSFORM: {
+        "help": "replace the reward by one that is made of it, under any of the host's own estimators; the "
         "transform's own flags appear with it",
-    )
-    group.add_argument(
-        "--bond.device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: cuda if this machine sees a GPU or RAY_ADDRESS names a cluster, else cpu",
-    )
-    group.add_argument(
-        "--bond.strict",
-        action="store_true",
-        help="flags of the script that have no meaning under the algorithm are errors; without, they are set aside, "
-        "and a line at the start names each",
-    )
-    group.add_argument(
-        "--reward.timeout",
-        type=float,
-        default=None,
-        metavar="SECONDS",
-        help="end the run when the reward of one response takes longer (default: wait, and say so once a minute)",
-    )
-    group.add_argument(
-        "--bond.require_checkpoint",
-        action="store_true",
-        help="with --ckpt.load_enable: stop if --ckpt.path holds no whole checkpoint, instead of starting at step 0",
-    )
-    group.add_argument(
-        "--ckpt.save_on_stop",
-        action="store_true",
-        help="on Ctrl-C or SIGTERM to this command finish the step, save a checkpoint, and only then end; a second "
-        "one ends at once",
-    )
-    group.add_argument(
-        "--ref.model_name_or_path",
-        help="another model than the initial policy for the reference: of the host's own estimators their KL is to "
-        "it, and algorithms that ask for a teacher have it there. Of any size, with the policy's vocabulary",
-    )
-    group.add_argument(
-        "--ref.update",
-        choices=("none", "ema", "periodic"),
-        default="none",
-        help="for the host's own estimators: the reference of the KL follows the policy, as its moving average "
+    },
+    "--bond.device": {
+        "choices": ("auto", "cpu", "cuda"),
+        "default": "auto",
+        "help": "auto: cuda if this machine sees a GPU or RAY_ADDRESS names a cluster, else cpu",
+    },
+    "--bond.strict": {
+        "action": "store_true",
+        "help": "flags of the script that have no meaning under the algorithm are errors; without, they are set "
+        "aside, and a line at the start names each",
+    },
+    "--reward.timeout": {
+        "type": float,
+        "metavar": "SECONDS",
+        "help": "end the run when the reward of one response takes longer (default: wait, and say so once a minute)",
+    },
+    "--bond.require_checkpoint": {
+        "action": "store_true",
+        "help": "with --ckpt.load_enable: stop if --ckpt.path holds no whole checkpoint, instead of starting at step "
+        "0",
+    },
+    "--ckpt.save_on_stop": {
+        "action": "store_true",
+        "help": "on Ctrl-C or SIGTERM to this command finish the step, save a checkpoint, and only then end; a "
+        "second one ends at once",
+    },
+    "--ref.model_name_or_path": {
+        "help": "another model than the initial policy for the reference: of the host's own estimators their KL is "
+        "to it, and algorithms that ask for a teacher have it there. Of any size, with the policy's vocabulary",
+    },
+    "--ref.update": {
+        "choices": ("none", "ema", "periodic"),
+        "default": "none",
+        "help": "for the host's own estimators: the reference of the KL follows the policy, as its moving average "
         "or as a copy of it from time to time, instead of staying the initial policy. It is kept beside the "
         "policy in fp32, so no reference model is loaded",
-    )
-    group.add_argument(
-        "--ref.eta", type=float, default=0.02, help="step of --ref.update ema each optimiser step, in (0, 1]"
-    )
-    group.add_argument(
-        "--ref.interval",
-        type=int,
-        default=50,
-        help="optimiser steps between two copies of --ref.update periodic, >= 1",
-    )
-    group.add_argument(
-        "--bond.logits_mb",
-        type=float,
-        default=256.0,
-        metavar="MIB",
-        help="of the policy and the reference only the logits of response tokens are computed, so many MiB of them "
-        "(in fp32) at a time: the same numbers, faster and from less memory, for every estimator. 0: the host's own "
-        "way, all tokens at once (default: %(default)g)",
-    )
-    group.add_argument(
-        "--bond.sync_mb",
-        type=float,
-        default=256.0,
-        metavar="MIB",
-        help="weights go to the rollout engines this much at a time, instead of one tensor after the other. 0: the "
-        "host's own way (default: %(default)g)",
-    )
-    group.add_argument(
-        "--bond.save_anchor",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="save the anchor beside the final policy, in <ckpt.output_dir>/anchor",
-    )
-
-    group.add_argument(
-        "--bond.cache_samples",
-        type=int,
-        default=0,
-        metavar="M",
-        help=f"how many samples a prompt of {REWARD_CACHE} are used; 0: as many as every prompt has",
-    )
-    group.add_argument(
-        "--bond.reward_cache_mismatch",
-        choices=("error", "warn"),
-        default="error",
-        help=f"what to do when {REWARD_CACHE} was made with another model, reward, temperature, length or template",
-    )
+    },
+    "--ref.eta": {"type": float, "default": 0.02, "help": "step of --ref.update ema each optimiser step, in (0, 1]"},
+    "--ref.interval": {
+        "type": int,
+        "default": 50,
+        "help": "optimiser steps between two copies of --ref.update periodic, >= 1",
+    },
+    "--bond.logits_mb": {
+        "type": float,
+        "default": 256.0,
+        "metavar": "MIB",
+        "help": "of the policy and the reference only the logits of response tokens are computed, so many MiB of "
+        "them (in fp32) at a time: the same numbers, faster and from less memory, for every estimator. 0: the host's "
+        "own way, all tokens at once (default: %(default)g)",
+    },
+    "--bond.sync_mb": {
+        "type": float,
+        "default": 256.0,
+        "metavar": "MIB",
+        "help": "weights go to the rollout engines this much at a time, instead of one tensor after the other. 0: "
+        "the host's own way (default: %(default)g)",
+    },
+    "--bond.save_anchor": {
+        "action": argparse.BooleanOptionalAction,
+        "default": False,
+        "help": "save the anchor beside the final policy, in <ckpt.output_dir>/anchor",
+    },
+    "--bond.cache_samples": {
+        "type": int,
+        "default": 0,
+        "metavar": "M",
+        "help": f"how many samples a prompt of {REWARD_CACHE} are used; 0: as many as every prompt has",
+    },
+    "--bond.reward_cache_mismatch": {
+        "choices": ("error", "warn"),
+        "default": "error",
+        "help": f"what to do when {REWARD_CACHE} was made with another model, reward, temperature, length or "
+        "template",
+    },
+}
 
 
 #: The name under which ``bond cache`` runs the host's parser.
@@ -380,6 +361,7 @@ same; those that say nothing about them are checked and not used. If it is inter
 where it was. Needs no Ray.
 """
 
+_CACHE_USAGE = f"{CACHE} [the flags of the training run] --cache.output FILE [--cache.samples M] [--cache.seed S]"
 _CACHE_EPILOG = """\
 examples:
   bond cache --recipe FILE.yaml --cache.output rewards.jsonl
@@ -387,60 +369,55 @@ examples:
 """
 
 
-def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = _CACHE_DESCRIPTION, _CACHE_EPILOG
-    parser.usage = f"{CACHE} [the flags of the training run] --cache.output FILE [--cache.samples M] [--cache.seed S]"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    group = parser.add_argument_group("openrlhf-bond: cache")
-    group.add_argument(
-        "--cache.output",
-        metavar="FILE.jsonl",
-        help=f"the file to write, or to go on with (default: what {REWARD_CACHE} says)",
-    )
-    group.add_argument(
-        "--cache.samples",
-        type=int,
-        default=300,
-        metavar="M",
-        help="samples a prompt; the vBoN paper found about 300 to be enough (default: %(default)s)",
-    )
-    group.add_argument(
-        "--cache.seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="of the sampling: the same seed gives the same samples (default: %(default)s)",
-    )
-    group.add_argument(
-        "--cache.responses",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="write the responses beside their rewards; training does not read them (default: yes)",
-    )
-    group.add_argument(
-        "--cache.log_probs",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="write each response's tokens and their log-probabilities too, for algorithms that train on stored "
+_CACHE_FLAGS: dict[str, dict[str, Any]] = {
+    "--cache.output": {
+        "metavar": "FILE.jsonl",
+        "help": f"the file to write, or to go on with (default: what {REWARD_CACHE} says)",
+    },
+    "--cache.samples": {
+        "type": int,
+        "default": 300,
+        "metavar": "M",
+        "help": "samples a prompt; the vBoN paper found about 300 to be enough (default: %(default)s)",
+    },
+    "--cache.seed": {
+        "type": int,
+        "default": 0,
+        "metavar": "S",
+        "help": "of the sampling: the same seed gives the same samples (default: %(default)s)",
+    },
+    "--cache.responses": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "write the responses beside their rewards; training does not read them (default: yes)",
+    },
+    "--cache.log_probs": {
+        "action": argparse.BooleanOptionalAction,
+        "default": False,
+        "help": "write each response's tokens and their log-probabilities too, for algorithms that train on stored "
         "responses (default: no)",
-    )
-    group.add_argument(
-        "--cache.chunk",
-        type=int,
-        default=0,
-        metavar="RESPONSES",
-        help="how many responses are sampled at a time, rounded up to whole prompts: what is lost when it is "
+    },
+    "--cache.chunk": {
+        "type": int,
+        "default": 0,
+        "metavar": "RESPONSES",
+        "help": "how many responses are sampled at a time, rounded up to whole prompts: what is lost when it is "
         "stopped (default: 4096 with a GPU, 512 without)",
-    )
+    },
+}
+
+
+def _add_flags(parser: argparse.ArgumentParser, title: str, flags: dict[str, dict[str, Any]]) -> None:
+    group = parser.add_argument_group(f"openrlhf-bond: {title}")
+    for option, said in flags.items():
+        plugins = {"choices": list(registry.names(registry.REWARD_TRANSFORMS))} if option == TRANSFORM else {}
+        group.add_argument(option, **said, **plugins)
 
 
 def own_flags(caching: bool = False) -> argparse.ArgumentParser:
     """Our flags that do not depend on the algorithm, or those of ``bond cache`` alone. docs/pages.py lists them."""
     parser = argparse.ArgumentParser(add_help=False)
-    _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
-    if caching:
-        parser = argparse.ArgumentParser(add_help=False)
-        _add_cache_flags(parser)
+    _add_flags(parser, "own", _CACHE_FLAGS if caching else _RUN_FLAGS)
     return parser
 
 
