@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -244,7 +243,6 @@ def _as_many(args: SimpleNamespace, given: frozenset[str], group: str, *names: s
 _OUTPUTS = ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir", "bond.reward_cache")
 _MODELS = tuple(f"{group}.model_name_or_path" for group in ("actor", "reward", "critic", "ref"))
 _INPUTS = (*_MODELS, "data.prompt_dataset", "eval.dataset", "train.agent_func_path")
-_SEVERAL = ("reward.model_name_or_path", "data.prompt_dataset", "eval.dataset")  # with commas between them
 
 
 def _absolute_paths(args: SimpleNamespace) -> None:
@@ -283,7 +281,7 @@ def impediments(args: SimpleNamespace) -> list[str]:
 
 def problems(args: SimpleNamespace) -> list[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
-    found = [*_files(args), *_groups(args), *_together(args), *_host_cannot(args)]
+    found = [*_groups(args), *_together(args), *_host_cannot(args)]
     if args.bond.require_checkpoint and not args.ckpt.load_enable:
         found.append("--bond.require_checkpoint is about resuming: add --ckpt.load_enable")
     elif args.bond.require_checkpoint and not identity.has_checkpoint(args):
@@ -435,46 +433,6 @@ def _transform(args: SimpleNamespace, transform: RewardTransform) -> list[str]:
         **(_OPTIMUM if coefficient is not None else {}),
     }
     return found + _refused(args, refused, f"{flags.TRANSFORM} {name}")
-
-
-#: Of names of files, and of none on a hub.
-_ENDINGS = (".json", ".jsonl", ".py", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".zst", ".xz")
-
-
-def _missing(name: str) -> bool:
-    """Whether this is the name of a file or folder that is not here, and not one on a hub."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    if not name or os.path.exists(os.path.expanduser(name)):
-        return False
-    with contextlib.suppress(HFValidationError):
-        validate_repo_id(name)
-        return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_ENDINGS)
-    return True
-
-
-def _files(args: SimpleNamespace) -> list[str]:
-    found = []
-    if not args.actor.model_name_or_path:
-        found.append("--actor.model_name_or_path is missing: a model's name or folder")
-    if not args.data.prompt_dataset:
-        found.append("--data.prompt_dataset is missing: a data set's name or a .jsonl file of prompts")
-    for dest in _INPUTS:
-        names = inputs.value(args, dest) or ""
-        for name in names.split(",") if dest in _SEVERAL else [names]:
-            name = name.strip().partition("@")[0]
-            if _missing(name):
-                found.append(f"--{dest} {name}: no such file or folder")
-    urls = [] if args.train.agent_func_path else args.reward.remote_url or []
-    found += [f"--reward.remote_url {url}: {problem}" for url in urls for problem in inputs.reward(url)]
-    if len(urls) > 1 and any(url.endswith(".py") for url in urls):
-        found.append(f"--reward.remote_url {','.join(urls)}: of several the host takes servers alone; give one file")
-    if not urls and "," in (args.reward.model_name_or_path or ""):
-        found.append(f"--reward.model_name_or_path {args.reward.model_name_or_path}: the host takes one reward model")
-    agent = args.train.agent_func_path
-    if agent and not agent.endswith(".py"):
-        found.append(f"--train.agent_func_path {agent}: name a Python file (.py)")
-    return found
 
 
 def _own_estimator(args: SimpleNamespace, run: plan.Run) -> list[str]:

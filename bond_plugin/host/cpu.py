@@ -130,14 +130,19 @@ def replay_buffer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> N
     self.target_device = torch.device("cpu")
 
 
-class _GlooGroup:
-    """The part of vLLM's NCCL communicator that weight sync uses, over gloo."""
+class GlooGroup:
+    """The part of vLLM's NCCL communicator that weight sync uses, over gloo.
 
-    def __init__(self, host: str, port: int, rank: int, world_size: int) -> None:
+    Without it NCCL turns itself off and the engine keeps uninitialised weights.
+    """
+
+    def __init__(
+        self, original: Any, master_address: str, master_port: int, rank: int, world_size: int, device: Any
+    ) -> None:
         from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
         timeout = datetime.timedelta(minutes=30)
-        store = TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+        store = TCPStore(master_address, master_port, world_size, is_master=rank == 0, timeout=timeout)
         self._group = ProcessGroupGloo(PrefixStore("bond", store), rank, world_size, timeout)
         self._store = store
 
@@ -151,11 +156,6 @@ class _GlooGroup:
         self._group.broadcast([data.view(-1).view(torch.uint8)], options).wait()
         if data.data_ptr() != tensor.data_ptr():
             tensor.data.copy_(data)
-
-
-def gloo_group(original: Any, master_address: str, master_port: int, rank: int, world_size: int, device: Any):
-    """Weight sync over gloo. Without it NCCL turns itself off and the engine keeps uninitialised weights."""
-    return _GlooGroup(master_address, master_port, rank, world_size)
 
 
 def weights_changed() -> None:

@@ -104,13 +104,13 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     try:
         _add_choices(parser, ESTIMATOR, registry.ADVANTAGE_ESTIMATORS)
         _add_choices(parser, POLICY_LOSS, registry.POLICY_LOSSES)
-        _add_flags(parser, "launch", _RUN_FLAGS)
+        add_flags(parser, "launch", RUN_FLAGS)
         if not {"--help", "-h"} & set(argv):
             _limit_choices(parser)  # imports much, and the help does not show them
         if caching:
             parser.description, parser.epilog, parser.usage = _CACHE_DESCRIPTION, _CACHE_EPILOG, _CACHE_USAGE
             parser.formatter_class = argparse.RawDescriptionHelpFormatter
-            _add_flags(parser, "cache", _CACHE_FLAGS)
+            add_flags(parser, "cache", CACHE_FLAGS)
 
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
@@ -257,8 +257,8 @@ def _add_choices(parser: argparse.ArgumentParser, option: str, group: str) -> No
             action.help += " Or package.module:Class, a subclass of bond_plugin.algorithms.Algorithm."
 
 
-#: Our flags that do not depend on the algorithm, as ``add_argument`` takes them.
-_RUN_FLAGS: dict[str, dict[str, Any]] = {
+#: Our flags that do not depend on the algorithm, as ``add_argument`` takes them. docs/pages.py lists them.
+RUN_FLAGS: dict[str, dict[str, Any]] = {
     "--recipe": {
         "metavar": "FILE.yaml",
         "help": "take flags from a recipe: the dotted flags as nested YAML. Flags on the command line win",
@@ -369,7 +369,7 @@ examples:
 """
 
 
-_CACHE_FLAGS: dict[str, dict[str, Any]] = {
+CACHE_FLAGS: dict[str, dict[str, Any]] = {
     "--cache.output": {
         "metavar": "FILE.jsonl",
         "help": f"the file to write, or to go on with (default: what {REWARD_CACHE} says)",
@@ -407,18 +407,11 @@ _CACHE_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _add_flags(parser: argparse.ArgumentParser, title: str, flags: dict[str, dict[str, Any]]) -> None:
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: dict[str, dict[str, Any]]) -> None:
     group = parser.add_argument_group(f"openrlhf-bond: {title}")
     for option, said in flags.items():
         plugins = {"choices": list(registry.names(registry.REWARD_TRANSFORMS))} if option == TRANSFORM else {}
         group.add_argument(option, **said, **plugins)
-
-
-def own_flags(caching: bool = False) -> argparse.ArgumentParser:
-    """Our flags that do not depend on the algorithm, or those of ``bond cache`` alone. docs/pages.py lists them."""
-    parser = argparse.ArgumentParser(add_help=False)
-    _add_flags(parser, "own", _CACHE_FLAGS if caching else _RUN_FLAGS)
-    return parser
 
 
 def _settle_output(values: dict[str, Any]) -> None:
@@ -446,12 +439,18 @@ def _add_config_flags(parser: argparse.ArgumentParser, name: str, prefix: str, f
 
 
 def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estimator: str) -> str:
+    algorithms, transforms = registry.names(registry.ADVANTAGE_ESTIMATORS), registry.names(registry.REWARD_TRANSFORMS)
+    known = [
+        *((f"{ESTIMATOR} {name}", algorithm_class(name).Config.options("bond")) for name in algorithms),
+        *((f"{TRANSFORM} {name}", transform_class(name).Config.options(name)) for name in transforms),
+    ]
     messages = []
     for token in unknown:
         option = token.partition("=")[0]
+        owners = [owner for owner, options in known if option[2:] in options]
         if not option.startswith("--"):
             messages.append(f"unexpected argument '{token}'")
-        elif owners := _owners(option):
+        elif owners:
             messages.append(
                 f"{option} belongs to {' and '.join(owners)}, but {ESTIMATOR} is {estimator}: pass "
                 f"{' or '.join(owners)}, or drop {option}"
@@ -459,13 +458,3 @@ def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estima
         else:
             messages.append(f"unknown flag {option}{did_you_mean(option, parser._option_string_actions)}")
     return "; ".join(messages)
-
-
-def _owners(option: str) -> list[str]:
-    """What a flag belongs to, as the flags that would select it."""
-    algorithms, transforms = registry.names(registry.ADVANTAGE_ESTIMATORS), registry.names(registry.REWARD_TRANSFORMS)
-    known = [
-        *((ESTIMATOR, name, algorithm_class(name).Config.options("bond")) for name in algorithms),
-        *((TRANSFORM, name, transform_class(name).Config.options(name)) for name in transforms),
-    ]
-    return [f"{flag} {name}" for flag, name, options in known if option[2:] in options]

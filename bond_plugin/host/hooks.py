@@ -25,6 +25,7 @@ from typing import Any
 from bond_plugin.host import cpu, on_cpu
 
 SUPPORTED_HOST = ("0.11.0", "0.11.1", "0.11.2")
+_LISTED = ", ".join(SUPPORTED_HOST)
 
 _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
 _STATES = "openrlhf.utils.deepspeed.deepspeed_utils"
@@ -65,10 +66,6 @@ class Hook:
     @property
     def module(self) -> str:
         return self.target.partition(":")[0]
-
-    @property
-    def host_owned(self) -> bool:
-        return self.module.startswith("openrlhf.")
 
 
 def _hook(target: str, parameters: str | None, ours: str | None, **options: bool) -> Hook:
@@ -212,7 +209,7 @@ HOOKS: tuple[Hook, ...] = (
     _hook(
         "openrlhf.utils.distributed_util:stateless_init_process_group",
         "master_address master_port rank world_size device",
-        "cpu:gloo_group",
+        "cpu:GlooGroup",
         cpu=True,
     ),
     _hook("deepspeed.comm.torch:build_shm_op", "", "cpu:no_shm_op", cpu=True),
@@ -266,12 +263,12 @@ def check_version() -> None:
         version = importlib.metadata.version("openrlhf")
     except importlib.metadata.PackageNotFoundError:
         raise HostMismatch(
-            f"OpenRLHF is not installed. openrlhf-bond works with OpenRLHF {_supported()}: "
+            f"OpenRLHF is not installed. openrlhf-bond works with OpenRLHF {_LISTED}: "
             f"pip install openrlhf=={SUPPORTED_HOST[-1]}"
         ) from None
     if version not in SUPPORTED_HOST:
         raise HostMismatch(
-            f"OpenRLHF {version} is installed, but openrlhf-bond supports {_supported()}. Install a supported "
+            f"OpenRLHF {version} is installed, but openrlhf-bond supports {_LISTED}. Install a supported "
             f"version: pip install openrlhf=={SUPPORTED_HOST[-1]}"
         )
 
@@ -283,8 +280,8 @@ def policy_loss_values() -> int:
 
 def check_all() -> None:
     """Import every hooked module of the host and so install (and check) every hook, before Ray starts."""
-    for module, hooks in _by_module().items():
-        if all(hook.host_owned for hook in hooks):
+    for module in _by_module():
+        if module.startswith("openrlhf."):
             importlib.import_module(module)
 
 
@@ -370,20 +367,16 @@ def _bound(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[.
 
 
 def _mismatch(hook: Hook, what: str) -> HostMismatch:
-    owner = "OpenRLHF" if hook.host_owned else hook.module.partition(".")[0]
-    package = "openrlhf" if hook.host_owned else owner
+    package = hook.module.partition(".")[0]
+    owner = "OpenRLHF" if package == "openrlhf" else package
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
     return HostMismatch(
         f"cannot attach to {hook.target} of {owner} {version}: {what}. openrlhf-bond supports OpenRLHF "
-        f"{_supported()}; install it unmodified (only the additive patch under patches/ is expected)."
+        f"{_LISTED}; install it unmodified (only the additive patch under patches/ is expected)."
     )
-
-
-def _supported() -> str:
-    return ", ".join(SUPPORTED_HOST)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -6,6 +6,7 @@ would pass over some of them; with another initial policy the KL and the pull wo
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,10 +53,10 @@ def of(args: SimpleNamespace) -> dict[str, Any]:
     flags = {name: value for name, value in flat.items() if name in _DATA or name.startswith(_TOLD)}
     for name in _NOTHING:
         flags.pop(name, None)
-    files = filter(Path.is_file, inputs.data_sets(args, "data.prompt_dataset"))
+    files = filter(os.path.isfile, inputs.data_sets(args, "data.prompt_dataset"))
     return {
         "flags": flags,
-        "prompts": {str(path): fingerprints.of_file(path) for path in files},
+        "prompts": {name: fingerprints.of_file(name) for name in files},
         "model": {args.actor.model_name_or_path: fingerprints.of_model(args.actor.model_name_or_path)},
         "rewards": {url: fingerprints.of_file(url) for url in args.reward.remote_url or [] if Path(url).is_file()},
     }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -97,15 +98,8 @@ def import_folders(files: Iterable[str]) -> list[str]:
 
 def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     """Everything that is wrong with the files of a run, each with the flag; and notes."""
-    found, notes = [], []
-    here = models.named(args)
-    for dest, name in here.items():
-        if os.path.isfile(name):
-            found.append(f"--{dest} {name} is a file: name the model's folder")
-        elif os.path.isdir(name):
-            policy = dest.startswith("actor")
-            found += [f"--{dest} {name}: {line}" for line in models.files(Path(name), policy)]
-    judge = here.get("reward.model_name_or_path", "")
+    found, notes = list(_models(args)), []
+    judge = models.named(args).get("reward.model_name_or_path", "")
     if not found and os.path.isdir(judge) and (lacks := models.without_head(Path(judge), args.ds.value_head_prefix)):
         notes.append(
             f"--reward.model_name_or_path {judge} has no {lacks}: the host makes one of random numbers, and its "
@@ -115,7 +109,7 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     if not found and os.path.isdir(args.actor.model_name_or_path or ""):
         tokenizer, found = models.policy(args)
     template = chat_template(tokenizer) if args.data.apply_chat_template and tokenizer and not found else None
-    found += _data_sets(args)
+    found += [*_data_sets(args), *_code(args)]
     for dest in ("data.prompt_dataset", "eval.dataset"):
         wrong, seen = _prompts(args, dest, template)
         found, notes = found + wrong, notes + seen
@@ -126,20 +120,65 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     return found, notes
 
 
+def _models(args: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the names and the files of the models."""
+    if not args.actor.model_name_or_path:
+        yield "--actor.model_name_or_path is missing: a model's name or folder"
+    for dest, name in models.named(args).items():
+        if os.path.isfile(name):
+            yield f"--{dest} {name} is a file: name the model's folder"
+        elif os.path.isdir(name):
+            yield from (f"--{dest} {name}: {line}" for line in models.files(Path(name), dest.startswith("actor")))
+        elif dest.startswith("reward") and "," in name:
+            yield f"--{dest} {name}: the host takes one reward model"
+        elif _missing(name):
+            yield f"--{dest} {name}: no such file or folder"
+
+
+#: Of names of files, and of none on a hub.
+_ENDINGS = (".json", ".jsonl", ".py", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".zst", ".xz")
+
+
+def _missing(name: str) -> bool:
+    """Whether this is the name of a file or folder that is not here, and not one on a hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if os.path.exists(name):
+        return False
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_ENDINGS)
+    return True
+
+
+def _code(args: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the files of an agent or a reward, or the addresses of servers."""
+    if agent := args.train.agent_func_path:
+        if _missing(agent):
+            yield f"--train.agent_func_path {agent}: no such file or folder"
+        if not agent.endswith(".py"):
+            yield f"--train.agent_func_path {agent}: name a Python file (.py)"
+        return
+    urls = args.reward.remote_url or []
+    yield from (f"--reward.remote_url {url}: {problem}" for url in urls for problem in reward(url))
+    if len(urls) > 1 and any(url.endswith(".py") for url in urls):
+        yield f"--reward.remote_url {','.join(urls)}: of several the host takes servers alone; give one file"
+
+
 def unseen(args: SimpleNamespace) -> list[str]:
     """What of a run's inputs was not looked at, so that a run may still end at it."""
     named = models.named(args).items()
     found = [f"--{dest} {name}: a name on a hub" for dest, name in named if not os.path.isdir(name)]
     for dest in ("data.prompt_dataset", "eval.dataset"):
-        for path in data_sets(args, dest):
-            kind = _kind(path)
-            if not path.exists():
-                found.append(f"--{dest} {path}: a name on a hub")
+        for name in data_sets(args, dest):
+            kind = _kind(Path(name))
+            if not os.path.exists(name):
+                found.append(f"--{dest} {name}: a name on a hub")
             elif kind is None:
-                found.append(f"--{dest} {path}: neither JSON lines nor a table")
-            elif path.stat().st_size > _MOST_BYTES:
+                found.append(f"--{dest} {name}: neither JSON lines nor a table")
+            elif os.path.getsize(name) > _MOST_BYTES:
                 most = f"{_MOST_BYTES // 2**20} MiB" if kind == "lines" else f"{_MOST_ROWS:,} rows"
-                found.append(f"--{dest} {path}: what comes after {most}")
+                found.append(f"--{dest} {name}: what comes after {most}")
     agents = [("train.agent_func_path", args.train.agent_func_path)] if args.train.agent_func_path else []
     for dest, name in [*(("reward.remote_url", url) for url in args.reward.remote_url or []), *agents]:
         what = "what it does when it is imported and called" if name.endswith(".py") else "a server"
@@ -194,6 +233,8 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
 
 def stumbles(args: SimpleNamespace) -> Iterator[str]:
     """What the host's own look at its flags would trip over, or pass over in silence, before ours comes."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     if not args.vllm.num_engines:
         yield "--vllm.num_engines must be at least 1: samples come from vLLM"
     if not (args.reward.remote_url or args.reward.model_name_or_path or args.train.agent_func_path):
@@ -207,17 +248,10 @@ def stumbles(args: SimpleNamespace) -> Iterator[str]:
         yield "--ds.value_head_prefix is empty: name the head of the reward model, such as score"
     if args.use_ms and importlib.util.find_spec("modelscope") is None:
         yield "--use_ms needs the package modelscope: install it, or drop the flag"
-    if (problem := _attention(args.ds.attn_implementation)) is not None:
-        yield f"--ds.attn_implementation {problem}"
-
-
-def _attention(name: str) -> str | None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    known = ["eager", *(one for one in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in one)]
-    if name in known or "/" in name:  # the latter a kernel on a hub
-        return None
-    return f"{name} is none of {', '.join(sorted(known))}{did_you_mean(name, known)}"
+    name, known = args.ds.attn_implementation, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    known = sorted(one for one in known if "|" not in one)
+    if name not in known and "/" not in name:  # the latter a kernel on a hub
+        yield f"--ds.attn_implementation {name} is none of {', '.join(known)}{did_you_mean(name, known)}"
 
 
 # Prompts.
@@ -229,7 +263,7 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     flags = ("--data.input_key", "--data.label_key", "--data.apply_chat_template")
     lines = Lines(Columns(data.input_key, data.label_key, data.apply_chat_template, flags), template, table=True)
     found, notes, count = [], [], 0
-    for path in filter(Path.exists, data_sets(args, dest)):
+    for path in filter(Path.exists, map(Path, data_sets(args, dest))):
         kind = _kind(path)
         rows = lines.read(path, _MOST_BYTES) if kind == "lines" else lines.read_table(path, _MOST_ROWS)
         if kind is None:
@@ -256,10 +290,10 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     return found, notes
 
 
-def data_sets(args: SimpleNamespace, dest: str) -> list[Path]:
+def data_sets(args: SimpleNamespace, dest: str) -> list[str]:
     """The data sets that a flag names, files or not."""
     names = (name.partition("@")[0].strip() for name in (value(args, dest) or "").split(","))
-    return [Path(name) for name in names if name]
+    return list(filter(None, names))
 
 
 def _kind(path: Path) -> str | None:
@@ -281,23 +315,21 @@ def _data_sets(args: SimpleNamespace) -> Iterator[str]:
         names = data_sets(args, dest)
         if 0 < (value(args, dest) or "").count(",") >= len(names):
             yield f"--{dest} {value(args, dest)}: a name is missing between its commas"
-        for name in filter(Path.is_file, names):
-            if name.suffix not in _TABLES:
+        if not names and dest.startswith("data"):
+            yield f"--{dest} is missing: a data set's name or a .jsonl file of prompts"
+        yield from (f"--{dest} {name}: no such file or folder" for name in names if _missing(name))
+        for name in filter(os.path.isfile, names):
+            if not name.endswith(_TABLES):
                 yield f"--{dest} {name}: the host reads files of the kinds {', '.join(_TABLES)}"
             elif value(args, split) != "train":
                 yield f"--{split} {value(args, split)}: the only split of the file {name} is train"
     if args.data.prompt_probs is not None:
-        yield from _shares(args.data.prompt_probs, (args.data.prompt_dataset or "").count(",") + 1)
-
-
-def _shares(text: str, names: int) -> Iterator[str]:
-    try:
-        shares = [float(share) for share in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) == names and all(share > 0 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-8):
-        return
-    yield f"--data.prompt_probs {text}: for each data set ({names}) one number above 0, with commas, together 1"
+        text, sets, shares = args.data.prompt_probs, (args.data.prompt_dataset or "").count(",") + 1, []
+        with contextlib.suppress(ValueError):
+            shares = [float(share) for share in text.split(",")]
+        if len(shares) != sets or not min(shares) > 0 or not math.isclose(sum(shares), 1, abs_tol=1e-8):
+            one = f"for each data set ({sets}) one number above 0, with commas, together 1"
+            yield f"--data.prompt_probs {text}: {one}"
 
 
 # The reward.

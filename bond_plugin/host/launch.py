@@ -125,14 +125,9 @@ def _device(argv: list[str]) -> str:
         return wanted
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return "cuda"  # a cluster's head node may well have no GPU while its workers have
-    return "cuda" if has_gpu() else "cpu"
-
-
-def has_gpu() -> bool:
-    """Whether this machine has a GPU that torch can use."""
     import torch
 
-    return torch.cuda.is_available()
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -59,7 +59,10 @@ class MetricsFile:
             return
         if step == 0:
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
-            self.path.rename(_unused(self.path.with_name(f"metrics.{stamp}.jsonl")))
+            aside = self.path.with_name(f"metrics.{stamp}.jsonl")
+            while aside.exists():
+                aside = aside.with_stem(f"{aside.stem}.1")
+            self.path.rename(aside)
             return
         kept = [line for number, line in _lines(self.path) if number <= step]
         write_whole(self.path, b"".join(kept))
@@ -116,13 +119,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _unused(path: Path) -> Path:
-    candidate, count = path, 1
-    while candidate.exists():
-        candidate, count = path.with_suffix(f".{count}.jsonl"), count + 1
-    return candidate
 
 
 def _number(value: Any) -> Any:
