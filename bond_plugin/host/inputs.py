@@ -179,8 +179,9 @@ def unseen(args: SimpleNamespace) -> list[str]:
             elif os.path.getsize(name) > _MOST_BYTES:
                 most = f"{_MOST_BYTES // 2**20} MiB" if kind == "lines" else f"{_MOST_ROWS:,} rows"
                 found.append(f"--{dest} {name}: what comes after {most}")
-    agents = [("train.agent_func_path", args.train.agent_func_path)] if args.train.agent_func_path else []
-    for dest, name in [*(("reward.remote_url", url) for url in args.reward.remote_url or []), *agents]:
+    agent = args.train.agent_func_path
+    code = [("reward.remote_url", url) for url in args.reward.remote_url or []]
+    for dest, name in [("train.agent_func_path", agent)] if agent else code:
         what = "what it does when it is imported and called" if name.endswith(".py") else "a server"
         found.append(f"--{dest} {name}: {what}")
     return [*found, "memory, ports, and the packages for a GPU"]
