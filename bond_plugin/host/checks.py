@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 from bond_plugin import registry
@@ -82,6 +82,8 @@ _REWARD_CACHE = {
     "reward.overlong_buffer_len": "the cached rewards of the initial policy's samples do not have the penalty",
     "reward.stop_properly_penalty_coef": "the cached rewards of the initial policy's samples do not have the penalty",
 }
+_PIECES = "its loss is on logits, computed where logits are made a piece at a time"
+_ON_LOGITS = {"ds.ring_attn_size": _PIECES, "data.max_images_per_prompt": _PIECES}
 #: Under a transform that asks for log-probabilities of the reference.
 _LOG_RATIOS = {
     "algo.kl.use_loss": "the KL belongs into the reward",
@@ -138,13 +140,20 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     notes: list[str] = []
     aside: list[str] = []
 
-    def default(dest: str, value: object, why: str) -> None:
-        if dest not in given and inputs.value(args, dest) != value:
+    def settle(dest: str, value: object, why: str) -> None:
+        was = inputs.value(args, dest)
+        if was != value:
             _set(args, dest, value)
-            notes.append(f"--{dest} is {value} ({why})")
+            listed, line = (aside, f"{was} is set aside: {why}") if dest in given else (notes, f"is {value} ({why})")
+            listed.append(f"--{dest} {line}")
+
+    def default(dest: str, value: object, why: str) -> None:
+        if dest not in given:
+            settle(dest, value, why)
 
     if on_cpu():
-        _without_gpu(args, given, notes, aside)
+        for dest, settled in _without_gpu(args, given).items():
+            settle(dest, *settled)
     _absolute_paths(args)
     if args.ckpt.load_enable and not args.bond.require_checkpoint and not identity.has_checkpoint(args):
         notes.append(f"--ckpt.load_enable: {args.ckpt.path} holds no whole checkpoint, so the run starts at step 0")
@@ -204,11 +213,13 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
 _OURS = ("ref.update", "ref.eta", "ref.interval", "ref.model_name_or_path")
 
 
-def _without_gpu(args: SimpleNamespace, given: frozenset[str], notes: list[str], aside: list[str]) -> None:
-    """What a script for GPUs says of them, and what stands for it on a machine without."""
+def _without_gpu(args: SimpleNamespace, given: frozenset[str]) -> dict[str, tuple[object, str]]:
+    """What stands for what a script says of GPUs on a machine without, and why."""
     attention = args.ds.attn_implementation
     packed = args.ds.packing_samples or args.train.dynamic_batch_enable
-    stands = {
+    for group in ("ref", "critic", "reward"):
+        _as_many(args, given, group, "num_gpus_per_node")  # the host's default of 8 would be 8 processes here
+    return {
         "vllm.sync_backend": ("gloo", "no GPU"),
         "vllm.enforce_eager": (True, "no GPU"),
         "vllm.enable_sleep": (False, "no GPU whose memory could be given back"),
@@ -220,17 +231,6 @@ def _without_gpu(args: SimpleNamespace, given: frozenset[str], notes: list[str],
             "no GPU",
         ),
     }
-    for dest, (value, why) in stands.items():
-        was = inputs.value(args, dest)
-        if was == value:
-            continue
-        _set(args, dest, value)
-        if dest in given:
-            aside.append(f"--{dest} {was} is set aside: {why}")
-        else:
-            notes.append(f"--{dest} is {value} ({why})")
-    for group in ("ref", "critic", "reward"):
-        _as_many(args, given, group, "num_gpus_per_node")  # the host's default of 8 would be 8 processes here
 
 
 def _as_many(args: SimpleNamespace, given: frozenset[str], group: str, *names: str) -> None:
@@ -279,209 +279,196 @@ def impediments(args: SimpleNamespace) -> list[str]:
     return [f"--{dest} {inputs.value(args, dest)} needs a GPU" for dest in asked]
 
 
-def problems(args: SimpleNamespace) -> list[str]:
+def problems(args: SimpleNamespace) -> Iterator[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
-    found = [*_groups(args), *_together(args), *_host_cannot(args)]
+    yield from _groups(args)
+    yield from _together(args)
+    yield from _host_cannot(args)
     if args.bond.require_checkpoint and not args.ckpt.load_enable:
-        found.append("--bond.require_checkpoint is about resuming: add --ckpt.load_enable")
+        yield "--bond.require_checkpoint is about resuming: add --ckpt.load_enable"
     elif args.bond.require_checkpoint and not identity.has_checkpoint(args):
-        found.append(
+        yield (
             f"--bond.require_checkpoint: --ckpt.path {args.ckpt.path} holds no whole checkpoint (no _actor/latest): "
             "is the path right?"
         )
     if args.ckpt.save_on_stop and args.ckpt.disable_ds:
-        found.append("--ckpt.save_on_stop cannot be used with --ckpt.disable_ds, which saves no checkpoints")
+        yield "--ckpt.save_on_stop cannot be used with --ckpt.disable_ds, which saves no checkpoints"
     run = plan.of(args)
     loss = args.actor.policy_loss_type
     if loss not in HOST_LOSSES:
         registry.policy_loss(loss, run.algorithm)
-        found += _refused(args, _OWN_LOSS, f"the policy loss {loss}")
+        yield from _refused(args, _OWN_LOSS, f"the policy loss {loss}")
     if run.needs.reward_cache:
-        found += _refused(args, _REWARD_CACHE, "a reward cache")
+        yield from _refused(args, _REWARD_CACHE, "a reward cache")
     if run.algorithm is not None:
-        found += _own_estimator(args, run)
+        yield from _own_estimator(args, run)
     else:
-        found += _step(args, args.train.batch_size)
+        yield from _step(args, args.train.batch_size)
     if run.transform is not None:
-        found += _transform(args, run.transform)
+        yield from _transform(args, run.transform)
     if args.ref.update != "none":
-        found += _moving_reference(args, run)
-    return found + _other_reference(args, run)
+        yield from _moving_reference(args, run)
+    if run.needs.logits:
+        yield from _refused(args, _ON_LOGITS, args.algo.advantage.estimator)
+        if not args.bond.logits_mb:
+            yield f"--bond.logits_mb 0 cannot be used with {args.algo.advantage.estimator}: {_PIECES}"
+    yield from _other_reference(args, run)
 
 
-def _host_cannot(args: SimpleNamespace) -> list[str]:
+def _host_cannot(args: SimpleNamespace) -> Iterator[str]:
     """What ends in the middle of a run whatever the estimator, in OpenRLHF 0.11.2 with DeepSpeed 0.19."""
     ds, muon = args.ds, args.actor.optim == "muon"
-    lines = {
-        "--ds.lora.rank cannot run: the host sends the engines adapters under names that vLLM does not know: train "
-        "without": ds.lora.rank > 0,
-        "--actor.optim muon with --ds.zero_stage 3 cannot run: DeepSpeed refuses it: use stage 1 or 2": muon
-        and ds.zero_stage == 3,
-        "--actor.optim muon with --ds.adam_offload cannot run: DeepSpeed refuses it: drop the offload": muon
-        and ds.adam_offload,
-        "--ds.tensor_parallel_size with --ds.zero_stage 3 cannot run: transformers refuses it: use stage 2": (
-            ds.tensor_parallel_size > 1 and ds.zero_stage == 3
-        ),
-    }
-    return [line for line, on in lines.items() if on]
+    if ds.lora.rank > 0:
+        yield (
+            "--ds.lora.rank cannot run: the host sends the engines adapters under names that vLLM does not know: "
+            "train without"
+        )
+    if muon and ds.zero_stage == 3:
+        yield "--actor.optim muon with --ds.zero_stage 3 cannot run: DeepSpeed refuses it: use stage 1 or 2"
+    if muon and ds.adam_offload:
+        yield "--actor.optim muon with --ds.adam_offload cannot run: DeepSpeed refuses it: drop the offload"
+    if ds.tensor_parallel_size > 1 and ds.zero_stage == 3:
+        yield "--ds.tensor_parallel_size with --ds.zero_stage 3 cannot run: transformers refuses it: use stage 2"
 
 
-def _groups(args: SimpleNamespace) -> list[str]:
+def _groups(args: SimpleNamespace) -> Iterator[str]:
     """Groups whose workers would get unequal numbers of micro-batches: under ZeRO-3 a forward pass waits for all."""
-    if args.ds.zero_stage != 3:
-        return []
     samples = args.rollout.batch_size * plan.of(args).rows.all
-    found = []
-    for group in loaded(args):
+    dealt = -(-samples // args.rollout.micro_batch_size)
+    if args.train.dynamic_batch_enable:
+        dealt = _ranks(args)
+    for group in loaded(args) if args.ds.zero_stage == 3 else ():
         ranks = _ranks(args, group)
-        if args.train.dynamic_batch_enable:
-            unequal = _ranks(args) % ranks
-        else:
-            unequal = -(-samples // args.rollout.micro_batch_size) % ranks
-        if unequal:
-            found.append(
+        if dealt % ranks:
+            yield (
                 f"--{group}.num_gpus_per_node: {samples} responses in micro-batches of --rollout.micro_batch_size "
                 f"{args.rollout.micro_batch_size} cannot be dealt evenly to {ranks} data-parallel ranks, and under "
                 "--ds.zero_stage 3 the run would hang: change one of them, or use --ds.zero_stage 2"
             )
-    return found
 
 
-def _together(args: SimpleNamespace) -> list[str]:
+def _together(args: SimpleNamespace) -> Iterator[str]:
     """Groups that share GPUs and must be of one size."""
-    train, found = args.train, []
+    train, engines = args.train, args.vllm.num_engines
     actors, copies = args.actor.num_nodes * args.actor.num_gpus_per_node, _copies(args)
     if actors % copies:
-        found.append(
+        yield (
             f"--actor.num_nodes x --actor.num_gpus_per_node = {actors} must be a multiple of --ds.ring_attn_size x "
             f"--ds.tensor_parallel_size = {copies}"
         )
-
-    def alike(flag: str, one: str, other: str) -> None:
+    alike = []
+    if args.algo.kl.init_coef > 0 and (train.colocate_actor_ref or train.colocate_all):
+        alike.append(("--train.colocate_all" if train.colocate_all else "--train.colocate_actor_ref", "ref", "actor"))
+    if train.colocate_critic_reward and args.critic.model_name_or_path and not args.reward.remote_url:
+        alike.append(("--train.colocate_critic_reward", "critic", "reward"))
+    for flag, one, other in alike:
         sizes = [(getattr(args, group).num_nodes, getattr(args, group).num_gpus_per_node) for group in (one, other)]
         if sizes[0] != sizes[1]:
-            found.append(
+            yield (
                 f"{flag}: --{one}.num_nodes and --{one}.num_gpus_per_node must be those of --{other}.*, got "
                 f"{sizes[0][0]} x {sizes[0][1]} and {sizes[1][0]} x {sizes[1][1]}"
             )
-
-    if args.algo.kl.init_coef > 0 and (train.colocate_actor_ref or train.colocate_all):
-        alike("--train.colocate_all" if train.colocate_all else "--train.colocate_actor_ref", "ref", "actor")
-    if train.colocate_critic_reward and args.critic.model_name_or_path and not args.reward.remote_url:
-        alike("--train.colocate_critic_reward", "critic", "reward")
-    engines = args.vllm.num_engines
     if train.colocate_all and not train.async_enable and actors != engines * args.vllm.tensor_parallel_size:
-        found.append(
+        yield (
             f"--train.colocate_all: --vllm.num_engines x --vllm.tensor_parallel_size must be as many as the "
             f"{actors} GPUs of --actor.*, got {engines} x {args.vllm.tensor_parallel_size}"
         )
-    return found
 
 
-def _moving_reference(args: SimpleNamespace, run: plan.Run) -> list[str]:
+def _moving_reference(args: SimpleNamespace, run: plan.Run) -> Iterator[str]:
     """``--ref.update`` where it has no meaning, or cannot be kept."""
-    found = []
     if run.algorithm is not None:
-        found.append(f"--ref.update is for the host's own estimators; {args.algo.advantage.estimator} has --bond.eta")
+        yield f"--ref.update is for the host's own estimators; {args.algo.advantage.estimator} has --bond.eta"
     if run.transform is not None:
-        found.append(f"--ref.update cannot be used with {flags.TRANSFORM}: its KL is to the initial policy")
+        yield f"--ref.update cannot be used with {flags.TRANSFORM}: its KL is to the initial policy"
     if args.algo.kl.init_coef <= 0:
-        found.append("--ref.update needs --algo.kl.init_coef above 0: without, there is no KL to a reference")
-    return found + _refused(args, _NOT_KEPT, "--ref.update")
+        yield "--ref.update needs --algo.kl.init_coef above 0: without, there is no KL to a reference"
+    yield from _refused(args, _NOT_KEPT, "--ref.update")
 
 
-def _other_reference(args: SimpleNamespace, run: plan.Run) -> list[str]:
+def _other_reference(args: SimpleNamespace, run: plan.Run) -> Iterator[str]:
     """``--ref.model_name_or_path`` where nobody asks for another model, or none is given where one is needed."""
-    other, name = args.ref.model_name_or_path, args.algo.advantage.estimator
-    if run.taught and not other:
-        return [f"{name} learns from a teacher: give --ref.model_name_or_path, a model with the policy's vocabulary"]
-    if run.needs.logits:
-        made = "computed where logits are made a piece at a time"
-        for flag, on in {
-            "--bond.logits_mb 0": not args.bond.logits_mb,
-            f"--ds.ring_attn_size {args.ds.ring_attn_size}": args.ds.ring_attn_size > 1,
-            "--data.max_images_per_prompt": args.data.max_images_per_prompt > 0,
-        }.items():
-            if on:
-                return [f"{flag} cannot be used with {name}: its loss is on logits, {made}"]
-    if not other or run.taught:
-        return []
-    why = {
-        f"{name}'s KL is to weights of the policy's own": run.algorithm is not None,
-        f"the KL of {args.reward.transform} is to the initial policy": run.transform is not None,
-        "--ref.update makes a reference of the policy": args.ref.update != "none",
-        "without --algo.kl.init_coef above 0 there is no KL": args.algo.kl.init_coef <= 0,
-    }
-    return [f"--ref.model_name_or_path has no use here: {reason}" for reason, on in why.items() if on][:1]
+    other, name, unused = args.ref.model_name_or_path, args.algo.advantage.estimator, None
+    if run.taught:
+        if not other:
+            yield f"{name} learns from a teacher: give --ref.model_name_or_path, a model with the policy's vocabulary"
+        return
+    if run.algorithm is not None:
+        unused = f"{name}'s KL is to weights of the policy's own"
+    elif run.transform is not None:
+        unused = f"the KL of {args.reward.transform} is to the initial policy"
+    elif args.ref.update != "none":
+        unused = "--ref.update makes a reference of the policy"
+    elif args.algo.kl.init_coef <= 0:
+        unused = "without --algo.kl.init_coef above 0 there is no KL"
+    if other and unused:
+        yield f"--ref.model_name_or_path has no use here: {unused}"
 
 
-def _transform(args: SimpleNamespace, transform: RewardTransform) -> list[str]:
+def _transform(args: SimpleNamespace, transform: RewardTransform) -> Iterator[str]:
     """Settings under which the host's training would not have the transform's optimum."""
-    name, coefficient, needs = args.reward.transform, transform.kl_coefficient, transform.needs()
-    found = []
+    name, coefficient, needs = (
+        f"{flags.TRANSFORM} {args.reward.transform}",
+        transform.kl_coefficient,
+        transform.needs(),
+    )
     if needs.weights - {"reference"} or needs.source_samples or needs.classifier:
-        found.append(f"{flags.TRANSFORM} {name} asks for more than a transform can have: see RewardTransform.needs")
-    if "reference" in needs.log_probs and args.algo.kl.init_coef <= 0:
-        found.append(f"{flags.TRANSFORM} {name} needs --algo.kl.init_coef above 0: without, there is no reference")
-    if coefficient is not None and abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
-        found.append(
-            f"--algo.kl.init_coef {args.algo.kl.init_coef} contradicts {flags.TRANSFORM} {name}, whose KL "
-            f"coefficient is {coefficient:.6g}: drop the flag, or change the strength of the target"
-        )
-    refused = {
-        **(_LOG_RATIOS if "reference" in needs.log_probs else {}),
-        **(_OPTIMUM if coefficient is not None else {}),
-    }
-    return found + _refused(args, refused, f"{flags.TRANSFORM} {name}")
+        yield f"{name} asks for more than a transform can have: see RewardTransform.needs"
+    if "reference" in needs.log_probs:
+        if args.algo.kl.init_coef <= 0:
+            yield f"{name} needs --algo.kl.init_coef above 0: without, there is no reference"
+        yield from _refused(args, _LOG_RATIOS, name)
+    if coefficient is not None:
+        if abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
+            yield (
+                f"--algo.kl.init_coef {args.algo.kl.init_coef} contradicts {name}, whose KL coefficient is "
+                f"{coefficient:.6g}: drop the flag, or change the strength of the target"
+            )
+        yield from _refused(args, _OPTIMUM, name)
 
 
-def _own_estimator(args: SimpleNamespace, run: plan.Run) -> list[str]:
-    name, needs = args.algo.advantage.estimator, run.needs
-    found = _refused(args, _OWN_ESTIMATOR, name)
-    loss = args.actor.policy_loss_type
+def _own_estimator(args: SimpleNamespace, run: plan.Run) -> Iterator[str]:
+    name, needs, loss = args.algo.advantage.estimator, run.needs, args.actor.policy_loss_type
+    yield from _refused(args, _OWN_ESTIMATOR, name)
     if run.algorithm.policy_loss == registry.OWN_LOSS != loss:
-        found.append(f"--actor.policy_loss_type {loss}: {name} is a loss of its own: drop the flag")
+        yield f"--actor.policy_loss_type {loss}: {name} is a loss of its own: drop the flag"
     n = args.rollout.n_samples_per_prompt
     if n < needs.least:
-        found.append(
+        yield (
             f"--rollout.n_samples_per_prompt {n}: {name} compares a prompt's samples with one another and needs "
             f"at least {needs.least}; 8 is a good number"
         )
     if needs.source_samples or needs.offline:
-        found += _drawing(args, needs)
+        yield from _drawing(args, needs)
     if needs.classifier:
         ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
         if args.critic.num_nodes * args.critic.num_gpus_per_node != ranks:
-            found.append(
-                f"--critic.num_gpus_per_node: the classifier needs as many ranks as the policy ({ranks}); drop it"
-            )
+            yield f"--critic.num_gpus_per_node: the classifier needs as many ranks as the policy ({ranks}); drop it"
         if args.train.colocate_critic_reward:
-            found.append("--train.colocate_critic_reward cannot be used with a learned quantile yet")
+            yield "--train.colocate_critic_reward cannot be used with a learned quantile yet"
     baseline = getattr(run.algorithm.config, "baseline", None)
     if baseline == "leave_one_out" and n < 2:
-        found.append("--bond.baseline leave_one_out needs --rollout.n_samples_per_prompt 2 or more; or use batch")
+        yield "--bond.baseline leave_one_out needs --rollout.n_samples_per_prompt 2 or more; or use batch"
     if baseline == "batch" and args.rollout.batch_size * n < 2:
-        found.append("--bond.baseline batch needs at least two samples a rollout; use --bond.baseline none")
-    return found + _sizes(args, needs.selected_samples)
+        yield "--bond.baseline batch needs at least two samples a rollout; use --bond.baseline none"
+    yield from _sizes(args, needs.selected_samples)
 
 
-def _drawing(args: SimpleNamespace, needs: Needs) -> list[str]:
+def _drawing(args: SimpleNamespace, needs: Needs) -> Iterator[str]:
     """Modes of the host in which samples of other weights cannot be drawn beside the policy's, or trained on."""
-    name = args.algo.advantage.estimator
-    drawn = f"samples of the {needs.source} (--bond.n_anchor_samples)"
+    name, drawn = args.algo.advantage.estimator, f"samples of the {needs.source} (--bond.n_anchor_samples)"
     if needs.source == "stored" or needs.offline:
         drawn = "stored responses"
     under, after = f"{name} and {drawn}", ". Without such samples it can"
-    found = _refused(args, _DRAWING, under, after)
+    yield from _refused(args, _DRAWING, under, after)
     if args.rollout.vllm_generate_batch_size != args.rollout.batch_size:
         why = "it must equal --rollout.batch_size: a step uses all its samples"
-        found.append(f"--rollout.vllm_generate_batch_size cannot be used with {under}: {why}{after}")
+        yield f"--rollout.vllm_generate_batch_size cannot be used with {under}: {why}{after}"
     if needs.selected_samples and args.actor.policy_loss_type in HOST_LOSSES:
-        found.append(
+        yield (
             f"--actor.policy_loss_type {args.actor.policy_loss_type}: {name} trains on source samples too, so it "
             "needs a policy loss of its own, such as jbond: drop the flag"
         )
-    return found
 
 
 def _ranks(args: SimpleNamespace, group: str = "actor") -> int:
@@ -495,35 +482,33 @@ def _copies(args: SimpleNamespace) -> int:
     return args.ds.ring_attn_size * args.ds.tensor_parallel_size
 
 
-def _dealt(args: SimpleNamespace, rows: int, group: str, what: str) -> list[str]:
+def _dealt(args: SimpleNamespace, rows: int, group: str, what: str) -> Iterator[str]:
     """Rows that are not a whole number of micro-batches on each rank of the policy."""
     micro, ranks = 1 if args.train.dynamic_batch_enable else getattr(args, group).micro_batch_size, _ranks(args)
-    if rows % (ranks * micro) == 0:
-        return []
-    return [f"{what} must be a multiple of --{group}.micro_batch_size {micro} x {ranks} data-parallel ranks"]
+    if rows % (ranks * micro):
+        yield f"{what} must be a multiple of --{group}.micro_batch_size {micro} x {ranks} data-parallel ranks"
 
 
-def _step(args: SimpleNamespace, rows: int, beside: str = "") -> list[str]:
+def _step(args: SimpleNamespace, rows: int, beside: str = "") -> Iterator[str]:
     return _dealt(args, rows, "train", f"an optimiser step trains on {rows} responses{beside}, which")
 
 
-def _sizes(args: SimpleNamespace, selected: int) -> list[str]:
+def _sizes(args: SimpleNamespace, selected: int) -> Iterator[str]:
     """Batches that do not come out even, which the host would meet in the middle of a step."""
     n, batch = args.rollout.n_samples_per_prompt, args.train.batch_size
-    samples = args.rollout.batch_size * n
-    found = []
+    samples, forward = args.rollout.batch_size * n, args.rollout.batch_size * (n + selected)
     if batch % n and args.actor.policy_loss_type not in HOST_LOSSES:
-        return [
+        yield (
             f"--train.batch_size {batch} must be a multiple of --rollout.n_samples_per_prompt {n}: it counts "
             "samples of the policy, and an optimiser step takes whole prompts"
-        ]
+        )
+        return
     if samples % batch:
-        found.append(
+        yield (
             f"--rollout.batch_size {args.rollout.batch_size} x --rollout.n_samples_per_prompt {n} = {samples} "
             f"samples must be a multiple of --train.batch_size {batch}"
         )
     rows = batch // n * (n + selected) if selected else batch
     beside = f" ({batch} samples of the policy and {rows - batch} source samples)" if selected else ""
-    found += _step(args, rows, beside)
-    forward = args.rollout.batch_size * (n + selected)
-    return found + _dealt(args, forward, "rollout", f"a rollout of {forward} responses")
+    yield from _step(args, rows, beside)
+    yield from _dealt(args, forward, "rollout", f"a rollout of {forward} responses")

@@ -102,11 +102,7 @@ def started() -> bool:
 
 
 def settle_device(argv: list[str]) -> None:
-    """Decide once whether this run is for CPU or CUDA, and say so to every process that follows.
-
-    Raises:
-        SystemExit: ``--bond.device`` is neither auto, cpu nor cuda (the parser will say so).
-    """
+    """Decide once whether this run is for CPU or CUDA, and say so to every process that follows."""
     if os.environ.get(DEVICE_VARIABLE) not in ("cpu", "cuda"):
         os.environ[DEVICE_VARIABLE] = _device(argv)
     os.environ[ACTIVE_VARIABLE] = "1"
@@ -179,7 +175,7 @@ def _before_ray(run: flags.Invocation) -> None:
         hooks.check_all()
         notes, aside = checks.complete(args, run.given, run.critic)
         wrong, seen = inputs.problems(args)
-        problems, notes = wrong + checks.problems(args), notes + seen
+        problems, notes = [*wrong, *checks.problems(args)], notes + seen
         if args.ckpt.load_enable and not problems:
             identified = identity.of(args)
             problems, told = identity.check(args, identified)
