@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -26,16 +27,6 @@ from bond_plugin.host import cpu, on_cpu
 
 SUPPORTED_HOST = ("0.11.0", "0.11.1", "0.11.2")
 _LISTED = ", ".join(SUPPORTED_HOST)
-
-_STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
-_STATES = "openrlhf.utils.deepspeed.deepspeed_utils"
-_TRAINER = "openrlhf.trainer.ppo_trainer:BasePPOTrainer"
-_ACTOR = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
-_MODEL = "openrlhf.models.actor"
-_LAUNCHER = "openrlhf.trainer.ray.launcher"
-_SAMPLER = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
-_MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
-_EXECUTOR = "openrlhf.utils.agent:SingleTurnAgentExecutor"
 
 
 class HostMismatch(RuntimeError):
@@ -68,164 +59,124 @@ class Hook:
         return self.target.partition(":")[0]
 
 
-def _hook(target: str, parameters: str | None, ours: str | None, **options: bool) -> Hook:
-    names = None if parameters is None else tuple(parameters.split())
-    return Hook(target, names, ours and f"bond_plugin.host.{ours}", **options)
+#: A module; below it what we rely on, with its parameters; and after => what of ours is called in its place.
+_TABLE = """
+openrlhf.utils.config
+    hierarchize(args) => flags:remember_arguments
+ray
+    init => launch:ray_init
+openrlhf.trainer.ray.vllm_engine
+    create_vllm_engines(num_engines, tensor_parallel_size, pretrain, seed, full_determinism,
+        enable_prefix_caching, enforce_eager, max_model_len, shared_pg, gpu_memory_utilization, vllm_enable_sleep,
+        logprobs_mode, agent_func_path, remote_rm_url, max_images_per_prompt) => sampling:create_vllm_engines
+openrlhf.trainer.ray.launcher
+    RayActorGroup.__init__(self, num_nodes, num_gpus_per_node, ray_actor_type, pg, num_gpus_per_actor,
+        duplicate_actors, resources, num_resources_per_node) => log_probs:group_init
+    BaseModelActor.execute_batch(self, method_name, all_data, start_idx, end_idx) => log_probs:execute_batch
+openrlhf.trainer.ppo_trainer
+    tqdm => metrics:ProgressBar
+    BasePPOTrainer.__init__(self, strategy, actor_model_group, critic_model_group, reward_model_group,
+        reference_model_group, vllm_engines, tokenizer) => sampling:trainer_init
+    BasePPOTrainer.init_checkpoint_states(self) => checkpoints:init_checkpoint_states on each object
+    BasePPOTrainer.train_step(self, rollout_samples, global_step) => metrics:train_step on each object
+    BasePPOTrainer.save_logs_and_checkpoints(self, global_step, logs_dict, client_states) =>
+        metrics:save_logs_and_checkpoints on each object
+    prepare_datasets(strategy, tokenizer)
+    BasePPOTrainer._compute_rollout_stats(self, experiences)
+openrlhf.trainer.ppo_utils.samples_generator
+    SamplesGenerator.generate_samples(self, generate_kwargs) => sampling:generate_samples
+    SamplesGenerator._process_response_into_experience(self, response, generate_kwargs) => rewards:settle
+    _collect_prompt_batch(dataloader_iter, num_prompts)
+openrlhf.trainer.ppo_utils.experience_maker
+    RemoteExperienceMaker.make_experience_batch(self, rollout_samples) => experience:make_experience_batch
+    RemoteExperienceMaker._dispatch_forward(self, group, sync_condition, kwargs) => log_probs:dispatch_forward
+    RemoteExperienceMaker._flatten_results(self, refs, duplicate_factor) => log_probs:flatten_results
+    RemoteExperienceMaker.compute_advantages_and_returns(self, experiences) =>
+        advantages:compute_advantages_and_returns
+    RemoteExperienceMaker.get_cumulative_returns(self, rewards, action_mask, gamma) =>
+        advantages:cumulative_returns
+    RemoteExperienceMaker.split_rollout_samples(self, rollout_samples)
+    RemoteExperienceMaker.make_experience(self, samples_list)
+openrlhf.utils.deepspeed.deepspeed
+    DeepspeedStrategy.setup_distributed(self, timeout) => loss:setup_distributed
+    DeepspeedStrategy._ds_init_train_model(self, model, cfg) => weights:init_train_model
+    DeepspeedStrategy.optimizer_step(self, _optimizer, model, _scheduler, name, kwargs) => weights:optimizer_step
+    DeepspeedStrategy.save_ckpt(self, model, save_dir, tag, max_num, max_mem, client_state, save_latest,
+        metric_value, metric_key) => checkpoints:save_ckpt
+    DeepspeedStrategy.load_ckpt(self, model, load_dir, tag, load_module_strict, load_optimizer_states,
+        load_lr_scheduler_states, load_module_only) => checkpoints:load_ckpt
+    DeepspeedStrategy.save_model(self, model, tokenizer, output_dir, kwargs) => weights:save_model
+openrlhf.models.actor
+    Actor.forward(self, sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs,
+        ring_attn_group, packed_seq_lens, return_entropy, mm_inputs) => logits:forward
+    log_probs_from_logits(logits, labels, temperature) => logits:log_probs_from_logits
+    compute_entropy(logits) => logits:compute_entropy
+openrlhf.utils.deepspeed.deepspeed_utils
+    offload_deepspeed_states(model, pin_memory, non_blocking) => weights:offload_states
+    reload_deepspeed_states(model, non_blocking) => weights:reload_states
+openrlhf.trainer.ray.ppo_actor
+    ActorPPOTrainer.__init__(self, strategy, actor, ema_model, actor_optim, actor_scheduler, ema_beta,
+        micro_train_batch_size, buffer_limit, buffer_cpu_offload, eps_clip, tokenizer, dataloader_pin_memory,
+        vllm_engines, kwargs) => loss:actor_trainer_init
+    ActorPPOTrainer.ppo_train(self, kl_ctl) => loss:ppo_train
+    ActorPPOTrainer.broadcast_to_vllm(self) => sync:broadcast_to_vllm
+    ActorPPOTrainer.training_step(self, experience, kl_ctl, step, loss_batch_info) => loss:training_step
+openrlhf.trainer.ray.ppo_critic
+    CriticPPOTrainer.training_step(self, experience, step, loss_batch_info) => classifier:training_step
+openrlhf.trainer.ppo_utils.replay_buffer
+    NaiveReplayBuffer.setup_dynamic_batch(self, strategy) => batches:setup_dynamic_batch
+openrlhf.utils.agent
+    SingleTurnAgentExecutor.execute(self, prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine,
+        images) => rewards:execute
+    SingleTurnAgentExecutor._fetch_rewards_via_func(self, queries_list, prompts_list, labels_list) =>
+        rewards:fetch
+    SingleTurnAgentExecutor._fetch_rewards_via_http(self, queries_list, prompts_list, labels_list) =>
+        rewards:fetch
+openrlhf.trainer.ray.vllm_worker_wrap
+    WorkerWrap.update_weight(self, name, dtype, shape, empty_cache) => sync:update_weight
+openrlhf.trainer.ppo_utils.length_penalty
+    apply_length_penalties(experiences, args)
+openrlhf.trainer.ppo_utils.experience
+    make_experience_batch(items, packing_samples)
+    split_experience_batch(experience)
+openrlhf.datasets.prompts_dataset
+    PromptDataset.__init__(self, dataset, tokenizer, strategy, input_template)
+openrlhf.utils.utils
+    get_tokenizer(pretrain, model, padding_side, strategy, use_fast)
+"""
+#: The same on machines without GPU.
+_TABLE_WITHOUT_GPU = """
+openrlhf.utils.deepspeed.deepspeed
+    DeepspeedStrategy.get_ds_train_config(self, optim_dict, max_norm) => cpu:torch_adam
+    DeepspeedStrategy.moving_average(self, model, model_ema, beta, device) => cpu:moving_average
+openrlhf.utils.utils
+    convert_to_torch_dtype(param_dtype) => cpu:torch_dtype
+openrlhf.trainer.ppo_utils.replay_buffer
+    NaiveReplayBuffer.__init__(self, sample_batch_size, limit, cpu_offload, packing_samples, dynamic_batch) =>
+        cpu:replay_buffer_init
+openrlhf.utils.distributed_util
+    stateless_init_process_group(master_address, master_port, rank, world_size, device) => cpu:GlooGroup
+deepspeed.comm.torch
+    build_shm_op() => cpu:no_shm_op
+deepspeed.runtime.zero.partition_parameters
+    Init._allgather_params_coalesced(self, param_list, hierarchy, quantize) => cpu:gather_one_by_one
+vllm.model_executor.layers.utils
+    dispatch_cpu_unquantized_gemm(layer, remove_weight) => cpu:live_linear
+"""
+_LINE = re.compile(r"([\w.]+)(?:\((.*)\))?(?: => (\S+))?( on each object)?")
 
 
-HOOKS: tuple[Hook, ...] = (
-    # The launching process.
-    _hook("openrlhf.utils.config:hierarchize", "args", "flags:remember_arguments"),
-    _hook("ray:init", None, "launch:ray_init"),
-    _hook(
-        "openrlhf.trainer.ray.vllm_engine:create_vllm_engines",
-        "num_engines tensor_parallel_size pretrain seed full_determinism enable_prefix_caching enforce_eager "
-        "max_model_len shared_pg gpu_memory_utilization vllm_enable_sleep logprobs_mode agent_func_path "
-        "remote_rm_url max_images_per_prompt",
-        "sampling:create_vllm_engines",
-    ),
-    _hook(
-        f"{_LAUNCHER}:RayActorGroup.__init__",
-        "self num_nodes num_gpus_per_node ray_actor_type pg num_gpus_per_actor duplicate_actors resources "
-        "num_resources_per_node",
-        "log_probs:group_init",
-    ),
-    _hook("openrlhf.trainer.ppo_trainer:tqdm", None, "metrics:ProgressBar"),
-    # The trainer, Ray's single controller.
-    _hook(
-        f"{_TRAINER}.__init__",
-        "self strategy actor_model_group critic_model_group reward_model_group reference_model_group "
-        "vllm_engines tokenizer",
-        "sampling:trainer_init",
-    ),
-    _hook(f"{_TRAINER}.init_checkpoint_states", "self", "checkpoints:init_checkpoint_states", per_object=True),
-    _hook(f"{_TRAINER}.train_step", "self rollout_samples global_step", "metrics:train_step", per_object=True),
-    _hook(
-        f"{_TRAINER}.save_logs_and_checkpoints",
-        "self global_step logs_dict client_states",
-        "metrics:save_logs_and_checkpoints",
-        per_object=True,
-    ),
-    _hook(f"{_SAMPLER}.generate_samples", "self generate_kwargs", "sampling:generate_samples"),
-    _hook(f"{_SAMPLER}._process_response_into_experience", "self response generate_kwargs", "rewards:settle"),
-    _hook(f"{_MAKER}.make_experience_batch", "self rollout_samples", "experience:make_experience_batch"),
-    _hook(f"{_MAKER}._dispatch_forward", "self group sync_condition kwargs", "log_probs:dispatch_forward"),
-    _hook(f"{_MAKER}._flatten_results", "self refs duplicate_factor", "log_probs:flatten_results"),
-    _hook(
-        f"{_MAKER}.compute_advantages_and_returns", "self experiences", "advantages:compute_advantages_and_returns"
-    ),
-    _hook(f"{_MAKER}.get_cumulative_returns", "self rewards action_mask gamma", "advantages:cumulative_returns"),
-    # The training workers.
-    _hook(f"{_STRATEGY}.setup_distributed", "self timeout", "loss:setup_distributed"),
-    _hook(
-        f"{_LAUNCHER}:BaseModelActor.execute_batch",
-        "self method_name all_data start_idx end_idx",
-        "log_probs:execute_batch",
-    ),
-    _hook(
-        f"{_MODEL}:Actor.forward",
-        "self sequences action_mask attention_mask return_output allgather_logits return_logprobs ring_attn_group "
-        "packed_seq_lens return_entropy mm_inputs",
-        "logits:forward",
-    ),
-    _hook(f"{_MODEL}:log_probs_from_logits", "logits labels temperature", "logits:log_probs_from_logits"),
-    _hook(f"{_MODEL}:compute_entropy", "logits", "logits:compute_entropy"),
-    _hook(f"{_STRATEGY}._ds_init_train_model", "self model cfg", "weights:init_train_model"),
-    _hook(
-        f"{_STRATEGY}.optimizer_step",
-        "self _optimizer model _scheduler name kwargs",
-        "weights:optimizer_step",
-    ),
-    _hook(
-        f"{_STRATEGY}.save_ckpt",
-        "self model save_dir tag max_num max_mem client_state save_latest metric_value metric_key",
-        "checkpoints:save_ckpt",
-    ),
-    _hook(
-        f"{_STRATEGY}.load_ckpt",
-        "self model load_dir tag load_module_strict load_optimizer_states load_lr_scheduler_states load_module_only",
-        "checkpoints:load_ckpt",
-    ),
-    _hook(f"{_STRATEGY}.save_model", "self model tokenizer output_dir kwargs", "weights:save_model"),
-    _hook(f"{_STATES}:offload_deepspeed_states", "model pin_memory non_blocking", "weights:offload_states"),
-    _hook(f"{_STATES}:reload_deepspeed_states", "model non_blocking", "weights:reload_states"),
-    _hook(
-        f"{_ACTOR}.__init__",
-        "self strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size "
-        "buffer_limit buffer_cpu_offload eps_clip tokenizer dataloader_pin_memory vllm_engines kwargs",
-        "loss:actor_trainer_init",
-    ),
-    _hook(f"{_ACTOR}.ppo_train", "self kl_ctl", "loss:ppo_train"),
-    _hook(f"{_ACTOR}.broadcast_to_vllm", "self", "sync:broadcast_to_vllm"),
-    _hook(f"{_ACTOR}.training_step", "self experience kl_ctl step loss_batch_info", "loss:training_step"),
-    _hook(
-        "openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step",
-        "self experience step loss_batch_info",
-        "classifier:training_step",
-    ),
-    _hook(
-        "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.setup_dynamic_batch",
-        "self strategy",
-        "batches:setup_dynamic_batch",
-    ),
-    # The rollout engines.
-    _hook(
-        f"{_EXECUTOR}.execute",
-        "self prompt label sampling_params max_length hf_tokenizer llm_engine images",
-        "rewards:execute",
-    ),
-    _hook(
-        "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap.update_weight",
-        "self name dtype shape empty_cache",
-        "sync:update_weight",
-    ),
-    _hook(f"{_EXECUTOR}._fetch_rewards_via_func", "self queries_list prompts_list labels_list", "rewards:fetch"),
-    _hook(f"{_EXECUTOR}._fetch_rewards_via_http", "self queries_list prompts_list labels_list", "rewards:fetch"),
-    # What is called and not replaced, for rollouts with source samples and outside a training.
-    _hook("openrlhf.trainer.ppo_utils.samples_generator:_collect_prompt_batch", "dataloader_iter num_prompts", None),
-    _hook(f"{_MAKER}.split_rollout_samples", "self rollout_samples", None),
-    _hook(f"{_MAKER}.make_experience", "self samples_list", None),
-    _hook("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args", None),
-    _hook("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples", None),
-    _hook("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience", None),
-    _hook("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer", None),
-    _hook(f"{_TRAINER}._compute_rollout_stats", "self experiences", None),
-    _hook(
-        "openrlhf.datasets.prompts_dataset:PromptDataset.__init__",
-        "self dataset tokenizer strategy input_template",
-        None,
-    ),
-    _hook("openrlhf.utils.utils:get_tokenizer", "pretrain model padding_side strategy use_fast", None),
-    # Machines without GPU.
-    _hook(f"{_STRATEGY}.get_ds_train_config", "self optim_dict max_norm", "cpu:torch_adam", cpu=True),
-    _hook("openrlhf.utils.utils:convert_to_torch_dtype", "param_dtype", "cpu:torch_dtype", cpu=True),
-    _hook(f"{_STRATEGY}.moving_average", "self model model_ema beta device", "cpu:moving_average", cpu=True),
-    _hook(
-        "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__init__",
-        "self sample_batch_size limit cpu_offload packing_samples dynamic_batch",
-        "cpu:replay_buffer_init",
-        cpu=True,
-    ),
-    _hook(
-        "openrlhf.utils.distributed_util:stateless_init_process_group",
-        "master_address master_port rank world_size device",
-        "cpu:GlooGroup",
-        cpu=True,
-    ),
-    _hook("deepspeed.comm.torch:build_shm_op", "", "cpu:no_shm_op", cpu=True),
-    _hook(
-        "deepspeed.runtime.zero.partition_parameters:Init._allgather_params_coalesced",
-        "self param_list hierarchy quantize",
-        "cpu:gather_one_by_one",
-        cpu=True,
-    ),
-    _hook(
-        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
-        "layer remove_weight",
-        "cpu:live_linear",
-        cpu=True,
-    ),
-)
+def _read(table: str, cpu: bool) -> Iterator[Hook]:
+    for line in re.sub(r"\n {8}", " ", table).strip().splitlines():
+        if not line.startswith(" "):
+            module = line
+            continue
+        name, parameters, ours, each = _LINE.fullmatch(line.strip()).groups()
+        names = None if parameters is None else tuple(re.findall(r"\w+", parameters))
+        yield Hook(f"{module}:{name}", names, ours and f"bond_plugin.host.{ours}", cpu, each is not None)
+
+
+HOOKS: tuple[Hook, ...] = (*_read(_TABLE, cpu=False), *_read(_TABLE_WITHOUT_GPU, cpu=True))
 
 _MODULES = frozenset([*(hook.module for hook in HOOKS), cpu.NEEDS_FLASH_ATTN, "torch"])
 _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's class

@@ -24,6 +24,7 @@ _SHOWN = {
     "bond/kl_ref": "kl_ref",
     "actor_grad_norm": "grad",
 }
+_NUMBERS = (int, float, type(None))  # as JSON has them; true is none
 _latest: dict[str, float] = {}
 
 
@@ -89,7 +90,9 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     by_step = {
-        step: {name: _number(value) for name, value in parse_json(line, finite=False).items() if _is_number(value)}
+        step: {
+            name: _number(value) for name, value in parse_json(line, finite=False).items() if type(value) in _NUMBERS
+        }
         for step, line in _lines(path)
     }
     if not by_step:
@@ -113,12 +116,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             except ValueError as error:
                 raise ContentError(f"{path}, line {number} {error}") from error
             step = values.get("step") if isinstance(values, dict) else None
-            if isinstance(step, int) and not isinstance(step, bool):
+            if type(step) is int:
                 yield step, line
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _number(value: Any) -> Any:
