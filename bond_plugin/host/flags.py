@@ -75,11 +75,10 @@ def transform_class(name: str) -> type[RewardTransform]:
     return registry.load_class(registry.REWARD_TRANSFORMS, name, RewardTransform)
 
 
+@functools.cache  # once a process
 def extend_parsers() -> None:
-    """Let the host's parser know our flags as soon as it parses. May be called more than once."""
+    """Let the host's parser know our flags as soon as it parses."""
     original = argparse.ArgumentParser.parse_args
-    if getattr(original, "_bond", False):
-        return
 
     @functools.wraps(original)
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
@@ -87,18 +86,17 @@ def extend_parsers() -> None:
             if on_cpu():
                 cpu.offer_fp32(self)
             return original(self, args, namespace)
-        return _parse_host(original, self, list(sys.argv[1:] if args is None else args), namespace)
+        return _parse_host(self, list(sys.argv[1:] if args is None else args), namespace)
 
-    parse_args._bond = True
     argparse.ArgumentParser.parse_args = parse_args
 
 
-def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str], namespace: Any) -> Any:
+def _parse_host(parser: argparse.ArgumentParser, argv: list[str], namespace: Any) -> Any:
     global _current
     caching = parser.prog == CACHE
-    parser.prog = "bond train" if parser.prog.startswith("bond") and not caching else parser.prog
     parser.allow_abbrev = False
-    if parser.prog == "bond train":
+    if parser.prog.startswith("bond") and not caching:
+        parser.prog = "bond train"
         parser.usage = "bond train [--recipe FILE.yaml] [--flag value ...]; --help explains every flag"
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
     try:
