@@ -270,9 +270,7 @@ def _install(hook: Hook, module: ModuleType) -> None:
     try:
         for part in path:
             owner = getattr(owner, part)
-        original = inspect.getattr_static(owner, name)
-        if not path:
-            original = getattr(owner, name)
+        original = inspect.getattr_static(owner, name) if path else getattr(owner, name)
     except AttributeError:
         raise _mismatch(hook, "it does not exist there") from None
     if hook.parameters is not None:
@@ -296,11 +294,7 @@ def attach(instance: Any, owner: str) -> None:
     for hook in _active():
         if hook.per_object and hook.target.startswith(f"{owner}."):
             name = hook.target.rpartition(".")[2]
-            method = getattr(instance, name)
-
-            def original(_self: Any, *args: Any, _method: Any = method, **kwargs: Any) -> Any:
-                return _method(*args, **kwargs)
-
+            original = getattr(instance, name).__func__
             setattr(instance, name, functools.partial(_ours(hook), original, instance))
 
 
