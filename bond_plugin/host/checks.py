@@ -240,16 +240,21 @@ def _as_many(args: SimpleNamespace, given: frozenset[str], group: str, *names: s
             setattr(getattr(args, group), name, getattr(args.actor, name))
 
 
-_OUTPUTS = ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir", "bond.reward_cache")
-_MODELS = tuple(f"{group}.model_name_or_path" for group in ("actor", "reward", "critic", "ref"))
-_INPUTS = (*_MODELS, "data.prompt_dataset", "eval.dataset", "train.agent_func_path")
+#: Flags that name files or folders; and those that name one, or something on a hub.
+_PATHS = ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir", "bond.reward_cache")
+_NAMES = (
+    *(f"{group}.model_name_or_path" for group in ("actor", "reward", "critic", "ref")),
+    "data.prompt_dataset",
+    "eval.dataset",
+    "train.agent_func_path",
+)
 
 
 def _absolute_paths(args: SimpleNamespace) -> None:
     """Files are meant relative to where the command was typed, not to where Ray puts a process."""
-    for dest in (*_OUTPUTS, *_INPUTS):
+    for dest in (*_PATHS, *_NAMES):
         if name := inputs.value(args, dest):
-            found = os.path.abspath(os.path.expanduser(name)) if dest in _OUTPUTS else _absolute(name)
+            found = os.path.abspath(os.path.expanduser(name)) if dest in _PATHS else _absolute(name)
             _set(args, dest, found)
     if args.reward.remote_url:
         args.reward.remote_url = [_absolute(url) if url.endswith(".py") else url for url in args.reward.remote_url]
@@ -257,11 +262,11 @@ def _absolute_paths(args: SimpleNamespace) -> None:
 
 def _absolute(name: str) -> str:
     """The absolute path of what exists, ``name`` (a hub's, perhaps) otherwise; of several each."""
+    if "," in name and not os.path.exists(os.path.expanduser(name)):
+        return ",".join(_absolute(part.strip()) for part in name.split(","))
     path, at, rest = name.partition("@")
     path = os.path.expanduser(path)
-    if os.path.exists(path):
-        return os.path.abspath(path) + at + rest
-    return ",".join(_absolute(part.strip()) for part in name.split(",")) if "," in name else name
+    return os.path.abspath(path) + at + rest if os.path.exists(path) else name
 
 
 _NEED_A_GPU = (
