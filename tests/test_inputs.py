@@ -389,3 +389,17 @@ def test_a_reward_model_without_a_head_is_told(dry: Callable[..., Any], tiny: Ti
     config = json.loads((judge / "config.json").read_text())
     (judge / "config.json").write_text(json.dumps({**config, "value_head_prefix": "score"}))
     assert "random" not in dry({**flags, "ds.value_head_prefix": "value"}).text
+
+
+def test_files_are_meant_relative_to_where_the_command_is_typed(
+    dry: Callable[..., Any], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(tiny.prompts, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    given = {"data.prompt_dataset": "a.jsonl@train, b.jsonl", "data.prompt_probs": "0.5,0.5", "ckpt.path": "new/ckpt"}
+    assert dry(given).status == 0
+    args = flags_module.current().args
+    assert args.data.prompt_dataset == f"{tmp_path}/a.jsonl@train,{tmp_path}/b.jsonl"
+    assert args.ckpt.path == f"{tmp_path}/new/ckpt"
+    assert args.actor.model_name_or_path == str(tiny.model)
