@@ -363,7 +363,9 @@ def main(command: list[str]) -> int:
     """Run ``command`` with a server beside it. Returns its exit status, as a shell says it."""
     if not command:
         raise SystemExit("usage: python benchmarks/prefork.py COMMAND ...")
-    if launch.has_gpu() or "RAY_ADDRESS" in os.environ:
+    import torch
+
+    if torch.cuda.is_available() or "RAY_ADDRESS" in os.environ:
         raise SystemExit("prefork.py: only for runs on this machine, and without a GPU")
     os.environ[DEVICE_VARIABLE] = "cpu"
     launch.settle_device([])

@@ -7,6 +7,8 @@ another algorithm than the one asked for would look right and be wrong.
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -44,13 +46,15 @@ def names(group: str) -> dict[str, EntryPoint]:
 
 
 def load(group: str, name: str) -> Any:
-    """The object that ``name`` stands for in ``group``; ``package.module:Name`` stands for itself.
+    """The object that ``name`` stands for in ``group``; ``package.module:Name`` for itself, here too.
 
     Raises:
         RegistryError: the name is not registered, or importing it fails (the cause is chained).
     """
     known = names(group)
     if ":" in name:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
         known = {name: EntryPoint(name, name, group)}
     if name not in known:
         raise RegistryError(

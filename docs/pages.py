@@ -39,7 +39,9 @@ def sections() -> list[str]:
 def _rows(section: str) -> list[Row]:
     """(flag, default, meaning) of a section: `run`, `cache`, `algorithm` (what all have), or the name of one."""
     if section in ("run", "cache"):
-        return [_of_action(action) for action in flags.own_flags(caching=section == "cache")._actions]
+        parser = argparse.ArgumentParser(add_help=False)
+        flags.add_flags(parser, section, flags.RUN_FLAGS if section == "run" else flags.CACHE_FLAGS)
+        return [_of_action(action) for action in parser._actions]
     if section == "algorithm":
         return [_of_field(name, f) for name, f in Config.options("bond").items()]
     if section in registry.names(registry.REWARD_TRANSFORMS):

@@ -18,9 +18,10 @@ from bond_plugin.host import flags as flags_module
 from bond_plugin.host import identity, inputs, launch
 from bond_plugin.offline import fingerprints
 
-BELOW_ONE = inputs._RANGES[1, inputs._INFINITY].split()
-BELOW_ZERO = inputs._RANGES[0, inputs._INFINITY].split()
-SHARES = inputs._RANGES[0, 1].split()
+BELOW_ONE, BELOW_ZERO, SHARES = (
+    inputs.RANGES[must][1].split() for must in ("be at least 1", "be at least 0", "be from 0 to 1")
+)
+BELOW_ZERO.remove("actor.eps_clip_low_high")  # which takes two
 FLOATS = [*(dest for dest in BELOW_ZERO if dest.split(".")[0] in ("actor", "algo")), *SHARES, "ckpt.max_mem"]
 
 
@@ -388,3 +389,17 @@ def test_a_reward_model_without_a_head_is_told(dry: Callable[..., Any], tiny: Ti
     config = json.loads((judge / "config.json").read_text())
     (judge / "config.json").write_text(json.dumps({**config, "value_head_prefix": "score"}))
     assert "random" not in dry({**flags, "ds.value_head_prefix": "value"}).text
+
+
+def test_files_are_meant_relative_to_where_the_command_is_typed(
+    dry: Callable[..., Any], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(tiny.prompts, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    given = {"data.prompt_dataset": "a.jsonl@train, b.jsonl", "data.prompt_probs": "0.5,0.5", "ckpt.path": "new/ckpt"}
+    assert dry(given).status == 0
+    args = flags_module.current().args
+    assert args.data.prompt_dataset == f"{tmp_path}/a.jsonl@train,{tmp_path}/b.jsonl"
+    assert args.ckpt.path == f"{tmp_path}/new/ckpt"
+    assert args.actor.model_name_or_path == str(tiny.model)

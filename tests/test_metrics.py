@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bond_plugin.host.metrics import MetricsFile, read
+from bond_plugin.host import state
+from bond_plugin.host.metrics import MetricsFile, read, train_step
 
 
 def started(folder: Path, step: int = 0) -> MetricsFile:
@@ -71,3 +72,20 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     file.path.symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
         file.write(1, {"loss": 1.0})
+
+
+def test_after_a_step_the_engines_have_the_policy_and_the_statistics_are_of_its_samples() -> None:
+    def step(trainer: SimpleNamespace, samples: list[str], step: int) -> tuple[dict, int]:
+        kept = state.of(trainer)
+        assert kept.step == step  # on which the seeds of the step depend
+        kept.policy_samples, kept.metrics["bond/win_rate"] = samples[:2], 0.5
+        return {"rollout/num_samples": 3.0, "kl": 1.0}, step + 1
+
+    kept = state.State(None, engines=SimpleNamespace(holding="anchor"))
+    trainer = SimpleNamespace(
+        bond=kept, _compute_rollout_stats=lambda samples: {"rollout/num_samples": float(len(samples))}
+    )
+    status, count = train_step(step, trainer, ["a", "b", "an anchor's"], 4)
+    assert status == {"rollout/num_samples": 2.0, "kl": 1.0, "bond/win_rate": 0.5}
+    assert count == kept.step == 5
+    assert kept.engines.holding == "policy"

@@ -75,7 +75,7 @@ def test_a_host_that_differs_stops_the_command(tiny: Tiny, tmp_path: Path) -> No
     (installed,) = importlib.util.find_spec("openrlhf").submodule_search_locations
     shutil.copytree(installed, tmp_path / "site" / "openrlhf", ignore=shutil.ignore_patterns("__pycache__"))
     path = tmp_path / "site" / "openrlhf" / "trainer" / "ppo_trainer.py"
-    before, after = "def broadcast_to_vllm(self) -> None:", "def broadcast_to_vllm(self, tags=None) -> None:"
+    before, after = "def init_checkpoint_states(self)", "def init_checkpoint_states(self, tags=None)"
     text = path.read_text()
     assert before in text
     path.write_text(text.replace(before, after))

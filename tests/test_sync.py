@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bond_plugin.host import cpu, sync
+from bond_plugin.host import sync
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHAPES = st.lists(st.lists(st.integers(1, 7), max_size=3), min_size=1, max_size=12)
@@ -57,7 +57,7 @@ class Wire:
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync.ray, "put", lambda value: value)
     monkeypatch.setattr(sync.ray, "get", lambda refs: refs)
-    cpu.install()
+    monkeypatch.setattr(sync.torch.cuda, "current_stream", lambda: None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import Field, asdict, fields, replace
@@ -78,9 +77,6 @@ def main(argv: list[str]) -> int:
     method = training = None
     try:
         if name is not None:
-            if ":" in name and os.getcwd() not in sys.path:
-                # An import path: a module in this folder is as good as an installed one.
-                sys.path.insert(0, os.getcwd())
             found, prefix = _class_of(name)
             _add_method_flags(parser, name, found, prefix)
         args, unknown = parser.parse_known_args(argv)

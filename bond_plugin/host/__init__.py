@@ -6,7 +6,7 @@ files hold what is attached, one file for each thing.
 Before Ray starts: ``flags`` (parser), ``plan`` (what the arguments ask for), ``inputs`` and ``checks`` (what is
 refused), ``identity`` (whose checkpoints a folder holds), ``launch`` (Ray), ``run`` (the host's other commands).
 
-In a run: ``sampling`` and ``requests`` (rollouts), ``rewards`` (what the user's reward gives), ``experience`` and
+In a run: ``sampling`` (rollouts), ``rewards`` (in the engines: samples and their rewards), ``experience`` and
 ``advantages`` (from samples to advantages), ``log_probs`` (under other weights), ``transform`` (other rewards for the
 host's estimators), ``loss`` (policy loss), ``batches`` (micro-batches by tokens), ``weights`` (anchor and reference),
 ``checkpoints``, ``classifier`` (learned quantile), ``state`` (what is kept on the host's objects),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 from bond_plugin import registry
@@ -29,12 +29,101 @@ _REPLACED: dict[str, tuple[object, str]] = {
 }
 
 
-def _at(args: SimpleNamespace, dest: str) -> tuple[SimpleNamespace, str]:
-    """Where a dotted flag is kept: the node and its attribute."""
-    *path, name = dest.split(".")
-    for part in path:
-        args = getattr(args, part)
-    return args, name
+#: Values of the host's flags that are in nobody's way. Where a flag is not here, that is not to be given, or off.
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "actor.entropy_coef": (0,),
+    "actor.loss_agg_mode": ("token-mean",),
+    "algo.advantage.is_correction_level": ("off",),
+    "algo.kl.estimator": ("k1",),
+    "data.max_images_per_prompt": (0,),
+    "ds.ring_attn_size": (1,),
+    "ds.tensor_parallel_size": (1,),
+    "ds.zero_stage": (1, 2, 3),
+    "rollout.top_p": (1,),
+    "vllm.tensor_parallel_size": (1,),
+}
+
+# What is refused, and why: flags by the reason that speaks against them.
+
+#: Where no other weights can be kept beside the policy's and put in their place.
+_NOT_KEPT = {
+    "ds.zero_stage": "without ZeRO there are no fp32 masters to follow; use 2 or 3",
+    "ds.deepcompile": "it keeps gathered parameters, past which a swap of weights may not go",
+    "ds.load_in_4bit": "4-bit weights cannot be swapped",
+}
+_OWN_ESTIMATOR = {
+    **_NOT_KEPT,
+    "rollout.top_p": "samples must come from the policy itself, not from its truncated distribution; use 1.0",
+}
+#: Where a loss of ours would not be the loss it says.
+_OWN_LOSS = {
+    "ds.ring_attn_size": "not supported yet",
+    "ds.tensor_parallel_size": "not supported yet",
+    "actor.dual_clip": "this loss has no dual clip",
+    "actor.loss_agg_mode": "this loss is a mean over prompts; leave it at its default",
+    "actor.entropy_coef": "it would add an entropy term to the objective",
+    "algo.advantage.is_correction_level": "this loss does not use it; the trainer/engine gap is reported as vllm_kl "
+    "without it",
+}
+#: Where samples of other weights cannot be drawn beside the policy's, or trained on.
+_DRAWING = {
+    "train.async_enable": "anchor and policy share the engines",
+    "train.partial_rollout_enable": "anchor and policy share the engines",
+    "vllm.enable_sleep": "weights are sent to the engines between two rollouts",
+    "ds.enable_sleep": "weights are swapped between two rollouts",
+    "train.enable_ema": "the host would save its average instead of the policy; the anchor is an average already "
+    "(--bond.save_anchor saves it)",
+    "train.agent_func_path": "an agent's turns are the host's to draw",
+    "data.max_images_per_prompt": "images are the host's to hand on",
+    "algo.dynamic_filtering_enable": "prompts and source samples would not fit",
+}
+_REWARD_CACHE = {
+    "train.agent_func_path": "it holds single-turn responses",
+    "reward.overlong_buffer_len": "the cached rewards of the initial policy's samples do not have the penalty",
+    "reward.stop_properly_penalty_coef": "the cached rewards of the initial policy's samples do not have the penalty",
+}
+_PIECES = "its loss is on logits, computed where logits are made a piece at a time"
+_ON_LOGITS = {"ds.ring_attn_size": _PIECES, "data.max_images_per_prompt": _PIECES}
+#: Under a transform that asks for log-probabilities of the reference.
+_LOG_RATIOS = {
+    "algo.kl.use_loss": "the KL belongs into the reward",
+    "algo.kl.estimator": "only k1 has the right expectation; use k1",
+}
+#: Under a transform whose optimum depends on the KL coefficient.
+_OPTIMUM = {
+    "algo.kl.target": "the KL coefficient is fixed by the target",
+    "reward.clip_range": "it would clip the transformed reward",
+    "rollout.top_p": "the samples must come from the whole distribution; use 1.0",
+    "algo.dynamic_filtering_enable": "it would drop prompts by their reward, which changes the target distribution",
+}
+
+
+def _given(args: SimpleNamespace, dests: Iterable[str]) -> list[str]:
+    """Those of the flags that ask for something."""
+    values = {dest: inputs.value(args, dest) for dest in dests}
+    given = {dest: value for dest, value in values.items() if value is not None and value is not False}
+    return [dest for dest, value in given.items() if value not in _PLAIN.get(dest, ())]
+
+
+def _refused(args: SimpleNamespace, whys: dict[str, str], under: str, after: str = "") -> list[str]:
+    return [f"--{dest} cannot be used with {under}: {whys[dest]}{after}" for dest in _given(args, whys)]
+
+
+def _set(args: SimpleNamespace, dest: str, value: object) -> None:
+    group, _, name = dest.rpartition(".")
+    setattr(inputs.value(args, group), name, value)
+
+
+def loaded(args: SimpleNamespace) -> dict[str, SimpleNamespace]:
+    """The groups of workers whose models a run loads, and their flags."""
+    groups = {"actor": args.actor}
+    if args.algo.kl.init_coef > 0 and not plan.of(args).moving_reference:
+        groups["ref"] = args.ref
+    if args.critic.model_name_or_path:
+        groups["critic"] = args.critic
+    if not args.reward.remote_url:
+        groups["reward"] = args.reward
+    return groups
 
 
 def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = None) -> tuple[list[str], list[str]]:
@@ -51,14 +140,20 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     notes: list[str] = []
     aside: list[str] = []
 
+    def settle(dest: str, value: object, why: str) -> None:
+        was = inputs.value(args, dest)
+        if was != value:
+            _set(args, dest, value)
+            listed, line = (aside, f"{was} is set aside: {why}") if dest in given else (notes, f"is {value} ({why})")
+            listed.append(f"--{dest} {line}")
+
     def default(dest: str, value: object, why: str) -> None:
-        node, name = _at(args, dest)
-        if dest not in given and getattr(node, name) != value:
-            setattr(node, name, value)
-            notes.append(f"--{dest} is {value} ({why})")
+        if dest not in given:
+            settle(dest, value, why)
 
     if on_cpu():
-        _without_gpu(args, given, notes, aside)
+        for dest, settled in _without_gpu(args, given).items():
+            settle(dest, *settled)
     _absolute_paths(args)
     if args.ckpt.load_enable and not args.bond.require_checkpoint and not identity.has_checkpoint(args):
         notes.append(f"--ckpt.load_enable: {args.ckpt.path} holds no whole checkpoint, so the run starts at step 0")
@@ -79,10 +174,7 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     needs, name = run.needs, args.algo.advantage.estimator
     if needs.classifier:
         args.critic.model_name_or_path = critic or args.actor.model_name_or_path
-        if "critic.num_gpus_per_node" not in given:
-            args.critic.num_gpus_per_node = args.actor.num_gpus_per_node
-        if "critic.num_nodes" not in given:
-            args.critic.num_nodes = args.actor.num_nodes
+        _as_many(args, given, "critic", "num_gpus_per_node", "num_nodes")
         notes.append(f"the quantile's classifier starts from {args.critic.model_name_or_path}; see --critic.*")
     default("actor.policy_loss_type", run.algorithm.policy_loss, f"the policy loss of {name}")
     if needs.least > 1:
@@ -92,12 +184,11 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
             f"{name} compares a prompt's samples with one another; {needs.least} is the least",
         )
     for dest, (value, why) in _REPLACED.items():
-        node, attribute = _at(args, dest)
-        was = getattr(node, attribute)
+        was = inputs.value(args, dest)
         if dest == "algo.kl.init_coef" and run.taught:
             value = 1.0  # any above 0: the host then has a reference model, here the teacher
         if value is not ... and was != value:
-            setattr(node, attribute, value)
+            _set(args, dest, value)
         if dest in given and (value is ... or was != value):
             aside.append(f"--{dest} is set aside under {name}: {why}")
     for group, what in (("critic", "critic"), ("ref", "reference model")):
@@ -122,11 +213,13 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
 _OURS = ("ref.update", "ref.eta", "ref.interval", "ref.model_name_or_path")
 
 
-def _without_gpu(args: SimpleNamespace, given: frozenset[str], notes: list[str], aside: list[str]) -> None:
-    """What a script for GPUs says of them, and what stands for it on a machine without."""
+def _without_gpu(args: SimpleNamespace, given: frozenset[str]) -> dict[str, tuple[object, str]]:
+    """What stands for what a script says of GPUs on a machine without, and why."""
     attention = args.ds.attn_implementation
     packed = args.ds.packing_samples or args.train.dynamic_batch_enable
-    stands = {
+    for group in ("ref", "critic", "reward"):
+        _as_many(args, given, group, "num_gpus_per_node")  # the host's default of 8 would be 8 processes here
+    return {
         "vllm.sync_backend": ("gloo", "no GPU"),
         "vllm.enforce_eager": (True, "no GPU"),
         "vllm.enable_sleep": (False, "no GPU whose memory could be given back"),
@@ -138,443 +231,255 @@ def _without_gpu(args: SimpleNamespace, given: frozenset[str], notes: list[str],
             "no GPU",
         ),
     }
-    for dest, (value, why) in stands.items():
-        node, name = _at(args, dest)
-        was = getattr(node, name)
-        if was == value:
-            continue
-        setattr(node, name, value)
-        if dest in given:
-            aside.append(f"--{dest} {was} is set aside: {why}")
-        else:
-            notes.append(f"--{dest} is {value} ({why})")
-    for group in ("ref", "critic", "reward"):
-        # The host's default of 8 would be 8 processes here.
-        if f"{group}.num_gpus_per_node" not in given:
-            getattr(args, group).num_gpus_per_node = args.actor.num_gpus_per_node
+
+
+def _as_many(args: SimpleNamespace, given: frozenset[str], group: str, *names: str) -> None:
+    """Of what the user did not say of a group's size, take the policy's."""
+    for name in names:
+        if f"{group}.{name}" not in given:
+            setattr(getattr(args, group), name, getattr(args.actor, name))
+
+
+#: Flags that name files or folders; and those that name one, or something on a hub.
+_PATHS = ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir", "bond.reward_cache")
+_NAMES = (
+    *(f"{group}.model_name_or_path" for group in ("actor", "reward", "critic", "ref")),
+    "data.prompt_dataset",
+    "eval.dataset",
+    "train.agent_func_path",
+)
 
 
 def _absolute_paths(args: SimpleNamespace) -> None:
     """Files are meant relative to where the command was typed, not to where Ray puts a process."""
-    for dest in (
-        "ckpt.output_dir",
-        "ckpt.path",
-        "logger.tensorboard_dir",
-        "bond.reward_cache",
-    ):
-        try:
-            node, name = _at(args, dest)
-            path = getattr(node, name)
-        except AttributeError:
-            continue  # a flag of an algorithm that does not run
-        if path:
-            setattr(node, name, os.path.abspath(os.path.expanduser(path)))
-    models = (f"{group}.model_name_or_path" for group in ("actor", "critic", "ref"))
-    for dest in (*models, "train.agent_func_path"):
-        node, name = _at(args, dest)
-        setattr(node, name, _absolute(getattr(node, name)))
-    for dest in ("reward.model_name_or_path", "data.prompt_dataset", "eval.dataset"):
-        node, name = _at(args, dest)
-        if getattr(node, name):
-            setattr(node, name, ",".join(_absolute(part.strip()) for part in getattr(node, name).split(",")))
+    for dest in (*_PATHS, *_NAMES):
+        if name := inputs.value(args, dest):
+            found = os.path.abspath(os.path.expanduser(name)) if dest in _PATHS else _absolute(name)
+            _set(args, dest, found)
     if args.reward.remote_url:
         args.reward.remote_url = [_absolute(url) if url.endswith(".py") else url for url in args.reward.remote_url]
 
 
-def _absolute(name: str | None) -> str | None:
-    """The absolute path of what exists as a file or folder, ``name`` (a hub's, perhaps) otherwise."""
-    if not name:
-        return name
+def _absolute(name: str) -> str:
+    """The absolute path of what exists, ``name`` (a hub's, perhaps) otherwise; of several each."""
+    if "," in name and not os.path.exists(os.path.expanduser(name)):
+        return ",".join(_absolute(part.strip()) for part in name.split(","))
     path, at, rest = name.partition("@")
     path = os.path.expanduser(path)
     return os.path.abspath(path) + at + rest if os.path.exists(path) else name
 
 
+_NEED_A_GPU = (
+    "ds.ring_attn_size",
+    "ds.tensor_parallel_size",
+    "vllm.tensor_parallel_size",
+    "ds.load_in_4bit",
+    "ds.use_liger_kernel",
+)
+
+
 def impediments(args: SimpleNamespace) -> list[str]:
     """What keeps this machine, which has no GPU, from running what another could."""
-    if not on_cpu():
-        return []
-    needs = {
-        "ds.ring_attn_size": args.ds.ring_attn_size > 1,
-        "ds.tensor_parallel_size": args.ds.tensor_parallel_size > 1,
-        "vllm.tensor_parallel_size": args.vllm.tensor_parallel_size > 1,
-        "ds.load_in_4bit": args.ds.load_in_4bit,
-        "ds.use_liger_kernel": args.ds.use_liger_kernel,
-    }
-    return [f"--{dest} {getattr(*_at(args, dest))} needs a GPU" for dest, on in needs.items() if on]
+    asked = _given(args, _NEED_A_GPU) if on_cpu() else []
+    return [f"--{dest} {inputs.value(args, dest)} needs a GPU" for dest in asked]
 
 
-def problems(args: SimpleNamespace, given: frozenset[str]) -> list[str]:
+def problems(args: SimpleNamespace) -> Iterator[str]:
     """Everything that keeps this run from starting, each with the flag and the fix."""
-    found = [*_files(args), *_groups(args), *_together(args), *_host_cannot(args)]
+    yield from _groups(args)
+    yield from _together(args)
+    yield from _host_cannot(args)
     if args.bond.require_checkpoint and not args.ckpt.load_enable:
-        found.append("--bond.require_checkpoint is about resuming: add --ckpt.load_enable")
+        yield "--bond.require_checkpoint is about resuming: add --ckpt.load_enable"
     elif args.bond.require_checkpoint and not identity.has_checkpoint(args):
-        found.append(
+        yield (
             f"--bond.require_checkpoint: --ckpt.path {args.ckpt.path} holds no whole checkpoint (no _actor/latest): "
             "is the path right?"
         )
     if args.ckpt.save_on_stop and args.ckpt.disable_ds:
-        found.append("--ckpt.save_on_stop cannot be used with --ckpt.disable_ds, which saves no checkpoints")
+        yield "--ckpt.save_on_stop cannot be used with --ckpt.disable_ds, which saves no checkpoints"
     run = plan.of(args)
     loss = args.actor.policy_loss_type
     if loss not in HOST_LOSSES:
         registry.policy_loss(loss, run.algorithm)
-        found += _own_loss(args, loss)
+        yield from _refused(args, _OWN_LOSS, f"the policy loss {loss}")
+    if run.needs.reward_cache:
+        yield from _refused(args, _REWARD_CACHE, "a reward cache")
     if run.algorithm is not None:
-        found += _own_estimator(args, run)
+        yield from _own_estimator(args, run)
     else:
-        found += _micro_batches(args, args.train.batch_size)
+        yield from _step(args, args.train.batch_size)
     if run.transform is not None:
-        found += _transform(args, run.transform)
+        yield from _transform(args, run.transform)
     if args.ref.update != "none":
-        found += _moving_reference(args, run)
-    return found + _other_reference(args, run)
+        yield from _moving_reference(args, run)
+    if run.needs.logits:
+        yield from _refused(args, _ON_LOGITS, args.algo.advantage.estimator)
+        if not args.bond.logits_mb:
+            yield f"--bond.logits_mb 0 cannot be used with {args.algo.advantage.estimator}: {_PIECES}"
+    yield from _other_reference(args, run)
 
 
-def _host_cannot(args: SimpleNamespace) -> list[str]:
+def _host_cannot(args: SimpleNamespace) -> Iterator[str]:
     """What ends in the middle of a run whatever the estimator, in OpenRLHF 0.11.2 with DeepSpeed 0.19."""
-    muon, stage = args.actor.optim == "muon", args.ds.zero_stage
-    cannot = {
-        "--ds.lora.rank": (
-            args.ds.lora.rank > 0 and args.vllm.num_engines,
-            "the host sends the engines adapters under names that vLLM does not know: train without",
-        ),
-        "--actor.optim muon with --ds.zero_stage 3": (muon and stage == 3, "DeepSpeed refuses it: use stage 1 or 2"),
-        "--actor.optim muon with --ds.adam_offload": (
-            muon and args.ds.adam_offload,
-            "DeepSpeed refuses it: drop the offload",
-        ),
-        "--ds.tensor_parallel_size with --ds.zero_stage 3": (
-            args.ds.tensor_parallel_size > 1 and stage == 3,
-            "transformers refuses it: use stage 2",
-        ),
-    }
-    return [f"{flag} cannot run: {why}" for flag, (on, why) in cannot.items() if on]
+    ds, muon = args.ds, args.actor.optim == "muon"
+    if ds.lora.rank > 0:
+        yield (
+            "--ds.lora.rank cannot run: the host sends the engines adapters under names that vLLM does not know: "
+            "train without"
+        )
+    if muon and ds.zero_stage == 3:
+        yield "--actor.optim muon with --ds.zero_stage 3 cannot run: DeepSpeed refuses it: use stage 1 or 2"
+    if muon and ds.adam_offload:
+        yield "--actor.optim muon with --ds.adam_offload cannot run: DeepSpeed refuses it: drop the offload"
+    if ds.tensor_parallel_size > 1 and ds.zero_stage == 3:
+        yield "--ds.tensor_parallel_size with --ds.zero_stage 3 cannot run: transformers refuses it: use stage 2"
 
 
-def _groups(args: SimpleNamespace) -> list[str]:
+def _groups(args: SimpleNamespace) -> Iterator[str]:
     """Groups whose workers would get unequal numbers of micro-batches: under ZeRO-3 a forward pass waits for all."""
-    if args.ds.zero_stage != 3:
-        return []
-    sizes = {"actor": args.actor}
-    if args.reward.model_name_or_path and not args.reward.remote_url:
-        sizes["reward"] = args.reward
-    if args.critic.model_name_or_path:
-        sizes["critic"] = args.critic
-    if args.algo.kl.init_coef > 0 and not plan.of(args).moving_reference:
-        sizes["ref"] = args.ref
-    copies = _copies(args)
     samples = args.rollout.batch_size * plan.of(args).rows.all
-    found = []
-    for group, node in sizes.items():
-        ranks = max(1, node.num_nodes * node.num_gpus_per_node // copies)
-        if args.train.dynamic_batch_enable:
-            unequal = (args.actor.num_nodes * args.actor.num_gpus_per_node // copies) % ranks
-        else:
-            unequal = -(-samples // args.rollout.micro_batch_size) % ranks
-        if unequal:
-            found.append(
+    dealt = -(-samples // args.rollout.micro_batch_size)
+    if args.train.dynamic_batch_enable:
+        dealt = _ranks(args)
+    for group in loaded(args) if args.ds.zero_stage == 3 else ():
+        ranks = _ranks(args, group)
+        if dealt % ranks:
+            yield (
                 f"--{group}.num_gpus_per_node: {samples} responses in micro-batches of --rollout.micro_batch_size "
                 f"{args.rollout.micro_batch_size} cannot be dealt evenly to {ranks} data-parallel ranks, and under "
                 "--ds.zero_stage 3 the run would hang: change one of them, or use --ds.zero_stage 2"
             )
-    return found
 
 
-def _together(args: SimpleNamespace) -> list[str]:
+def _together(args: SimpleNamespace) -> Iterator[str]:
     """Groups that share GPUs and must be of one size."""
-    train, found = args.train, []
+    train, engines = args.train, args.vllm.num_engines
     actors, copies = args.actor.num_nodes * args.actor.num_gpus_per_node, _copies(args)
     if actors % copies:
-        found.append(
+        yield (
             f"--actor.num_nodes x --actor.num_gpus_per_node = {actors} must be a multiple of --ds.ring_attn_size x "
             f"--ds.tensor_parallel_size = {copies}"
         )
-
-    def alike(flag: str, one: str, other: str) -> None:
+    alike = []
+    if args.algo.kl.init_coef > 0 and (train.colocate_actor_ref or train.colocate_all):
+        alike.append(("--train.colocate_all" if train.colocate_all else "--train.colocate_actor_ref", "ref", "actor"))
+    if train.colocate_critic_reward and args.critic.model_name_or_path and not args.reward.remote_url:
+        alike.append(("--train.colocate_critic_reward", "critic", "reward"))
+    for flag, one, other in alike:
         sizes = [(getattr(args, group).num_nodes, getattr(args, group).num_gpus_per_node) for group in (one, other)]
         if sizes[0] != sizes[1]:
-            found.append(
+            yield (
                 f"{flag}: --{one}.num_nodes and --{one}.num_gpus_per_node must be those of --{other}.*, got "
                 f"{sizes[0][0]} x {sizes[0][1]} and {sizes[1][0]} x {sizes[1][1]}"
             )
-
-    if args.algo.kl.init_coef > 0 and (train.colocate_actor_ref or train.colocate_all):
-        alike("--train.colocate_all" if train.colocate_all else "--train.colocate_actor_ref", "ref", "actor")
-    if train.colocate_critic_reward and args.critic.model_name_or_path and not args.reward.remote_url:
-        alike("--train.colocate_critic_reward", "critic", "reward")
-    engines = args.vllm.num_engines
     if train.colocate_all and not train.async_enable and actors != engines * args.vllm.tensor_parallel_size:
-        found.append(
+        yield (
             f"--train.colocate_all: --vllm.num_engines x --vllm.tensor_parallel_size must be as many as the "
             f"{actors} GPUs of --actor.*, got {engines} x {args.vllm.tensor_parallel_size}"
         )
-    return found
 
 
-def _moving_reference(args: SimpleNamespace, run: plan.Run) -> list[str]:
+def _moving_reference(args: SimpleNamespace, run: plan.Run) -> Iterator[str]:
     """``--ref.update`` where it has no meaning, or cannot be kept."""
-    found = []
     if run.algorithm is not None:
-        found.append(f"--ref.update is for the host's own estimators; {args.algo.advantage.estimator} has --bond.eta")
+        yield f"--ref.update is for the host's own estimators; {args.algo.advantage.estimator} has --bond.eta"
     if run.transform is not None:
-        found.append(f"--ref.update cannot be used with {flags.TRANSFORM}: its KL is to the initial policy")
+        yield f"--ref.update cannot be used with {flags.TRANSFORM}: its KL is to the initial policy"
     if args.algo.kl.init_coef <= 0:
-        found.append("--ref.update needs --algo.kl.init_coef above 0: without, there is no KL to a reference")
-    if not 0 < args.ref.eta <= 1:
-        found.append(f"--ref.eta must lie in (0, 1], got {args.ref.eta}")
-    if args.ref.interval < 1:
-        found.append(f"--ref.interval must be at least 1, got {args.ref.interval}")
-    return found + [f"--{dest} cannot be used with --ref.update: {why}" for dest, why in _not_kept(args)]
+        yield "--ref.update needs --algo.kl.init_coef above 0: without, there is no KL to a reference"
+    yield from _refused(args, _NOT_KEPT, "--ref.update")
 
 
-def _other_reference(args: SimpleNamespace, run: plan.Run) -> list[str]:
+def _other_reference(args: SimpleNamespace, run: plan.Run) -> Iterator[str]:
     """``--ref.model_name_or_path`` where nobody asks for another model, or none is given where one is needed."""
-    other, name = args.ref.model_name_or_path, args.algo.advantage.estimator
-    if run.taught and not other:
-        return [f"{name} learns from a teacher: give --ref.model_name_or_path, a model with the policy's vocabulary"]
-    if run.needs.logits:
-        made = "computed where logits are made a piece at a time"
-        for flag, on in {
-            "--bond.logits_mb 0": not args.bond.logits_mb,
-            f"--ds.ring_attn_size {args.ds.ring_attn_size}": args.ds.ring_attn_size > 1,
-            "--data.max_images_per_prompt": args.data.max_images_per_prompt > 0,
-        }.items():
-            if on:
-                return [f"{flag} cannot be used with {name}: its loss is on logits, {made}"]
-    if not other or run.taught:
-        return []
-    why = {
-        f"{name}'s KL is to weights of the policy's own": run.algorithm is not None,
-        f"the KL of {args.reward.transform} is to the initial policy": run.transform is not None,
-        "--ref.update makes a reference of the policy": args.ref.update != "none",
-        "without --algo.kl.init_coef above 0 there is no KL": args.algo.kl.init_coef <= 0,
-    }
-    return [f"--ref.model_name_or_path has no use here: {reason}" for reason, on in why.items() if on][:1]
+    other, name, unused = args.ref.model_name_or_path, args.algo.advantage.estimator, None
+    if run.taught:
+        if not other:
+            yield f"{name} learns from a teacher: give --ref.model_name_or_path, a model with the policy's vocabulary"
+        return
+    if run.algorithm is not None:
+        unused = f"{name}'s KL is to weights of the policy's own"
+    elif run.transform is not None:
+        unused = f"the KL of {args.reward.transform} is to the initial policy"
+    elif args.ref.update != "none":
+        unused = "--ref.update makes a reference of the policy"
+    elif args.algo.kl.init_coef <= 0:
+        unused = "without --algo.kl.init_coef above 0 there is no KL"
+    if other and unused:
+        yield f"--ref.model_name_or_path has no use here: {unused}"
 
 
-def _not_kept(args: SimpleNamespace) -> list[tuple[str, str]]:
-    """Flags under which no other weights can be kept beside the policy's and put in their place."""
-    refused = {
-        "ds.zero_stage": (
-            not 1 <= args.ds.zero_stage <= 3,
-            "without ZeRO there are no fp32 masters to follow; use 2 or 3",
-        ),
-        "ds.deepcompile": (
-            args.ds.deepcompile,
-            "it keeps gathered parameters, past which a swap of weights may not go",
-        ),
-        "ds.load_in_4bit": (args.ds.load_in_4bit, "4-bit weights cannot be swapped"),
-    }
-    return [(dest, why) for dest, (on, why) in refused.items() if on]
-
-
-def _transform(args: SimpleNamespace, transform: RewardTransform) -> list[str]:
+def _transform(args: SimpleNamespace, transform: RewardTransform) -> Iterator[str]:
     """Settings under which the host's training would not have the transform's optimum."""
-    name, coefficient, needs = args.reward.transform, transform.kl_coefficient, transform.needs()
-    found = []
+    name, coefficient, needs = (
+        f"{flags.TRANSFORM} {args.reward.transform}",
+        transform.kl_coefficient,
+        transform.needs(),
+    )
     if needs.weights - {"reference"} or needs.source_samples or needs.classifier:
-        found.append(f"{flags.TRANSFORM} {name} asks for more than a transform can have: see RewardTransform.needs")
-    if "reference" in needs.log_probs and args.algo.kl.init_coef <= 0:
-        found.append(f"{flags.TRANSFORM} {name} needs --algo.kl.init_coef above 0: without, there is no reference")
-    if coefficient is not None and abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
-        found.append(
-            f"--algo.kl.init_coef {args.algo.kl.init_coef} contradicts {flags.TRANSFORM} {name}, whose KL "
-            f"coefficient is {coefficient:.6g}: drop the flag, or change the strength of the target"
-        )
-    log_ratios = {
-        "algo.kl.use_loss": (args.algo.kl.use_loss, "the KL belongs into the reward"),
-        "algo.kl.estimator": (args.algo.kl.estimator != "k1", "only k1 has the right expectation; use k1"),
-    }
-    optimum = {
-        "algo.kl.target": (args.algo.kl.target is not None, "the KL coefficient is fixed by the target"),
-        "reward.clip_range": (args.reward.clip_range is not None, "it would clip the transformed reward"),
-        "rollout.top_p": (args.rollout.top_p != 1.0, "the samples must come from the whole distribution; use 1.0"),
-        "algo.dynamic_filtering_enable": (
-            args.algo.dynamic_filtering_enable,
-            "it would drop prompts by their reward, which changes the target distribution",
-        ),
-    }
-    cached = {
-        "train.agent_func_path": (args.train.agent_func_path is not None, "multi-turn agents: not supported yet"),
-        **_penalties(args),
-    }
-    refused = {
-        **(log_ratios if "reference" in needs.log_probs else {}),
-        **(optimum if coefficient is not None else {}),
-        **(cached if needs.reward_cache else {}),
-    }
-    return found + [
-        f"--{dest} cannot be used with {flags.TRANSFORM} {name}: {why}" for dest, (on, why) in refused.items() if on
-    ]
+        yield f"{name} asks for more than a transform can have: see RewardTransform.needs"
+    if "reference" in needs.log_probs:
+        if args.algo.kl.init_coef <= 0:
+            yield f"{name} needs --algo.kl.init_coef above 0: without, there is no reference"
+        yield from _refused(args, _LOG_RATIOS, name)
+    if coefficient is not None:
+        if abs(args.algo.kl.init_coef - coefficient) > 1e-6 * coefficient:
+            yield (
+                f"--algo.kl.init_coef {args.algo.kl.init_coef} contradicts {name}, whose KL coefficient is "
+                f"{coefficient:.6g}: drop the flag, or change the strength of the target"
+            )
+        yield from _refused(args, _OPTIMUM, name)
 
 
-def _penalties(args: SimpleNamespace) -> dict[str, tuple[bool, str]]:
-    why = "the cached rewards of the initial policy's samples do not have the penalty"
-    return {
-        "reward.overlong_buffer_len": (args.reward.overlong_buffer_len is not None, why),
-        "reward.stop_properly_penalty_coef": (args.reward.stop_properly_penalty_coef is not None, why),
-    }
-
-
-#: Of names of files, and of none on a hub.
-_ENDINGS = (".json", ".jsonl", ".py", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".zst", ".xz")
-
-
-def _may_be_on_a_hub(name: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    with contextlib.suppress(HFValidationError):
-        validate_repo_id(name)
-        return True
-    return False
-
-
-def _files(args: SimpleNamespace) -> list[str]:
-    found = []
-
-    def local(path: str) -> bool:
-        return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_ENDINGS)
-
-    if not args.actor.model_name_or_path:
-        found.append("--actor.model_name_or_path is missing: a model's name or folder")
-    if not args.data.prompt_dataset:
-        found.append("--data.prompt_dataset is missing: a data set's name or a .jsonl file of prompts")
-    named = {
-        "actor.model_name_or_path": [args.actor.model_name_or_path],
-        "reward.model_name_or_path": (args.reward.model_name_or_path or "").split(","),
-        "critic.model_name_or_path": [args.critic.model_name_or_path],
-        "ref.model_name_or_path": [args.ref.model_name_or_path],
-        "data.prompt_dataset": (args.data.prompt_dataset or "").split(","),
-        "eval.dataset": (args.eval.dataset or "").split(","),
-        "train.agent_func_path": [args.train.agent_func_path],
-    }
-    for dest, paths in named.items():
-        for path in paths:
-            path = (path or "").strip().partition("@")[0]
-            if path and not os.path.exists(os.path.expanduser(path)) and (local(path) or not _may_be_on_a_hub(path)):
-                found.append(f"--{dest} {path}: no such file or folder")
-    for url in [] if args.train.agent_func_path else args.reward.remote_url or []:
-        found += [f"--reward.remote_url {url}: {problem}" for problem in inputs.reward(url)]
-    urls = [] if args.train.agent_func_path else args.reward.remote_url or []
-    if len(urls) > 1 and any(url.endswith(".py") for url in urls):
-        found.append(f"--reward.remote_url {','.join(urls)}: of several the host takes servers alone; give one file")
-    if not urls and "," in (args.reward.model_name_or_path or ""):
-        found.append(f"--reward.model_name_or_path {args.reward.model_name_or_path}: the host takes one reward model")
-    agent = args.train.agent_func_path
-    if agent and not agent.endswith(".py"):
-        found.append(f"--train.agent_func_path {agent}: name a Python file (.py)")
-    return found
-
-
-def _own_loss(args: SimpleNamespace, loss: str) -> list[str]:
-    """Modes in which a loss of ours would not be the loss it says."""
-    refused = {
-        "ds.ring_attn_size": (args.ds.ring_attn_size > 1, "not supported yet"),
-        "ds.tensor_parallel_size": (args.ds.tensor_parallel_size > 1, "not supported yet"),
-        "actor.dual_clip": (args.actor.dual_clip is not None, "this loss has no dual clip"),
-        "actor.loss_agg_mode": (
-            args.actor.loss_agg_mode != "token-mean",
-            "this loss is a mean over prompts; leave it at its default",
-        ),
-        "actor.entropy_coef": (
-            bool(args.actor.entropy_coef),
-            "it would add an entropy term to the objective",
-        ),
-        "algo.advantage.is_correction_level": (
-            args.algo.advantage.is_correction_level != "off",
-            "this loss does not use it; the trainer/engine gap is reported as vllm_kl without it",
-        ),
-    }
-    return [
-        f"--{dest} cannot be used with the policy loss {loss}: {why}" for dest, (on, why) in refused.items() if on
-    ]
-
-
-def _own_estimator(args: SimpleNamespace, run: plan.Run) -> list[str]:
-    name, needs = args.algo.advantage.estimator, run.needs
-    found = [f"--{dest} cannot be used with {name}: {why}" for dest, why in _not_kept(args)]
-    loss = args.actor.policy_loss_type
+def _own_estimator(args: SimpleNamespace, run: plan.Run) -> Iterator[str]:
+    name, needs, loss = args.algo.advantage.estimator, run.needs, args.actor.policy_loss_type
+    yield from _refused(args, _OWN_ESTIMATOR, name)
     if run.algorithm.policy_loss == registry.OWN_LOSS != loss:
-        found.append(f"--actor.policy_loss_type {loss}: {name} is a loss of its own: drop the flag")
-    if args.rollout.top_p != 1.0:
-        found.append(
-            f"--rollout.top_p cannot be used with {name}: samples must come from the policy itself, not from its "
-            "truncated distribution; use 1.0"
-        )
+        yield f"--actor.policy_loss_type {loss}: {name} is a loss of its own: drop the flag"
     n = args.rollout.n_samples_per_prompt
     if n < needs.least:
-        found.append(
+        yield (
             f"--rollout.n_samples_per_prompt {n}: {name} compares a prompt's samples with one another and needs "
             f"at least {needs.least}; 8 is a good number"
         )
     if needs.source_samples or needs.offline:
-        found += _drawing(args, needs)
-    if needs.reward_cache:
-        penalties = _penalties(args).items()
-        found += [f"--{dest} cannot be used with a reward cache: {why}" for dest, (on, why) in penalties if on]
-        if args.train.agent_func_path is not None:
-            found.append("--train.agent_func_path cannot be used with a reward cache: it holds single-turn responses")
+        yield from _drawing(args, needs)
     if needs.classifier:
         ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
         if args.critic.num_nodes * args.critic.num_gpus_per_node != ranks:
-            found.append(
-                f"--critic.num_gpus_per_node: the classifier needs as many ranks as the policy ({ranks}); drop it"
-            )
+            yield f"--critic.num_gpus_per_node: the classifier needs as many ranks as the policy ({ranks}); drop it"
         if args.train.colocate_critic_reward:
-            found.append("--train.colocate_critic_reward cannot be used with a learned quantile yet")
+            yield "--train.colocate_critic_reward cannot be used with a learned quantile yet"
     baseline = getattr(run.algorithm.config, "baseline", None)
     if baseline == "leave_one_out" and n < 2:
-        found.append("--bond.baseline leave_one_out needs --rollout.n_samples_per_prompt 2 or more; or use batch")
+        yield "--bond.baseline leave_one_out needs --rollout.n_samples_per_prompt 2 or more; or use batch"
     if baseline == "batch" and args.rollout.batch_size * n < 2:
-        found.append("--bond.baseline batch needs at least two samples a rollout; use --bond.baseline none")
-    return found + _sizes(args, needs.selected_samples)
+        yield "--bond.baseline batch needs at least two samples a rollout; use --bond.baseline none"
+    yield from _sizes(args, needs.selected_samples)
 
 
-def _drawing(args: SimpleNamespace, needs: Needs) -> list[str]:
+def _drawing(args: SimpleNamespace, needs: Needs) -> Iterator[str]:
     """Modes of the host in which samples of other weights cannot be drawn beside the policy's, or trained on."""
-    name = args.algo.advantage.estimator
-    refused = {
-        "train.async_enable": (args.train.async_enable, "anchor and policy share the engines"),
-        "train.partial_rollout_enable": (args.train.partial_rollout_enable, "anchor and policy share the engines"),
-        "vllm.enable_sleep": (args.vllm.enable_sleep, "weights are sent to the engines between two rollouts"),
-        "ds.enable_sleep": (args.ds.enable_sleep, "weights are swapped between two rollouts"),
-        "train.enable_ema": (
-            args.train.enable_ema,
-            "the host would save its average instead of the policy; the anchor is an average already "
-            "(--bond.save_anchor saves it)",
-        ),
-        "train.agent_func_path": (args.train.agent_func_path is not None, "an agent's turns are the host's to draw"),
-        "data.max_images_per_prompt": (args.data.max_images_per_prompt > 0, "images are the host's to hand on"),
-        "algo.dynamic_filtering_enable": (
-            args.algo.dynamic_filtering_enable,
-            "prompts and source samples would not fit",
-        ),
-        "rollout.vllm_generate_batch_size": (
-            args.rollout.vllm_generate_batch_size != args.rollout.batch_size,
-            "it must equal --rollout.batch_size: a step uses all its samples",
-        ),
-    }
-    drawn = f"samples of the {needs.source} (--bond.n_anchor_samples)"
+    name, drawn = args.algo.advantage.estimator, f"samples of the {needs.source} (--bond.n_anchor_samples)"
     if needs.source == "stored" or needs.offline:
         drawn = "stored responses"
-    found = [
-        f"--{dest} cannot be used with {name} and {drawn}: {why}. Without such samples it can"
-        for dest, (on, why) in refused.items()
-        if on
-    ]
+    under, after = f"{name} and {drawn}", ". Without such samples it can"
+    yield from _refused(args, _DRAWING, under, after)
+    if args.rollout.vllm_generate_batch_size != args.rollout.batch_size:
+        why = "it must equal --rollout.batch_size: a step uses all its samples"
+        yield f"--rollout.vllm_generate_batch_size cannot be used with {under}: {why}{after}"
     if needs.selected_samples and args.actor.policy_loss_type in HOST_LOSSES:
-        found.append(
+        yield (
             f"--actor.policy_loss_type {args.actor.policy_loss_type}: {name} trains on source samples too, so it "
             "needs a policy loss of its own, such as jbond: drop the flag"
         )
-    return found
 
 
-def _ranks(args: SimpleNamespace) -> int:
-    """Data-parallel ranks of the policy."""
-    return max(1, args.actor.num_nodes * args.actor.num_gpus_per_node // _copies(args))
+def _ranks(args: SimpleNamespace, group: str = "actor") -> int:
+    """Data-parallel ranks of a group."""
+    node = getattr(args, group)
+    return max(1, node.num_nodes * node.num_gpus_per_node // _copies(args))
 
 
 def _copies(args: SimpleNamespace) -> int:
@@ -582,42 +487,33 @@ def _copies(args: SimpleNamespace) -> int:
     return args.ds.ring_attn_size * args.ds.tensor_parallel_size
 
 
-def _micro_batches(args: SimpleNamespace, rows: int, beside: str = "") -> list[str]:
-    """An optimiser step that is not a whole number of micro-batches on each rank: DeepSpeed refuses it."""
-    micro, ranks = 1 if args.train.dynamic_batch_enable else args.train.micro_batch_size, _ranks(args)
-    if rows % (ranks * micro) == 0:
-        return []
-    return [
-        f"an optimiser step trains on {rows} responses{beside}, which must be a multiple of "
-        f"--train.micro_batch_size {micro} x {ranks} data-parallel ranks"
-    ]
+def _dealt(args: SimpleNamespace, rows: int, group: str, what: str) -> Iterator[str]:
+    """Rows that are not a whole number of micro-batches on each rank of the policy."""
+    micro, ranks = 1 if args.train.dynamic_batch_enable else getattr(args, group).micro_batch_size, _ranks(args)
+    if rows % (ranks * micro):
+        yield f"{what} must be a multiple of --{group}.micro_batch_size {micro} x {ranks} data-parallel ranks"
 
 
-def _sizes(args: SimpleNamespace, selected: int) -> list[str]:
+def _step(args: SimpleNamespace, rows: int, beside: str = "") -> Iterator[str]:
+    return _dealt(args, rows, "train", f"an optimiser step trains on {rows} responses{beside}, which")
+
+
+def _sizes(args: SimpleNamespace, selected: int) -> Iterator[str]:
     """Batches that do not come out even, which the host would meet in the middle of a step."""
     n, batch = args.rollout.n_samples_per_prompt, args.train.batch_size
-    samples = args.rollout.batch_size * n
-    ranks = _ranks(args)
-    dynamic = args.train.dynamic_batch_enable
-    found = []
+    samples, forward = args.rollout.batch_size * n, args.rollout.batch_size * (n + selected)
     if batch % n and args.actor.policy_loss_type not in HOST_LOSSES:
-        return [
+        yield (
             f"--train.batch_size {batch} must be a multiple of --rollout.n_samples_per_prompt {n}: it counts "
             "samples of the policy, and an optimiser step takes whole prompts"
-        ]
+        )
+        return
     if samples % batch:
-        found.append(
+        yield (
             f"--rollout.batch_size {args.rollout.batch_size} x --rollout.n_samples_per_prompt {n} = {samples} "
             f"samples must be a multiple of --train.batch_size {batch}"
         )
     rows = batch // n * (n + selected) if selected else batch
     beside = f" ({batch} samples of the policy and {rows - batch} source samples)" if selected else ""
-    found += _micro_batches(args, rows, beside)
-    forward = args.rollout.batch_size * (n + selected)
-    micro = 1 if dynamic else args.rollout.micro_batch_size
-    if forward % (ranks * micro):
-        found.append(
-            f"a rollout of {forward} responses must be a multiple of --rollout.micro_batch_size {micro} x {ranks} "
-            "data-parallel ranks"
-        )
-    return found
+    yield from _step(args, rows, beside)
+    yield from _dealt(args, forward, "rollout", f"a rollout of {forward} responses")

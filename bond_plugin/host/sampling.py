@@ -17,7 +17,7 @@ import ray
 import torch
 
 from bond_plugin.host import flags, hooks, log_probs, metrics, plan, state, weights
-from bond_plugin.host.requests import Requests
+from bond_plugin.host.rewards import Requests
 from bond_plugin.offline import make_cache
 from bond_plugin.offline.engine import prompt_tokens
 
@@ -90,14 +90,6 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
         kept.engines = Engines(self)
 
 
-def broadcast_to_vllm(original: Any, self: Any) -> None:
-    """The host sends the policy after each training step."""
-    original(self)
-    engines = state.of(self).engines
-    if engines is not None:
-        engines.holding = "policy"
-
-
 # The sampler.
 
 
@@ -108,14 +100,6 @@ def create_vllm_engines(original: Any, *args: Any, **kwargs: Any) -> Any:
     if asked is not None and asked.args is not None and plan.of(asked.args).needs.source_samples:
         bound.arguments["logprobs_mode"] = "processed_logprobs"
     return original(*bound.args, **bound.kwargs)
-
-
-def generate_eval_samples(original: Any, self: Any, **generate_kwargs: Any) -> list[Any]:
-    """Evaluation is of the policy."""
-    kept = state.of(self)
-    if kept.engines is not None:
-        kept.engines.hold("policy", kept.timings)
-    return original(self, **generate_kwargs)
 
 
 @torch.no_grad()

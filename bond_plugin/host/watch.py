@@ -45,7 +45,6 @@ def end_with_parent() -> None:
 
 def end_with_actors() -> None:
     """In the launching process, once Ray runs: end the run when one of its actors has died, and name it."""
-
     over = threading.Event()
 
     def end() -> None:
@@ -56,7 +55,9 @@ def end_with_actors() -> None:
 
     def name(dead: list[dict[str, Any]]) -> None:
         for actor in dead:
-            print(f"bond: error: {_died(actor)}", file=sys.stderr)
+            cause, where = actor["DeathCause"].actor_died_error_context, actor["Address"]["IPAddress"]
+            who = f"{actor['ActorClassName']} (process {actor['Pid']} on {where})"
+            print(f"bond: error: {who} has died: {cause.error_message.strip()}", file=sys.stderr)
 
     atexit.register(end)  # after Ray is imported, so that it comes before Ray ends its actors
 
@@ -82,12 +83,6 @@ def _dead_actors() -> list[dict[str, Any]]:
         return []
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     return list(state.actors(job_id=job, actor_state_name="DEAD").values())
-
-
-def _died(actor: dict[str, Any]) -> str:
-    cause = actor["DeathCause"].actor_died_error_context
-    where = actor["Address"]["IPAddress"]
-    return f"{actor['ActorClassName']} (process {actor['Pid']} on {where}) has died: {cause.error_message.strip()}"
 
 
 def end_on_signals(save: bool = False) -> None:
