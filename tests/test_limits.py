@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from enumerated import bon_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bond_plugin.bestofn import limits
-from bond_plugin.bestofn.distribution import bon_kl_bound, bon_log_probs
+from bond_plugin.bestofn.distribution import bon_kl_bound
 from bond_plugin.bestofn.estimates import win_rate
 from bond_plugin.bestofn.limits import (
     Front,

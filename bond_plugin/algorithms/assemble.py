@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, Algorithm, LossInputs, LossOutputs
+from bond_plugin.algorithms.base import Algorithm
+from bond_plugin.algorithms.batch import AdvantageInputs, LossInputs, LossOutputs
 
 PolicyLoss = Callable[[LossInputs], LossOutputs]
 

@@ -9,7 +9,8 @@ gradient of them. Nothing here knows the host.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs, TransformOutputs
 from bond_plugin.algorithms.logits import Logits
 from bond_plugin.bestofn.targets import TARGETS
 
@@ -27,19 +29,53 @@ class DataError(ValueError):
     """What an algorithm raises of rewards that it cannot take. The message says what to do, and is shown as it is."""
 
 
-def flag(default: Any, help: str, **metadata: Any) -> Any:
+@dataclass(frozen=True)
+class Bounds:
+    """Where a number must lie: from ``low`` on, or ``above`` it; and up to ``high``, without which it is finite."""
+
+    low: float
+    above: bool = False
+    high: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        enough = value > self.low if self.above else value >= self.low
+        return enough and (value < math.inf if self.high is None else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high in (None, math.inf):
+            return f"be {'above' if self.above else 'at least'} {self.low:g}"
+        return f"lie in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    **metadata: Any,
+) -> Any:
     """A field of a :class:`Config`: its default, and the help text of its ``--bond.*`` flag.
 
-    ``metadata`` may hold ``choices`` (a tuple), ``option`` (the flag's name, where it is not the field's) and
-    ``type`` (what makes the value of its text, where that is not the type of the default).
+    Args:
+        default, help: without the bounds, which the help ends with.
+        ge, gt, le: bounds of a number, at least, above, at most: others are a ValueError, which names the flag. It
+            must be finite unless ``le`` is infinite.
+        metadata: may hold ``choices`` (a tuple), ``option`` (the flag's name, where it is not the field's) and
+            ``type`` (what makes the value of its text, where that is not the type of the default).
     """
+    if ge is not None or gt is not None:
+        bounds = Bounds(gt if ge is None else ge, ge is None, le)
+        help, metadata = f"{help}; must {bounds}", {"bounds": bounds, **metadata}
     return field(default=default, metadata={"help": help, **metadata})
 
 
 class Settings:
     """What :class:`Config` and :class:`TransformConfig` share: dataclasses whose fields are flags.
 
-    Subclasses add fields with :func:`flag` and check them in ``__post_init__`` by raising ``ValueError``.
+    Subclasses add fields with :func:`flag`, and check what its bounds do not say in ``__post_init__`` by raising
+    ``ValueError``.
     """
 
     @classmethod
@@ -50,7 +86,16 @@ class Settings:
     @classmethod
     def from_flags(cls, values: dict[str, Any], prefix: str) -> Self:
         """Pick this config's fields out of dotted names and values, which may hold others as well."""
-        return cls(**{f.name: values[name] for name, f in cls.options(prefix).items() if name in values})
+        found = cls(**{f.name: values[name] for name, f in cls.options(prefix).items() if name in values})
+        found.check(prefix)
+        return found
+
+    def check(self, prefix: str) -> None:
+        """Raises ValueError for the first number out of its bounds."""
+        for name, f in self.options(prefix).items():
+            bounds, value = f.metadata.get("bounds"), getattr(self, f.name)
+            if bounds is not None and value not in bounds:
+                raise ValueError(f"--{name} must {bounds}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +113,9 @@ class Config(Settings):
         "stop when the trainer and the vLLM engine disagree on the log-probabilities of the same tokens by "
         "more than this on average (nats a token): the sign of weights that did not reach the engine",
     )
+
+    def __post_init__(self) -> None:
+        self.check("bond")
 
 
 def reward_cache_flag(
@@ -160,119 +208,6 @@ class Needs:
         return {*self.log_probs, *([self.source] if drawn else [])}
 
 
-@dataclass(frozen=True)
-class AdvantageInputs:
-    """One rollout batch: P prompts with n samples of the policy and m source samples each, of which f are selected.
-
-    A prompt's *rows* are its n samples of the policy and then the f selected ones of the source.
-
-    Attributes:
-        rewards: ``[P, n]`` float64, of the policy's samples.
-        source_rewards: ``[P, m]`` float64, of all source samples.
-        under: log-probabilities of each token of the rows, ``[P, n + f, A]`` float64, response tokens from the left,
-            0 beyond a response's end, by the weights: ``policy``, those of :attr:`Needs.log_probs`, and
-            ``behaviour``, what each row was drawn from, where that is not the policy as it is: in asynchronous
-            training, and with stored responses.
-        generator: seeded by the run's seed and the step; the only source of randomness to use.
-        reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
-        classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
-            ``None``.
-        step: rollouts that the run has trained on before, counted on after a resumption.
-    """
-
-    rewards: Tensor
-    source_rewards: Tensor
-    under: Mapping[str, Tensor]
-    generator: torch.Generator
-    reference_rewards: Tensor | None = None
-    classifier_logits: Tensor | None = None
-    step: int = 0
-
-    @property
-    def n(self) -> int:
-        """Samples of the policy a prompt."""
-        return self.rewards.shape[-1]
-
-    @property
-    def log_probs(self) -> Tensor:
-        """``[P, n + f]``: log pi of each row."""
-        return self.under["policy"].sum(dim=-1)
-
-    def log_ratios(self, name: str) -> Tensor:
-        """``[P, n + f, A]``: log pi - log of ``name``, of each token of the rows."""
-        return self.under["policy"] - self.under[name]
-
-    def log_ratio(self, name: str) -> Tensor:
-        """``[P, n]``: log pi(y) - log of ``name``, of the policy's samples."""
-        return self.log_ratios(name)[:, : self.n].sum(dim=-1)
-
-
-@dataclass(frozen=True)
-class AdvantageOutputs:
-    """One number a sample, or one a token, and what to log.
-
-    Attributes:
-        advantages: ``[P, n]``, for the policy's samples, or ``[P, n, A]``, for each of their tokens.
-        selected_advantages: ``[P, f]`` or ``[P, f, A]``, for the selected source samples; ``None`` without.
-        metrics: scalars by name.
-        classifier_targets: ``[P, n]`` in [0, 1], what the sequence classifier is trained to say of the
-            policy's samples (binary cross-entropy); ``None`` without a classifier.
-    """
-
-    advantages: Tensor
-    selected_advantages: Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    classifier_targets: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """A micro-batch of B responses, right-padded to A tokens.
-
-    Attributes:
-        log_probs: ``[B, A]`` log pi of each response token under the weights being trained.
-        old_log_probs: ``[B, A]`` the same at the start of the rollout step, without gradient.
-        advantages: ``[B, A]``; of an algorithm with one number a sample, the same in every token of a row.
-        mask: ``[B, A]`` 1 on response tokens.
-        from_source: ``[B]`` bool: the row is a source sample, not one of the policy.
-        on_policy: whether the weights are still those that produced the samples, for certain: one epoch,
-            one optimiser step a rollout.
-        clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
-        under: log-probabilities of each response token under other weights, ``[B, A]`` each, without gradient:
-            of those that :attr:`Needs.log_probs` names, for an algorithm with a loss of its own; where stored
-            responses are trained on, ``behaviour`` too, what each row was drawn from.
-        token_losses: ``[B, A]``, what :meth:`Algorithm.token_losses` gave, 0 beyond a response's end; ``None``
-            without :attr:`Needs.logits`.
-    """
-
-    log_probs: Tensor
-    old_log_probs: Tensor
-    advantages: Tensor
-    mask: Tensor
-    from_source: Tensor
-    on_policy: bool
-    clip_low: float
-    clip_high: float
-    under: Mapping[str, Tensor] = field(default_factory=dict)
-    token_losses: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LossOutputs:
-    """The loss of each row, before any mean.
-
-    What is minimised is the mean over prompts of (the mean over a prompt's rows of the policy + the mean over its
-    rows of the source), whatever the sharding, the micro-batch size and the accumulation.
-
-    Attributes:
-        row_loss: ``[B]``.
-        clip_fraction: ``[]`` share of tokens at which clipping took the gradient away.
-    """
-
-    row_loss: Tensor
-    clip_fraction: Tensor
-
-
 class Algorithm:
     """Base class of everything in the entry-point group ``openrlhf.advantage_estimators``.
 
@@ -292,8 +227,8 @@ class Algorithm:
         return Needs()
 
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """Which source samples enter the loss: ``[P, m]`` rewards to ``[P, f]`` indices, f = selected_samples."""
-        raise NotImplementedError(f"{type(self).__name__} trains on source samples but does not select any")
+        """Which source samples enter the loss, here all: ``[P, m]`` rewards to ``[P, f]`` indices."""
+        return torch.arange(source_rewards.shape[-1]).expand(source_rewards.shape)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """Turn one rollout batch into advantages. Without gradient."""
@@ -314,19 +249,6 @@ class Algorithm:
 @dataclass(frozen=True)
 class TransformConfig(Settings):
     """The settings of a reward transform; each field is the flag ``--<name of the transform>.<field>``."""
-
-
-@dataclass(frozen=True)
-class TransformOutputs:
-    """What the host is to take for the rewards.
-
-    Attributes:
-        rewards: ``[P, n]``.
-        metrics: scalars by name.
-    """
-
-    rewards: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class RewardTransform:

@@ -10,36 +10,30 @@ to compare with.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
+from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.bestofn.baselines import BASELINES, centre
 from bond_plugin.bestofn.estimates import win_rate
-from bond_plugin.bestofn.rewards import random_argmax
+from bond_plugin.bestofn.selectors import random_argmax
 
 
 @dataclass(frozen=True)
 class BoNSFTConfig(Config):
     """Settings of Best-of-N supervised fine-tuning."""
 
-    n: int = flag(8, "N: samples of the initial policy a prompt, of which the best is imitated, >= 2")
-    kl_coef: float = flag(0.0, "coefficient of KL(pi || pi_ref), >= 0. 0 is RAFT's plain fine-tuning")
+    n: int = flag(8, "N: samples of the initial policy a prompt, of which the best is imitated", ge=2)
+    kl_coef: float = flag(0.0, "coefficient of KL(pi || pi_ref). 0 is RAFT's plain fine-tuning", ge=0)
     baseline: str = flag(
         "batch",
         "baseline of the KL's gradient: 'batch', the mean over the other samples in the rollout batch; "
         "'leave_one_out', over the prompt's other samples; or 'none'",
         choices=BASELINES,
     )
-
-    def __post_init__(self) -> None:
-        if self.n < 2:
-            raise ValueError(f"--bond.n must be at least 2, got {self.n}")
-        if not (self.kl_coef >= 0 and math.isfinite(self.kl_coef)):
-            raise ValueError(f"--bond.kl_coef must be at least 0, got {self.kl_coef}")
 
 
 class BoNSFT(Algorithm):

@@ -35,17 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Algorithm,
-    Config,
-    LossInputs,
-    LossOutputs,
-    Needs,
-    flag,
-    reward_cache_flag,
-)
+from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag, reward_cache_flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.bestofn.baselines import group_normalised
 
@@ -55,25 +46,17 @@ class DPHConfig(Config):
     """Settings of DPH-RL."""
 
     divergence: str = flag("forward_kl", "what holds the policy on D_pef", choices=("forward_kl", "jensen_shannon"))
-    eta: float = flag(0.05, "weight of the divergence, >= 0; the authors: 0.01 to 0.05 forward, 0.05 to 0.2 for JS")
+    eta: float = flag(0.05, "weight of the divergence; the authors: 0.01 to 0.05 forward, 0.05 to 0.2 for JS", ge=0)
     level: str = flag(
         "sequence",
         "u = pi / pi_ref of whole responses ('sequence') or of each token ('token', as the authors'); the same for "
         "the forward KL",
         choices=("sequence", "token"),
     )
-    solved: float = flag(1.0, "a prompt is in D_pef if this share of its stored responses is right, in (0, 1]")
+    solved: float = flag(1.0, "a prompt is in D_pef if this share of its stored responses is right", gt=0, le=1)
     right: float = flag(1.0, "the reward from which on a response counts as right")
-    n_stored: int = flag(1, "stored responses a prompt and step, >= 1, at most as many as the cache has")
+    n_stored: int = flag(1, "stored responses a prompt and step, at most as many as the cache has", ge=1)
     reward_cache: str = reward_cache_flag("the file of stored responses, made by `bond cache --cache.log_probs`")
-
-    def __post_init__(self) -> None:
-        if not (self.eta >= 0 and math.isfinite(self.eta)):
-            raise ValueError(f"--bond.eta must be at least 0, got {self.eta}")
-        if not 0 < self.solved <= 1:
-            raise ValueError(f"--bond.solved must lie in (0, 1], a share of the stored responses; got {self.solved}")
-        if self.n_stored < 1:
-            raise ValueError(f"--bond.n_stored must be at least 1, got {self.n_stored}")
 
 
 class DPH(Algorithm):
@@ -86,10 +69,6 @@ class DPH(Algorithm):
     def needs(self) -> Needs:
         f = self.config.n_stored
         return Needs(source="stored", source_samples=f, selected_samples=f, reward_cache=True, least=2)
-
-    def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """All: ``[P, f]``."""
-        return torch.arange(source_rewards.shape[-1]).expand(source_rewards.shape)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """0 on D_pef; and eta for stored responses on D_pef, which the loss finds in the advantages' place."""

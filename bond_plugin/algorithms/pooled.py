@@ -43,22 +43,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Config,
-    Source,
-    flag,
-    target_flag,
-    temperature_flag,
-)
+from bond_plugin.algorithms.base import Config, Source, flag, target_flag, temperature_flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
+from bond_plugin.bestofn import pooled as estimates
 from bond_plugin.bestofn.baselines import BASELINES, leave_one_out_mean
-from bond_plugin.bestofn.pooled import (
-    effective_sample_size,
-    harmonic_log_quantile,
-    mixture_weights,
-    pooled_tilt,
-)
 from bond_plugin.bestofn.targets import BestOfN, Target, target_of
 from bond_plugin.options import number
 
@@ -76,13 +64,16 @@ class PooledConfig(Config):
     target: str = target_flag()
     temperature: float = temperature_flag()
     beta: float = flag(
-        0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
+        0.5, "weight of the backward KL in the Jeffreys divergence; the forward KL has 1 - beta", ge=0, le=1
     )
-    eta: float = flag(0.02, "step of the anchor's moving average, anchor <- (1 - eta) anchor + eta policy, in [0, 1]")
+    eta: float = flag(
+        0.02, "step of the anchor's moving average, anchor <- (1 - eta) anchor + eta policy", ge=0, le=1
+    )
     gamma_ref: float = flag(
         0.0,
-        "coefficient of KL(pi || initial policy), >= 0: takes back what noise costs in KL, which a moving "
-        "anchor never does; 0.1 to 0.3 did well. Ours, not the paper's",
+        "coefficient of KL(pi || initial policy): takes back what noise costs in KL, which a moving anchor never "
+        "does; 0.1 to 0.3 did well. Ours, not the paper's",
+        ge=0,
     )
     n_anchor_samples: int = flag(
         0,
@@ -92,7 +83,9 @@ class PooledConfig(Config):
     max_weight: float = flag(
         10.0,
         "pooled form: weights pi_anchor/pi above this are cut off, so that no sample makes up a whole step; "
-        "bond/truncated is the share of the anchor that this leaves out. At least 1; inf: never",
+        "bond/truncated is the share of the anchor that this leaves out; inf: never",
+        ge=1,
+        le=math.inf,
     )
     normalised: bool = flag(
         False,
@@ -101,7 +94,9 @@ class PooledConfig(Config):
     )
     min_ess: float = flag(
         0.2,
-        "pooled form: say so once when bond/ess, the share of effective samples, falls below this; in [0, 1]",
+        "pooled form: say so once when bond/ess, the share of effective samples, falls below this",
+        ge=0,
+        le=1,
     )
     baseline: str = flag(
         "batch",
@@ -112,14 +107,8 @@ class PooledConfig(Config):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.goal
-        for name, share in (("beta", self.beta), ("eta", self.eta), ("min_ess", self.min_ess)):
-            if not 0.0 <= share <= 1.0:
-                raise ValueError(f"--bond.{name} must lie in [0, 1], got {share}")
-        if not (self.gamma_ref >= 0.0 and math.isfinite(self.gamma_ref)):
-            raise ValueError(f"--bond.gamma_ref must be at least 0, got {self.gamma_ref}")
-        if not self.max_weight >= 1.0:
-            raise ValueError(f"--bond.max_weight must be at least 1, got {self.max_weight}")
         if self.pooled and self.baseline == "leave_one_out":
             raise ValueError(
                 "--bond.baseline leave_one_out would change the pooled form's target (ranks within a prompt depend "
@@ -170,8 +159,8 @@ class Pool:
         moved = torch.zeros_like(log_ratio)
         if "behaviour" in batch.under:
             moved[:, : batch.n] = batch.log_ratio("behaviour")
-        weights, _ = mixture_weights(moved, moved - log_ratio, batch.n)
-        own_anchor, own_policy = mixture_weights(torch.zeros_like(moved), -log_ratio, batch.n)
+        weights, _ = estimates.mixture_weights(moved, moved - log_ratio, batch.n)
+        own_anchor, own_policy = estimates.mixture_weights(torch.zeros_like(moved), -log_ratio, batch.n)
         return cls(
             n=batch.n,
             rewards=torch.cat([batch.rewards, batch.source_rewards], dim=-1),
@@ -222,9 +211,9 @@ def advantages(
 
     policy, anchor = slice(0, pool.n), slice(pool.n, None)
     m = size - pool.n
-    ess = effective_sample_size(pool.weights)
-    pairs = pooled_tilt(pool.rewards, pool.weights, 2, normalised=True)[:, policy] / 2
-    log_quantile = harmonic_log_quantile(pool.rewards, pool.weights, config.normalised)
+    ess = estimates.effective_sample_size(pool.weights)
+    pairs = estimates.pooled_tilt(pool.rewards, pool.weights, 2, normalised=True)[:, policy] / 2
+    log_quantile = estimates.harmonic_log_quantile(pool.rewards, pool.weights, config.normalised)
     metrics = {
         "bond/win_rate": pairs.mean().item(),
         "bond/log_quantile": log_quantile[:, policy].mean().item(),
@@ -270,11 +259,7 @@ def _to_go(log_ratios: Tensor, weights: Tensor, centred: bool) -> Tensor:
 class PulledConfig(Config):
     """Of an algorithm with no divergence of its own that can be held near the initial policy by :func:`pulled`."""
 
-    gamma_ref: float = flag(0.0, "coefficient of KL(pi || initial policy), >= 0; 0 needs no log-probabilities of it")
-
-    def __post_init__(self) -> None:
-        if not (self.gamma_ref >= 0.0 and math.isfinite(self.gamma_ref)):
-            raise ValueError(f"--bond.gamma_ref must be at least 0, got {self.gamma_ref}")
+    gamma_ref: float = flag(0.0, "coefficient of KL(pi || initial policy); 0 needs no log-probabilities of it", ge=0)
 
     @property
     def log_probs(self) -> set[str]:
