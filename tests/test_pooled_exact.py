@@ -156,7 +156,11 @@ def test_what_came_before_a_token_does_not_depend_on_it() -> None:
         def make(batch: AdvantageInputs) -> object:
             config = JBONDConfig()
             pool = Pool.of(batch, "anchor", config.max_weight)
-            return advantages(pool, *pool.tilts(config), config, to_go=to_go)
+            tilts = pool.tilts(config)
+            if not to_go:
+                pool = replace(pool, log_ratios=pool.log_ratios.sum(dim=-1, keepdim=True))
+            found = advantages(pool, *tilts, config)
+            return replace(found, advantages=found.advantages.expand(batch.under["policy"].shape))
 
         return make
 

@@ -10,6 +10,7 @@ gradient of them. Nothing here knows the host.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -29,46 +30,23 @@ class DataError(ValueError):
     """What an algorithm raises of rewards that it cannot take. The message says what to do, and is shown as it is."""
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Where a number must lie: from ``low`` on, or ``above`` it; and up to ``high``, without which it is finite."""
-
-    low: float
-    above: bool = False
-    high: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        enough = value > self.low if self.above else value >= self.low
-        return enough and (value < math.inf if self.high is None else value <= self.high)
-
-    def __str__(self) -> str:
-        if self.high in (None, math.inf):
-            return f"be {'above' if self.above else 'at least'} {self.low:g}"
-        return f"lie in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
-
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    **metadata: Any,
-) -> Any:
+def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a :class:`Config`: its default, and the help text of its ``--bond.*`` flag.
 
-    Args:
-        default, help: without the bounds, which the help ends with.
-        ge, gt, le: bounds of a number, at least, above, at most: others are a ValueError, which names the flag. It
-            must be finite unless ``le`` is infinite.
-        metadata: may hold ``choices`` (a tuple), ``option`` (the flag's name, where it is not the field's) and
-            ``type`` (what makes the value of its text, where that is not the type of the default).
+    ``metadata`` may hold ``choices`` (a tuple), ``option`` (the flag's name, where it is not the field's) and
+    ``type`` (what makes the value of its text, where that is not the type of the default); and the bounds of a
+    number, with which the help ends: ``ge`` or ``gt`` (at least, above) and ``le`` (at most; without it, finite).
     """
-    if ge is not None or gt is not None:
-        bounds = Bounds(gt if ge is None else ge, ge is None, le)
-        help, metadata = f"{help}; must {bounds}", {"bounds": bounds, **metadata}
-    return field(default=default, metadata={"help": help, **metadata})
+    bounds = _bounds(**metadata)
+    return field(default=default, metadata={"help": f"{help}; {bounds}" if bounds else help, **metadata})
+
+
+def _bounds(ge: float | None = None, gt: float | None = None, le: float = math.inf, **_: Any) -> str:
+    if ge is None and gt is None:
+        return ""
+    if le < math.inf:
+        return f"in ({gt:g}, {le:g}]" if ge is None else f"in [{ge:g}, {le:g}]"
+    return f"above {gt:g}" if ge is None else f"at least {ge:g}"
 
 
 class Settings:
@@ -93,9 +71,11 @@ class Settings:
     def check(self, prefix: str) -> None:
         """Raises ValueError for the first number out of its bounds."""
         for name, f in self.options(prefix).items():
-            bounds, value = f.metadata.get("bounds"), getattr(self, f.name)
-            if bounds is not None and value not in bounds:
-                raise ValueError(f"--{name} must {bounds}, got {value}")
+            bounds, value, said = _bounds(**f.metadata), getattr(self, f.name), f.metadata
+            low, high = said.get("ge", -math.inf), said.get("le", sys.float_info.max)
+            if bounds and not (low <= value <= high and value > said.get("gt", -math.inf)):
+                verb = "lie" if bounds.startswith("in") else "be"
+                raise ValueError(f"--{name} must {verb} {bounds}, got {value}")
 
 
 @dataclass(frozen=True)

@@ -179,12 +179,7 @@ class Pool:
 
 
 def advantages(
-    pool: Pool,
-    tilt: Tensor,
-    log_tilt: Tensor,
-    config: PooledConfig,
-    gamma: float = 0.0,
-    to_go: bool = True,
+    pool: Pool, tilt: Tensor, log_tilt: Tensor, config: PooledConfig, gamma: float = 0.0
 ) -> AdvantageOutputs:
     """The advantages A_it of the head of this file.
 
@@ -193,13 +188,10 @@ def advantages(
         tilt, log_tilt: ``[P, S]``, ĝ, and log ĝ up to a constant.
         config: of which the target, beta, gamma_ref, and whether baselines are subtracted from the backward parts.
         gamma: see above.
-        to_go: ``False`` gives all tokens the log-ratio of the whole response: the same expectation with more noise.
     """
     goal, beta, centred = config.goal, config.beta, config.baseline != "none"
 
     def parts(log_ratios: Tensor) -> Tensor:
-        if not to_go:
-            log_ratios = log_ratios.sum(dim=-1, keepdim=True)
         return _to_go(log_ratios, own, centred).mul_(own.unsqueeze(-1))
 
     own, size = pool.own_policy, pool.rewards.shape[-1]
@@ -224,7 +216,6 @@ def advantages(
         "bond/truncated": pool.truncated,
     }
     # The host's mean over a prompt's rows is one over n of the policy's plus one over m of the anchor's.
-    found = found.expand(pool.log_ratios.shape)
     return AdvantageOutputs(
         advantages=found[:, policy] * (pool.n / size),
         selected_advantages=found[:, anchor] * (m / size) if m else None,

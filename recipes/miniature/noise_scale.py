@@ -23,7 +23,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def whole_log_ratio(config: JBONDConfig) -> Weights:
 
     def weights(known: Known) -> Tensor:
         pool = Pool.of(inputs_of(known), "anchor", config.max_weight)
-        return advantages(pool, *pool.tilts(config), config, to_go=False).advantages / RESPONSES
+        pool = replace(pool, log_ratios=pool.log_ratios.sum(dim=-1, keepdim=True))
+        found = advantages(pool, *pool.tilts(config), config).advantages / RESPONSES
+        return found.expand(known.log_ratios.shape)
 
     return weights
 
