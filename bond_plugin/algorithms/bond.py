@@ -180,15 +180,11 @@ class BOND(Algorithm):
         return self._pooled(batch) if self.config.pooled else self._sampled(batch)
 
     def _pooled(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        cfg = self.config
-        pool = pooled.Pool.of(batch, self._source, cfg.max_weight)
-        if batch.reference_rewards is None:
-            tilt, log_tilt = pool.tilts(cfg)
-        else:
-            p_lt, p_le = quantiles(batch.rewards, batch.reference_rewards, include_self=cfg.goal.vanishes)
-            tilt = cfg.goal.log_tilt(p_lt, p_le).exp()
-            log_tilt = self._log_tilt(p_lt, p_le)
-        return pooled.advantages(pool, tilt, log_tilt, cfg)
+        cfg, tilts = self.config, None
+        if batch.reference_rewards is not None:
+            levels = quantiles(batch.rewards, batch.reference_rewards, include_self=cfg.goal.vanishes)
+            tilts = cfg.goal.log_tilt(*levels).exp(), self._log_tilt(*levels)
+        return pooled.advantages(batch, self._source, cfg, tilts=tilts)
 
     def _log_tilt(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
         """log g of levels of the reward; without the correction of p_<= alone, and for Best-of-N less log N."""

@@ -122,8 +122,7 @@ class JBOND(Algorithm):
         cfg = self.config
         if not cfg.pooled:
             return self._algorithm_2(batch)
-        pool = pooled.Pool.of(batch, "anchor", cfg.max_weight)
-        return pooled.advantages(pool, *pool.tilts(cfg), cfg, cfg.gamma)
+        return pooled.advantages(batch, "anchor", cfg, cfg.gamma)
 
     def _algorithm_2(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config

@@ -127,98 +127,63 @@ class PooledConfig(Config):
         return self.n_anchor_samples == 0
 
 
-@dataclass(frozen=True)
-class Pool:
-    """The S = n + m samples of each of P prompts.
-
-    Attributes:
-        n: how many are of the policy; these come first.
-        rewards, log_probs: ``[P, S]``, log pi of whole responses.
-        log_ratios: ``[P, S, A]``, log pi - log pi_anchor of each token.
-        reference_log_ratios: the same to the initial policy, or ``None``.
-        weights: ``[P, S]``, a, at most ``max_weight``.
-        truncated: share of all weights together that was above.
-        own_anchor, own_policy: ``[P, S]``, a and p as a sample's own coefficients (mu left out, see above).
-    """
-
-    n: int
-    rewards: Tensor
-    log_probs: Tensor
-    log_ratios: Tensor
-    reference_log_ratios: Tensor | None
-    weights: Tensor
-    truncated: float
-    own_anchor: Tensor
-    own_policy: Tensor
-
-    @classmethod
-    def of(cls, batch: AdvantageInputs, anchor: Source, max_weight: float) -> Pool:
-        """Of a batch with all samples of the anchor, in their order; ``anchor`` names its weights."""
-        log_ratios = batch.log_ratios(anchor)
-        log_ratio = log_ratios.sum(dim=-1)
-        moved = torch.zeros_like(log_ratio)
-        if "behaviour" in batch.under:
-            moved[:, : batch.n] = batch.log_ratio("behaviour")
-        weights, _ = estimates.mixture_weights(moved, moved - log_ratio, batch.n)
-        own_anchor, own_policy = estimates.mixture_weights(torch.zeros_like(moved), -log_ratio, batch.n)
-        return cls(
-            n=batch.n,
-            rewards=torch.cat([batch.rewards, batch.source_rewards], dim=-1),
-            log_probs=batch.log_probs,
-            log_ratios=log_ratios,
-            reference_log_ratios=batch.log_ratios("reference") if "reference" in batch.under else None,
-            weights=weights.clamp(max=max_weight),
-            truncated=((weights - max_weight).clamp(min=0).sum() / weights.sum().clamp(min=1e-300)).item(),
-            own_anchor=own_anchor.clamp(max=max_weight),
-            own_policy=own_policy,
-        )
-
-    def tilts(self, config: PooledConfig) -> tuple[Tensor, Tensor]:
-        """ĝ of the target, and log ĝ less log g(1). ``[P, S]`` each."""
-        return config.goal.pooled(self.rewards, self.weights, config.normalised)
-
-
 def advantages(
-    pool: Pool, tilt: Tensor, log_tilt: Tensor, config: PooledConfig, gamma: float = 0.0
+    batch: AdvantageInputs,
+    anchor: Source,
+    config: PooledConfig,
+    gamma: float = 0.0,
+    tilts: tuple[Tensor, Tensor] | None = None,
 ) -> AdvantageOutputs:
     """The advantages A_it of the head of this file.
 
     Args:
-        pool: see there.
-        tilt, log_tilt: ``[P, S]``, ĝ, and log ĝ up to a constant.
+        batch: all samples of the anchor are selected, in their order.
+        anchor: the name of its weights.
         config: of which the target, beta, gamma_ref, and whether baselines are subtracted from the backward parts.
         gamma: see above.
+        tilts: ĝ, and log ĝ up to a constant, ``[P, S]`` each; from the other samples by default.
     """
-    goal, beta, centred = config.goal, config.beta, config.baseline != "none"
+    n, goal, beta, centred = batch.n, config.goal, config.beta, config.baseline != "none"
+    rewards = torch.cat([batch.rewards, batch.source_rewards], dim=-1)
+    log_ratios = batch.log_ratios(anchor)
+    log_ratio = log_ratios.sum(dim=-1)
+    moved = torch.zeros_like(log_ratio)  # log pi - log mu
+    if "behaviour" in batch.under:
+        moved[:, :n] = batch.log_ratio("behaviour")
+    among, _ = estimates.mixture_weights(moved, moved - log_ratio, n)
+    weights = among.clamp(max=config.max_weight)
+    # a and p as a sample's own coefficients, mu left out.
+    own_anchor, own = estimates.mixture_weights(torch.zeros_like(moved), -log_ratio, n)
+    own_anchor = own_anchor.clamp(max=config.max_weight)
+    tilt, log_tilt = tilts or goal.pooled(rewards, weights, config.normalised)
 
     def parts(log_ratios: Tensor) -> Tensor:
         return _to_go(log_ratios, own, centred).mul_(own.unsqueeze(-1))
 
-    own, size = pool.own_policy, pool.rewards.shape[-1]
     base = _other_prompts(log_tilt, own, goal) if centred else 0.0
-    each = (1 - beta) * (pool.own_anchor * tilt - own) + beta * own * (log_tilt - base)
-    found = parts(pool.log_ratios).mul_(-(beta + gamma)).add_(each.unsqueeze(-1))
+    each = (1 - beta) * (own_anchor * tilt - own) + beta * own * (log_tilt - base)
+    found = parts(log_ratios).mul_(-(beta + gamma)).add_(each.unsqueeze(-1))
     if config.gamma_ref:
-        found -= parts(pool.reference_log_ratios).mul_(config.gamma_ref)
+        found -= parts(batch.log_ratios("reference")).mul_(config.gamma_ref)
 
-    policy, anchor = slice(0, pool.n), slice(pool.n, None)
-    m = size - pool.n
-    ess = estimates.effective_sample_size(pool.weights)
-    pairs = estimates.pooled_tilt(pool.rewards, pool.weights, 2, normalised=True)[:, policy] / 2
-    log_quantile = estimates.harmonic_log_quantile(pool.rewards, pool.weights, config.normalised)
+    ess = estimates.effective_sample_size(weights)
+    pairs = estimates.pooled_tilt(rewards, weights, 2, normalised=True)[:, :n] / 2
+    log_quantile = estimates.harmonic_log_quantile(rewards, weights, config.normalised)
+    cut = (among - weights).sum() / among.sum().clamp(min=1e-300)
     metrics = {
         "bond/win_rate": pairs.mean().item(),
-        "bond/log_quantile": log_quantile[:, policy].mean().item(),
-        "bond/kl_anchor": pool.log_ratios.sum(dim=-1)[:, policy].mean().item(),
-        "bond/forward_nll": -(pool.own_anchor * tilt * pool.log_probs).mean().item(),
+        "bond/log_quantile": log_quantile[:, :n].mean().item(),
+        "bond/kl_anchor": log_ratio[:, :n].mean().item(),
+        "bond/forward_nll": -(own_anchor * tilt * batch.log_probs).mean().item(),
         "bond/ess": ess.mean().item(),
         "bond/ess_min": ess.amin().item(),
-        "bond/truncated": pool.truncated,
+        "bond/truncated": cut.item(),
     }
     # The host's mean over a prompt's rows is one over n of the policy's plus one over m of the anchor's.
+    size = rewards.shape[-1]
     return AdvantageOutputs(
-        advantages=found[:, policy] * (pool.n / size),
-        selected_advantages=found[:, anchor] * (m / size) if m else None,
+        advantages=found[:, :n] * (n / size),
+        selected_advantages=found[:, n:] * ((size - n) / size) if size > n else None,
         metrics=metrics,
     )
 

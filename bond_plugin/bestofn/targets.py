@@ -133,7 +133,7 @@ class _Poisson(Target):
     @property
     def samples(self) -> int:
         most = torch.arange(1, math.ceil(self.rate + 10 * math.sqrt(self.rate)) + 11, dtype=torch.float64)
-        return 1 + int((self._above(most) > TAIL).sum())
+        return 1 + int((1 - self._log_law(most).exp().cumsum(dim=-1) > TAIL).sum())
 
     def law(self, most: int) -> Tensor:
         found = self._log_law(torch.arange(1, most, dtype=torch.float64)).exp()
@@ -177,9 +177,6 @@ class BestOfPoisson(_Poisson):
     def _log_law(self, j: Tensor) -> Tensor:
         return (j - 1) * math.log(self.rate) - self.rate - torch.lgamma(j)
 
-    def _above(self, most: Tensor) -> Tensor:
-        return torch.special.gammainc(most, torch.full_like(most, self.rate))
-
 
 class Exponential(_Poisson):
     """The tilt by exp(rate F), rate > 0."""
@@ -198,9 +195,6 @@ class Exponential(_Poisson):
 
     def _log_law(self, j: Tensor) -> Tensor:
         return j * math.log(self.rate) - self.rate - torch.lgamma(j + 1) - math.log(-math.expm1(-self.rate))
-
-    def _above(self, most: Tensor) -> Tensor:
-        return torch.special.gammainc(most + 1, torch.full_like(most, self.rate)) / -math.expm1(-self.rate)
 
 
 def target_of(name: str, n: float, temperature: float, prefix: str = "bond") -> Target:

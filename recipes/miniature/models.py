@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages import TrainingError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,10 +23,6 @@ HEAD_SIZE = 32  # the smallest that vLLM's attention on CPU has
 CONTEXT_LENGTH = 128
 _BATCH = 64
 _TAIL = 25  # lines of a log that are shown when a command fails
-
-
-class TrainingError(RuntimeError):
-    """A training command of the host failed. The message ends with the end of its log."""
 
 
 def text_tokenizer(directory: Path, texts: Iterable[str], size: int) -> None:

@@ -38,7 +38,6 @@ from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import AdvantageInputs, Algorithm
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
-from bond_plugin.algorithms.pooled import Pool, advantages
 from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.offline.reward_cache import read_cache
@@ -109,10 +108,10 @@ def whole_log_ratio(config: JBONDConfig) -> Weights:
     """The pooled form with the log-ratio of the whole response in all of its tokens."""
 
     def weights(known: Known) -> Tensor:
-        pool = Pool.of(inputs_of(known), "anchor", config.max_weight)
-        pool = replace(pool, log_ratios=pool.log_ratios.sum(dim=-1, keepdim=True))
-        found = advantages(pool, *pool.tilts(config), config).advantages / RESPONSES
-        return found.expand(known.log_ratios.shape)
+        batch = inputs_of(known)
+        whole = {name: log_probs.sum(dim=-1, keepdim=True) for name, log_probs in batch.under.items()}
+        found = JBOND(config).advantages(replace(batch, under=whole)).advantages / RESPONSES
+        return found.expand(known.log_probs.shape)
 
     return weights
 
