@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms import assemble
-from bond_plugin.algorithms.base import LossInputs
+from bond_plugin.algorithms.batch import AdvantageInputs, LossInputs
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig, crude_log_quantile, policy_loss
 
 VOCABULARY, LENGTH = 4, 3
@@ -89,7 +89,9 @@ def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor
         under = {
             name: (model.token_log_probs() * MASK)[rows] for name, model in (("policy", POLICY), ("anchor", ANCHOR))
         }
-        found = assemble.advantages(algorithm, rewards_of[:, :1], rewards_of[:, 1:], under, generator)
+        found = assemble.advantages(
+            algorithm, AdvantageInputs(rewards_of[:, :1], rewards_of[:, 1:], under, generator)
+        )
     flat, shape = rows.flatten(), assemble.Rows(1, 1)
     tokens = POLICY.token_log_probs()[flat]
     inputs = LossInputs(
@@ -178,7 +180,7 @@ def test_monte_carlo_mean_agrees_within_its_error(baseline: str, n: int) -> None
         a = a.reshape(prompts, 2)
         rows = torch.cat([y, a], dim=1).gather(1, assemble.select(algorithm, n, STRICT[a], generator))
         under = {name: of_tokens[rows] for name, of_tokens in tokens.items()}
-        found = assemble.advantages(algorithm, STRICT[y], STRICT[a], under, generator)
+        found = assemble.advantages(algorithm, AdvantageInputs(STRICT[y], STRICT[a], under, generator))
         share = shape.weights(shape.from_source(prompts))
         coefficient = torch.zeros(len(RESPONSES), dtype=torch.float64)
         coefficient.index_add_(0, rows.flatten(), (found.advantages[..., 0] * share).flatten())

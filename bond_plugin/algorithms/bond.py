@@ -75,7 +75,7 @@ class BONDConfig(pooled.PooledConfig):
     n_anchor_samples: int = flag(
         16,
         "k: samples of the anchor per prompt for the quantile, and at least n while beta < 1. With a reward cache or "
-        "a learned quantile only what the forward term needs is drawn. 0: none, the own samples of the policy are "
+        "a learned quantile only what the forward term needs is drawn. 0: none, the policy's own samples are "
         "weighted (pooled form)",
         ge=0,
     )

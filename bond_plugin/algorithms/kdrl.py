@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.bestofn.baselines import group_normalised
@@ -52,11 +54,6 @@ class KDRLConfig(Config):
     )
     right: float = flag(1.0, "the reward from which on a response counts as right")
 
-    def coefficient(self, step: int) -> float:
-        """beta of the rollout after ``step`` others."""
-        part = min(step / self.anneal_steps, 1.0) if self.anneal_steps else 0.0
-        return self.kl_coef + part * (self.kl_coef_end - self.kl_coef)
-
 
 class KDRL(Algorithm):
     """The loss is the host's; with ``kl_coef`` 0 this is GRPO without a KL."""
@@ -69,14 +66,15 @@ class KDRL(Algorithm):
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
+        part = min(batch.step / cfg.anneal_steps, 1.0) if cfg.anneal_steps else 0.0
+        beta = cfg.kl_coef + part * (cfg.kl_coef_end - cfg.kl_coef)
         pull = batch.log_ratios("teacher")[:, : batch.n]
         if cfg.level == "sequence":
             pull = pull.flip(-1).cumsum(dim=-1).flip(-1)
         right = batch.rewards >= cfg.right
         if cfg.mask == "group":
             right = right.any(dim=-1, keepdim=True).expand_as(right)
-        taught = (~right if cfg.mask != "none" else right.new_ones(right.shape)).double()
-        beta = cfg.coefficient(batch.step)
+        taught = (~right if cfg.mask != "none" else torch.ones_like(right)).double()
         return AdvantageOutputs(
             advantages=group_normalised(batch.rewards).unsqueeze(-1) - beta * taught.unsqueeze(-1) * pull,
             metrics={

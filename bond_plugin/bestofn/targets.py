@@ -48,10 +48,6 @@ class Target:
     vanishes: bool
     samples: int
 
-    def law(self, most: int) -> Tensor:
-        """``[most]`` float64: the probabilities of n = 1, 2, ... ``most``, the last with all that lie above."""
-        raise NotImplementedError
-
     def log_tilt(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
         """log of (G(p_<=) - G(p_<)) / (p_<= - p_<), in nats; where the two are equal, log g.
 
@@ -98,9 +94,6 @@ class BestOfN(Target):
     def samples(self) -> int:
         return self.n
 
-    def law(self, most: int) -> Tensor:
-        return torch.arange(1, most + 1).eq(min(self.n, most)).double()
-
     def log_tilt(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
         return log_bon_ratio(p_lt, p_le, self.n)
 
@@ -136,6 +129,7 @@ class _Poisson(Target):
         return 1 + int((1 - self._log_law(most).exp().cumsum(dim=-1) > TAIL).sum())
 
     def law(self, most: int) -> Tensor:
+        """``[most]`` float64: the probabilities of n = 1, 2, ... ``most``, the last with all that lie above."""
         found = self._log_law(torch.arange(1, most, dtype=torch.float64)).exp()
         return torch.cat([found, (1 - found.sum()).clamp(min=0).reshape(1)])
 

@@ -135,8 +135,7 @@ def assembled(
         from bond_plugin.offline import make_cache
 
         reference_rewards = make_cache.rewards_for(args, batch.prompts)
-    return assemble.advantages(
-        algorithm,
+    inputs = AdvantageInputs(
         rewards,
         rewards[:, :0] if source_rewards is None else source_rewards,
         under,
@@ -145,6 +144,7 @@ def assembled(
         classifier_logits=classifier_logits,
         step=state.of(maker).step,
     )
+    return assemble.advantages(algorithm, inputs)
 
 
 def of_step(maker: Any, inputs: AdvantageInputs, batch: Batch) -> dict[str, float]:

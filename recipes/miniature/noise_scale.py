@@ -80,7 +80,8 @@ def of_algorithm(algorithm: Algorithm) -> Weights:
         places = assemble.select(algorithm, own, source_rewards, generator).unsqueeze(-1)
         policy, ratios = (each.take_along_dim(places, dim=1) for each in (known.log_probs, known.log_ratios))
         under = {"policy": policy} | dict.fromkeys(needs.log_probs, policy - ratios)
-        made = assemble.advantages(algorithm, known.rewards[:, :own], source_rewards, under, generator).advantages
+        batch = AdvantageInputs(known.rewards[:, :own], source_rewards, under, generator)
+        made = assemble.advantages(algorithm, batch).advantages
         rows = assemble.Rows(own, needs.selected_samples)
         each = made * rows.weights(rows.from_source(prompts)).unsqueeze(-1)
         return torch.zeros_like(known.log_probs).scatter_(1, places.expand(each.shape), each)
