@@ -14,10 +14,6 @@ from pathlib import Path
 from typing import Any
 
 
-class TrainingError(RuntimeError):
-    """A training command of the host failed. The message ends with the end of its log."""
-
-
 def package_file(package: str, relative: str, distribution: str) -> Path:
     """Path of a data file inside an installed package, found without importing the package.
 
@@ -110,19 +106,19 @@ def prepare_parser(description: str, example: str, heldout: int) -> argparse.Arg
     return parser
 
 
-def run(directory: Path, steps: Iterator[str]) -> int:
+def run(directory: Path, steps: Iterator[str], failed: tuple[type[Exception], ...] = ()) -> int:
     """Do the steps and show their messages.
 
-    Returns the exit code (2: a package is missing or a flag cannot be met; 1: training failed).
+    Returns the exit code (2: a package is missing or a flag cannot be met; 1: one of ``failed``).
     """
     started = time.monotonic()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for message in steps:
             print(f"[{time.monotonic() - started:5.1f} s] {message}", flush=True)
-    except (TrainingError, FileNotFoundError, FileExistsError, ValueError) as error:
+    except (*failed, FileNotFoundError, FileExistsError, ValueError) as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
+        return 1 if isinstance(error, failed) else 2
     print(f"ready: {directory.resolve()}", flush=True)
     return 0
 

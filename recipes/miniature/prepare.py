@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
                 policy = replace(settings.policy, hidden=args.hidden or settings.policy.hidden)
                 yield from make(folder, replace(settings, policy=policy, **given))
 
-    return run(args.out_dir, steps())
+    return run(args.out_dir, steps(), failed=(models.TrainingError,))
 
 
 if __name__ == "__main__":
