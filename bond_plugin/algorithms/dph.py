@@ -73,16 +73,14 @@ class DPH(Algorithm):
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """0 on D_pef; and eta for stored responses on D_pef, which the loss finds in the advantages' place."""
         cfg = self.config
-        share = (batch.reference_rewards >= cfg.right).double().mean(dim=-1, keepdim=True)
-        held = share >= cfg.solved - 1e-9
+        held = (batch.reference_rewards >= cfg.right).double().mean(dim=-1) >= cfg.solved - 1e-9
         metrics = {"bond/held": held.double().mean().item()}
         if held.any():
-            divergence = self.divergence(batch.log_ratios("behaviour")[:, batch.n :])
-            metrics["bond/divergence"] = divergence[held.squeeze(-1)].mean().item()
-            metrics["bond/kept"] = (batch.rewards >= cfg.right)[held.squeeze(-1)].double().mean().item()
+            metrics["bond/divergence"] = self.divergence(batch.log_ratios("behaviour")[held, batch.n :]).mean().item()
+            metrics["bond/kept"] = (batch.rewards[held] >= cfg.right).double().mean().item()
         return AdvantageOutputs(
-            advantages=torch.where(held, 0.0, group_normalised(batch.rewards)),
-            selected_advantages=cfg.eta * held.double().expand(batch.source_rewards.shape),
+            advantages=torch.where(held.unsqueeze(-1), 0.0, group_normalised(batch.rewards)),
+            selected_advantages=cfg.eta * held.double().unsqueeze(-1).expand(batch.source_rewards.shape),
             metrics=metrics,
         )
 
