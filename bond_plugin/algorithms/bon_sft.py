@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
+from bond_plugin.algorithms.jbond import with_selected
 from bond_plugin.bestofn.baselines import BASELINES, centre
-from bond_plugin.bestofn.estimates import win_rate
 from bond_plugin.bestofn.selectors import random_argmax
 
 
@@ -51,14 +51,6 @@ class BoNSFT(Algorithm):
         return random_argmax(source_rewards, generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        log_ratio, selected = batch.log_ratio("reference"), batch.log_probs[:, batch.n :]
+        log_ratio = batch.log_ratio("reference")
         weights = centre(log_ratio, self.config.baseline) if self.config.kl_coef else torch.zeros_like(log_ratio)
-        return AdvantageOutputs(
-            advantages=-self.config.kl_coef * weights,
-            selected_advantages=torch.ones_like(selected),
-            metrics={
-                "bond/win_rate": win_rate(batch.rewards, batch.source_rewards).mean().item(),
-                "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -selected.mean().item(),
-            },
-        )
+        return with_selected(batch, -self.config.kl_coef * weights, 1.0, log_ratio, {})

@@ -45,7 +45,7 @@ is left out with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,9 +53,9 @@ from torch import Tensor
 from bond_plugin.algorithms import pooled
 from bond_plugin.algorithms.base import Algorithm, Needs, Source, flag, reward_cache_flag
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
+from bond_plugin.algorithms.jbond import with_selected
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.bestofn.distribution import quantiles
-from bond_plugin.bestofn.estimates import win_rate
 from bond_plugin.bestofn.selectors import random_argmax
 from bond_plugin.bestofn.targets import BestOfN
 from bond_plugin.options import number
@@ -205,23 +205,17 @@ class BOND(Algorithm):
             pool = batch.source_rewards if batch.reference_rewards is None else batch.reference_rewards
             p_lt, p_le = quantiles(batch.rewards, pool, include_self=cfg.goal.vanishes)
 
-        log_ratio, selected = batch.log_ratio(self._source), batch.log_probs[:, batch.n :]
+        log_ratio = batch.log_ratio(self._source)
         # log pi(y) - log pi_BoN(y), whose mean is the backward KL
         backward = log_ratio - self._log_tilt(p_lt, p_le)
-        selected_advantages = torch.full_like(selected, 1.0 - cfg.beta)
-
         metrics = {
             "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
             "bond/log_quantile": p_le.clamp(min=1e-6).log().mean().item(),
             "bond/backward_kl": backward.mean().item(),
-            "bond/kl_anchor": log_ratio.mean().item(),
         }
-        if batch.source_rewards.shape[-1]:
-            metrics["bond/win_rate"] = win_rate(batch.rewards, batch.source_rewards).mean().item()
-        if selected.shape[-1]:
-            metrics["bond/forward_nll"] = -selected.mean().item()
         if targets is not None:
             metrics["bond/quantile_bce"] = torch.nn.functional.binary_cross_entropy(p_le, targets).item()
             metrics["bond/quantile_error"] = (p_le - targets).mean().item()
         advantages = pooled.pulled(-cfg.beta * centre(backward, cfg.baseline), batch, cfg.gamma_ref)
-        return AdvantageOutputs(advantages, selected_advantages, metrics, targets)
+        found = with_selected(batch, advantages, 1.0 - cfg.beta, log_ratio, metrics)
+        return replace(found, classifier_targets=targets)

@@ -126,24 +126,18 @@ class JBOND(Algorithm):
 
     def _algorithm_2(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        m, selected = batch.source_rewards.shape[-1], batch.log_probs[:, batch.n :]
-
+        m = batch.source_rewards.shape[-1]
         log_quantile = crude_log_quantile(batch.rewards, batch.source_rewards, cfg.ties)  # Eq. 17
         # For Best-of-m the quantile counts m - 1 times (Eq. 8 with N = m), which is once in the paper.
         log_ratio = batch.log_ratio("anchor")
         returns = (m - 1) * log_quantile - log_ratio  # Eq. 18
         advantages = cfg.beta * centre(returns, cfg.baseline) - cfg.gamma * log_ratio
-        return AdvantageOutputs(
-            advantages=pooled.pulled(advantages, batch, cfg.gamma_ref),
-            selected_advantages=torch.full_like(selected, 1.0 - cfg.beta),
-            metrics={
-                "bond/win_rate": win_rate(batch.rewards, batch.source_rewards).mean().item(),
-                "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
-                "bond/log_quantile": log_quantile.mean().item(),
-                "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -selected.mean().item(),
-            },
-        )
+        metrics = {
+            "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
+            "bond/log_quantile": log_quantile.mean().item(),
+        }
+        advantages = pooled.pulled(advantages, batch, cfg.gamma_ref)
+        return with_selected(batch, advantages, 1.0 - cfg.beta, log_ratio, metrics)
 
 
 def crude_log_quantile(rewards: Tensor, anchor_rewards: Tensor, ties: str = "expected") -> Tensor:
@@ -167,6 +161,23 @@ def crude_log_quantile(rewards: Tensor, anchor_rewards: Tensor, ties: str = "exp
         equal = (rewards.unsqueeze(-1) == anchor_rewards.unsqueeze(-2)).sum(dim=-1)
         last = torch.where(rewards == lowest, 1 / (equal + 1).to(last), last)
     return last * -(2.0 ** anchor_rewards.shape[-1] * math.log(2.0))
+
+
+def with_selected(
+    batch: AdvantageInputs, advantages: Tensor, forward: float, log_ratio: Tensor, metrics: dict[str, float]
+) -> AdvantageOutputs:
+    """Advantages of the policy's samples, and ``forward`` for each selected one, for :func:`policy_loss`.
+
+    Beside the metrics given: the mean of ``log_ratio``, the win rate against the source, and -log pi of what is
+    selected.
+    """
+    selected = batch.log_probs[:, batch.n :]
+    metrics["bond/kl_anchor"] = log_ratio.mean().item()
+    if batch.source_rewards.shape[-1]:
+        metrics["bond/win_rate"] = win_rate(batch.rewards, batch.source_rewards).mean().item()
+    if selected.shape[-1]:
+        metrics["bond/forward_nll"] = -selected.mean().item()
+    return AdvantageOutputs(advantages, torch.full_like(selected, forward), metrics)
 
 
 def policy_loss(inputs: LossInputs) -> LossOutputs:
