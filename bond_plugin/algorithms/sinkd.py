@@ -99,7 +99,6 @@ def cost(logits: Logits) -> Tensor:
 def transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
     """``[K, K]``: the plan, exp(-cost / blur) with columns and rows scaled to sum to 1 in turn, in log space."""
     log_plan = -cost / blur
-    for _ in range(iterations):
-        log_plan = log_plan - log_plan.logsumexp(dim=0, keepdim=True)
-        log_plan = log_plan - log_plan.logsumexp(dim=1, keepdim=True)
+    for dim in (0, 1) * iterations:
+        log_plan = log_plan - log_plan.logsumexp(dim=dim, keepdim=True)
     return log_plan.exp()
