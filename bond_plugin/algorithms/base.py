@@ -22,6 +22,7 @@ from typing_extensions import Self
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs, TransformOutputs
 from bond_plugin.algorithms.logits import Logits
 from bond_plugin.bestofn.targets import TARGETS
+from bond_plugin.options import number
 
 Source = Literal["anchor", "reference", "stored"]
 
@@ -106,8 +107,14 @@ def reward_cache_flag(
     return flag("", help, option="bond.reward_cache")
 
 
+def n_flag(default: int, help: str) -> Any:
+    """The field ``n`` of those that have a choice of target, see :mod:`bond_plugin.bestofn.targets`."""
+    more = "Of Best-of-Poisson the mean number of samples, 1 + mu, above 1 and not necessarily whole"
+    return flag(default, f"{help}. {more}", type=number)
+
+
 def target_flag() -> Any:
-    """The field ``target`` of those that have a choice of it, see :mod:`bond_plugin.bestofn.targets`."""
+    """The field ``target`` that goes with it."""
     return flag(
         "best_of_n",
         "what to distil: 'best_of_n'; 'best_of_poisson', the best of 1 + Poisson(mu) samples (arXiv 2506.19248); "

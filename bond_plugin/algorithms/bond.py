@@ -51,26 +51,20 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms import pooled
-from bond_plugin.algorithms.base import Algorithm, Needs, Source, flag, reward_cache_flag
+from bond_plugin.algorithms.base import Algorithm, Needs, Source, flag, n_flag, reward_cache_flag
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.algorithms.jbond import with_selected
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.bestofn.distribution import quantiles
 from bond_plugin.bestofn.selectors import random_argmax
 from bond_plugin.bestofn.targets import BestOfN
-from bond_plugin.options import number
 
 
 @dataclass(frozen=True)
 class BONDConfig(pooled.PooledConfig):
     """Settings of BOND. The paper's: n in {4, 8, 16}, 16 samples for the quantile, beta 0.5 (section 4)."""
 
-    n: float = flag(
-        8,
-        "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4. Of Best-of-Poisson the mean "
-        "number of samples, 1 + mu, above 1 and not necessarily whole",
-        type=number,
-    )
+    n: float = n_flag(8, "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4")
     eta: float = flag(0.02, "step of the moving average under --bond.anchor ema", ge=0, le=1)
     n_anchor_samples: int = flag(
         16,

@@ -43,26 +43,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import Config, Source, flag, target_flag, temperature_flag
+from bond_plugin.algorithms import base
+from bond_plugin.algorithms.base import Config, Source, flag
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.bestofn import pooled as estimates
 from bond_plugin.bestofn.baselines import BASELINES, leave_one_out_mean
 from bond_plugin.bestofn.targets import BestOfN, Target, target_of
-from bond_plugin.options import number
 
 
 @dataclass(frozen=True)
 class PooledConfig(Config):
     """Settings that BOND and J-BOND share, as both can take the pooled form; the defaults are those of J-BOND."""
 
-    n: float = flag(
-        2,
-        "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2. Of Best-of-Poisson the mean number of "
-        "samples, 1 + mu, above 1 and not necessarily whole",
-        type=number,
-    )
-    target: str = target_flag()
-    temperature: float = temperature_flag()
+    n: float = base.n_flag(2, "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2")
+    target: str = base.target_flag()
+    temperature: float = base.temperature_flag()
     beta: float = flag(
         0.5, "weight of the backward KL in the Jeffreys divergence; the forward KL has 1 - beta", ge=0, le=1
     )
@@ -160,8 +155,8 @@ def advantages(
     def parts(log_ratios: Tensor) -> Tensor:
         return _to_go(log_ratios, own, centred).mul_(own.unsqueeze(-1))
 
-    base = _other_prompts(log_tilt, own, goal) if centred else 0.0
-    each = (1 - beta) * (own_anchor * tilt - own) + beta * own * (log_tilt - base)
+    baseline = _other_prompts(log_tilt, own, goal) if centred else 0.0
+    each = (1 - beta) * (own_anchor * tilt - own) + beta * own * (log_tilt - baseline)
     found = parts(log_ratios).mul_(-(beta + gamma)).add_(each.unsqueeze(-1))
     if config.gamma_ref:
         found -= parts(batch.log_ratios("reference")).mul_(config.gamma_ref)

@@ -35,19 +35,13 @@ from bond_plugin.algorithms.base import Needs, RewardTransform, TransformConfig,
 from bond_plugin.algorithms.batch import AdvantageInputs, TransformOutputs
 from bond_plugin.bestofn.distribution import quantiles
 from bond_plugin.bestofn.targets import Target, target_of
-from bond_plugin.options import number
 
 
 @dataclass(frozen=True)
 class VBoNConfig(TransformConfig):
     """Settings of vBoN."""
 
-    n: float = flag(
-        8,
-        "N of the Best-of-N to match, >= 2; it sets the KL coefficient to 1 / (N - 1). Of Best-of-Poisson the mean "
-        "number of samples, 1 + mu, above 1 and not necessarily whole",
-        type=number,
-    )
+    n: float = base.n_flag(8, "N of the Best-of-N to match, >= 2; it sets the KL coefficient to 1 / (N - 1)")
     target: str = base.target_flag()
     temperature: float = base.temperature_flag()
     bound: str = flag(
