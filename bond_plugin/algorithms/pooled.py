@@ -156,8 +156,8 @@ def advantages(
         return _to_go(log_ratios, own, centred).mul_(own.unsqueeze(-1))
 
     baseline = _other_prompts(log_tilt, own, goal) if centred else 0.0
-    each = (1 - beta) * (own_anchor * tilt - own) + beta * own * (log_tilt - baseline)
-    found = parts(log_ratios).mul_(-(beta + gamma)).add_(each.unsqueeze(-1))
+    forward, backward = (1 - beta) * (own_anchor * tilt - own), beta * own * (log_tilt - baseline)
+    found = parts(log_ratios).mul_(-(beta + gamma)).add_((forward + backward).unsqueeze(-1))
     if config.gamma_ref:
         found -= parts(batch.log_ratios("reference")).mul_(config.gamma_ref)
 
