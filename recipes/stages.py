@@ -7,7 +7,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,34 @@ def versions(*distributions: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
+
+
+def prepare_parser(description: str, example: str, heldout: int) -> argparse.ArgumentParser:
+    """The command line that they share."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=layout)
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder to write to; made if missing")
+    parser.add_argument("--train", type=positive, default=2000, help="training prompts (default %(default)s)")
+    parser.add_argument("--heldout", type=positive, default=heldout, help="held-out prompts (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything (default %(default)s)")
+    return parser
+
+
+def run(directory: Path, steps: Iterator[str], failed: tuple[type[Exception], ...] = ()) -> int:
+    """Do the steps and show their messages.
+
+    Returns the exit code (2: a package is missing or a flag cannot be met; 1: one of ``failed``).
+    """
+    started = time.monotonic()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for message in steps:
+            print(f"[{time.monotonic() - started:5.1f} s] {message}", flush=True)
+    except (*failed, FileNotFoundError, FileExistsError, ValueError) as error:
+        print(f"prepare.py: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, failed) else 2
+    print(f"ready: {directory.resolve()}", flush=True)
+    return 0
 
 
 def positive(text: str) -> int:

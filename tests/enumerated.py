@@ -14,9 +14,15 @@ from torch import Tensor
 
 from bond_plugin import registry
 from bond_plugin.algorithms import Algorithm, LossInputs, assemble
+from bond_plugin.bestofn.distribution import level_probabilities, log_bon_ratio
 from bond_plugin.lab.problem import MASK, RESPONSES, EnumerablePolicy, Problem
 
 SIZE = len(RESPONSES)
+
+
+def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: float) -> Tensor:
+    """``[..., S]`` log pi_BoN on a finite set; ties are broken uniformly at random."""
+    return log_ref + log_bon_ratio(*level_probabilities(log_ref.exp(), rewards), n)
 
 
 def moved(problem: Problem, seed: int, scale: float = 0.7) -> EnumerablePolicy:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from enumerated import bon_log_probs
 from torch import Tensor
 
 from bond_plugin.algorithms import AdvantageInputs, LossInputs
@@ -19,7 +20,7 @@ from bond_plugin.algorithms.bon_sft import BoNSFT, BoNSFTConfig
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
-from bond_plugin.bestofn.distribution import bon_log_probs, log_bon_ratio, quantiles
+from bond_plugin.bestofn.distribution import log_bon_ratio, quantiles
 
 SIZE = 12
 GENERATOR = torch.Generator().manual_seed(0)

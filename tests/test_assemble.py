@@ -46,7 +46,7 @@ class Recording(Algorithm):
 
 
 def assembled(algorithm: Algorithm) -> assemble.Assembled:
-    return assemble.advantages(algorithm, REWARDS, SOURCE_REWARDS, UNDER, torch.Generator())
+    return assemble.advantages(algorithm, AdvantageInputs(REWARDS, SOURCE_REWARDS, UNDER, torch.Generator()))
 
 
 def test_rows_are_the_policys_samples_and_then_the_selected() -> None:

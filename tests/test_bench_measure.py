@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tiny, moved_model
+from enumerated import bon_log_probs
 
 from bond_plugin.bench.measure import Job, _plain, numbers
-from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities
+from bond_plugin.bestofn.distribution import level_probabilities
 from bond_plugin.host.rewards import RewardError
 from bond_plugin.offline import measure, scoring
 from bond_plugin.offline.engine import PromptSamples

@@ -34,10 +34,10 @@ def assembled(algorithm: DPH, rows: Tensor, cached: Tensor, tokens: Tensor, rewa
     """Two samples of the policy and a stored response for each prompt."""
     own = (torch.arange(rows.shape[-1]) < 2).unsqueeze(-1)
     under = {"policy": tokens[rows], "behaviour": torch.where(own, tokens[rows], REFERENCE[rows])}
-    return assemble.advantages(
-        algorithm, rewards[rows[:, :2]], rewards[rows[:, 2:]], under, torch.Generator(),
-        reference_rewards=cached.expand(len(rows), -1),
-    )  # fmt: skip
+    inputs = AdvantageInputs(
+        rewards[rows[:, :2]], rewards[rows[:, 2:]], under, torch.Generator(), cached.expand(len(rows), -1)
+    )
+    return assemble.advantages(algorithm, inputs)
 
 
 def stored_gradient(algorithm: DPH, chance: Tensor) -> Tensor:

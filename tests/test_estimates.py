@@ -78,7 +78,7 @@ def test_win_rate_is_computed_prompt_by_prompt():
 
 
 def test_win_rate_refuses_samples_of_other_prompts():
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 3\)"):
+    with pytest.raises(RuntimeError, match="must match"):
         win_rate(torch.zeros(2, 3), torch.zeros(3, 3))
 
 

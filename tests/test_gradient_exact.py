@@ -45,7 +45,7 @@ def expected(algorithm: Algorithm, rewards: Tensor, n: int, behaviour: Tensor | 
     if behaviour is not None:
         under["behaviour"] = behaviour[index]
     source = rewards.new_zeros(len(index), 0)
-    found = assemble.advantages(algorithm, rewards[index], source, under, torch.Generator())
+    found = assemble.advantages(algorithm, AdvantageInputs(rewards[index], source, under, torch.Generator()))
     flat = index.flatten()
     inputs = LossInputs(
         log_probs=tokens[flat],

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms import assemble
-from bond_plugin.algorithms.base import LossInputs
-from bond_plugin.algorithms.jbond import JBOND, JBONDConfig, policy_loss
+from bond_plugin.algorithms.batch import AdvantageInputs, LossInputs
+from bond_plugin.algorithms.jbond import JBOND, JBONDConfig, crude_log_quantile, policy_loss
 
 VOCABULARY, LENGTH = 4, 3
 
@@ -89,7 +89,9 @@ def estimate(config: JBONDConfig, rewards: Tensor, index: Tensor, weight: Tensor
         under = {
             name: (model.token_log_probs() * MASK)[rows] for name, model in (("policy", POLICY), ("anchor", ANCHOR))
         }
-        found = assemble.advantages(algorithm, rewards_of[:, :1], rewards_of[:, 1:], under, generator)
+        found = assemble.advantages(
+            algorithm, AdvantageInputs(rewards_of[:, :1], rewards_of[:, 1:], under, generator)
+        )
     flat, shape = rows.flatten(), assemble.Rows(1, 1)
     tokens = POLICY.token_log_probs()[flat]
     inputs = LossInputs(
@@ -178,7 +180,7 @@ def test_monte_carlo_mean_agrees_within_its_error(baseline: str, n: int) -> None
         a = a.reshape(prompts, 2)
         rows = torch.cat([y, a], dim=1).gather(1, assemble.select(algorithm, n, STRICT[a], generator))
         under = {name: of_tokens[rows] for name, of_tokens in tokens.items()}
-        found = assemble.advantages(algorithm, STRICT[y], STRICT[a], under, generator)
+        found = assemble.advantages(algorithm, AdvantageInputs(STRICT[y], STRICT[a], under, generator))
         share = shape.weights(shape.from_source(prompts))
         coefficient = torch.zeros(len(RESPONSES), dtype=torch.float64)
         coefficient.index_add_(0, rows.flatten(), (found.advantages[..., 0] * share).flatten())
@@ -227,11 +229,9 @@ def test_off_policy_loss_has_the_on_policy_gradient_at_the_old_policy_and_clips_
 @pytest.mark.parametrize("m", [2, 3, 5])
 def test_crude_log_quantile_matches_log_p_at_one_half(m: int) -> None:
     """Appendix A.4: E[r] = -2^m log 2 (1 - p)^m, which is log(1/2) where p is 1/2."""
-    from bond_plugin.bestofn.rewards import jbond_reward
-
     generator = torch.Generator().manual_seed(0)
     anchors = torch.rand(400_000, m, generator=generator, dtype=torch.float64)
-    found = jbond_reward(torch.full((400_000, 1), 0.5, dtype=torch.float64), anchors)
+    found = crude_log_quantile(torch.full((400_000, 1), 0.5, dtype=torch.float64), anchors)
     assert found.min().item() == pytest.approx(-(2**m) * math.log(2))
     assert found.mean().item() == pytest.approx(math.log(0.5), abs=6 * found.std().item() / math.sqrt(400_000))
     if m == 2:

@@ -9,7 +9,7 @@ import torch
 from enumerated import SIZE, difference_of_advantages, gradient, kl, moved, over_states, row_losses
 from torch import Tensor
 
-from bond_plugin.algorithms import assemble
+from bond_plugin.algorithms import AdvantageInputs, assemble
 from bond_plugin.algorithms.kdrl import KDRL, KDRLConfig
 from bond_plugin.lab.learner import TEACHER, Learner, Training, train
 from bond_plugin.lab.problem import RESPONSES, Problem
@@ -26,13 +26,9 @@ def expected_gradient(algorithm: KDRL, problem: Problem) -> Tensor:
     policy, teacher = moved(problem, 1), moved(problem, 2).token_log_probs().detach()
     pairs = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))
     tokens = policy.token_log_probs().detach()
-    found = assemble.advantages(
-        algorithm,
-        problem.rewards[pairs],
-        problem.rewards[pairs][:, :0],
-        {"policy": tokens[pairs], "teacher": teacher[pairs]},
-        torch.Generator(),
-    )
+    under = {"policy": tokens[pairs], "teacher": teacher[pairs]}
+    inputs = AdvantageInputs(problem.rewards[pairs], problem.rewards[pairs][:, :0], under, torch.Generator())
+    found = assemble.advantages(algorithm, inputs)
     chance = policy.log_probs().detach()[pairs].sum(dim=-1).exp()
     losses = row_losses(algorithm, policy, pairs, found.advantages, n=2)
     return gradient((chance * losses.sum(dim=-1)).sum(), policy)
@@ -115,8 +111,14 @@ def test_training_comes_to_rest_where_it_should(level: str) -> None:
 
 def test_beta_falls_linearly_with_the_steps_of_the_run() -> None:
     config = KDRLConfig(kl_coef=0.5, kl_coef_end=0.1, anneal_steps=4)
-    assert [round(config.coefficient(step), 9) for step in (0, 1, 2, 4, 9)] == [0.5, 0.4, 0.3, 0.1, 0.1]
-    assert replace(config, anneal_steps=0).coefficient(100) == 0.5
+
+    def beta(config: KDRLConfig, step: int) -> float:
+        under = dict.fromkeys(("policy", "teacher"), torch.zeros(1, 2, 1))
+        inputs = AdvantageInputs(torch.zeros(1, 2), torch.zeros(1, 0), under, torch.Generator(), step=step)
+        return KDRL(config).advantages(inputs).metrics["bond/kl_coef"]
+
+    assert [round(beta(config, step), 9) for step in (0, 1, 2, 4, 9)] == [0.5, 0.4, 0.3, 0.1, 0.1]
+    assert beta(replace(config, anneal_steps=0), 100) == 0.5
     learner, seen = Learner(TIED, KDRL(config), TIED.policy(), Training(prompts=2)), []
     original = learner.method.advantages
 

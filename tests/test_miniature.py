@@ -438,8 +438,8 @@ def test_where_jbond_comes_to_rest() -> None:
     kl = (policy * (policy / reference).log()).sum().item()
     win_rate = (policy * (torch.arange(4000) + 0.5) / 4000).sum().item()
     assert stationary.at_rest(0.6) == (pytest.approx(kl, abs=5e-3), pytest.approx(win_rate, abs=1e-3))
-    assert win_rate < stationary.limit(kl) < 1
-    assert stationary.limit(0.0) == pytest.approx(0.5, abs=1e-3)
+    assert win_rate < stationary.front().at(kl).item() < 1
+    assert stationary.front().at(0.0).item() == pytest.approx(0.5, abs=1e-3)
 
 
 def test_what_is_forgotten_is_measured_exactly_and_divergences_keep_variety() -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from bond_plugin.algorithms.base import AdvantageInputs
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
-from bond_plugin.algorithms.pooled import Pool, advantages
 
 # (first token, second token); the second is drawn given the first.
 RESPONSES = torch.tensor(list(itertools.product((0, 1), (0, 1))))
@@ -154,9 +153,9 @@ def test_what_came_before_a_token_does_not_depend_on_it() -> None:
 
     def of(to_go: bool) -> object:
         def make(batch: AdvantageInputs) -> object:
-            config = JBONDConfig()
-            pool = Pool.of(batch, "anchor", config.max_weight)
-            return advantages(pool, *pool.tilts(config), config, to_go=to_go)
+            whole = {name: log_probs.sum(dim=-1, keepdim=True) for name, log_probs in batch.under.items()}
+            found = JBOND(JBONDConfig()).advantages(batch if to_go else replace(batch, under=whole))
+            return replace(found, advantages=found.advantages.expand(batch.under["policy"].shape))
 
         return make
 

@@ -1,6 +1,6 @@
 """One file an algorithm, readable beside its paper, and the interface that all of them share."""
 
-from bond_plugin.algorithms.base import (
+from bond_plugin.algorithms.base import (  # noqa: F401
     AdvantageInputs,
     AdvantageOutputs,
     Algorithm,
@@ -14,18 +14,3 @@ from bond_plugin.algorithms.base import (
     TransformOutputs,
     flag,
 )
-
-__all__ = [
-    "AdvantageInputs",
-    "AdvantageOutputs",
-    "Algorithm",
-    "Config",
-    "DataError",
-    "LossInputs",
-    "LossOutputs",
-    "Needs",
-    "RewardTransform",
-    "TransformConfig",
-    "TransformOutputs",
-    "flag",
-]

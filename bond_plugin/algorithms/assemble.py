@@ -9,13 +9,14 @@ caller's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, Algorithm, LossInputs, LossOutputs
+from bond_plugin.algorithms.base import Algorithm
+from bond_plugin.algorithms.batch import AdvantageInputs, LossInputs, LossOutputs
 
 PolicyLoss = Callable[[LossInputs], LossOutputs]
 
@@ -70,11 +71,7 @@ class Assembled:
 def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
     """The places of a prompt's rows among its n + m samples, the policy's first: ``[P, n + f]``.
 
-    Args:
-        algorithm: see there.
-        n: samples of the policy a prompt.
-        source_rewards: ``[P, m]``.
-        generator: the only source of randomness.
+    Of n samples of the policy a prompt, and the rewards of source samples, ``[P, m]``.
 
     Raises:
         ContractError: the algorithm selects another number of samples, or samples that are not there.
@@ -90,39 +87,19 @@ def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torc
     return torch.cat([places, n + chosen], dim=-1)
 
 
-def advantages(
-    algorithm: Algorithm,
-    rewards: Tensor,
-    source_rewards: Tensor,
-    under: Mapping[str, Tensor],
-    generator: torch.Generator,
-    *,
-    reference_rewards: Tensor | None = None,
-    classifier_logits: Tensor | None = None,
-    step: int = 0,
-) -> Assembled:
+def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> Assembled:
     """The advantages of all rows.
-
-    Args:
-        algorithm: see there.
-        rewards: ``[P, n]`` float64, of the policy's samples.
-        source_rewards: ``[P, m]`` float64, of all source samples.
-        under, generator, reference_rewards, classifier_logits, step: as in :class:`AdvantageInputs`.
 
     Raises:
         ContractError: the algorithm returns another shape than its interface says, or a number that is not finite.
     """
-    needs = algorithm.needs()
-    inputs = AdvantageInputs(rewards, source_rewards, under, generator, reference_rewards, classifier_logits, step)
-    found = algorithm.advantages(inputs)
-    tokens = under["policy"].shape[-1]
-    made = per_token("advantages", found.advantages, rewards.shape, tokens)
+    needs, found = algorithm.needs(), algorithm.advantages(inputs)
+    shape, tokens = inputs.rewards.shape, inputs.under["policy"].shape[-1]
+    made = per_token("advantages", found.advantages, shape, tokens)
+    targets = checked("classifier_targets", found.classifier_targets, shape) if needs.classifier else None
     if needs.selected_samples:
-        shape = (len(rewards), needs.selected_samples)
+        shape = (len(made), needs.selected_samples)
         made = torch.cat([made, per_token("selected_advantages", found.selected_advantages, shape, tokens)], dim=1)
-    targets = found.classifier_targets
-    if needs.classifier:
-        targets = checked("classifier_targets", targets, rewards.shape)
     return Assembled(inputs, made, found.metrics, targets)
 
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, flag
+from bond_plugin.algorithms.base import flag
+from bond_plugin.algorithms.batch import AdvantageInputs
 from bond_plugin.algorithms.regression import Regression, RegressionConfig
 
 
@@ -29,13 +30,11 @@ from bond_plugin.algorithms.regression import Regression, RegressionConfig
 class AStarPOConfig(RegressionConfig):
     """Settings of A*-PO; the defaults are the authors'."""
 
-    beta1: float = flag(0.5, "V* is beta1 log mean exp(r/beta1) over the prompt's reference rewards; > 0")
-    beta2: float = flag(1e-3, "the target is pi_ref exp(r/beta2)/Z; > 0")
+    beta1: float = flag(0.5, "V* is beta1 log mean exp(r/beta1) over the prompt's reference rewards", gt=0)
+    beta2: float = flag(1e-3, "the target is pi_ref exp(r/beta2)/Z", gt=0)
 
     def __post_init__(self) -> None:
-        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"--bond.{name} must be above 0, got {value}")
+        super().__post_init__()
         if self.offline and self.beta1 != self.beta2:
             raise ValueError(
                 f"--bond.offline with --bond.beta1 {self.beta1} and --bond.beta2 {self.beta2}: without samples of "

@@ -9,7 +9,9 @@ gradient of them. Nothing here knows the host.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+import sys
+from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs, TransformOutputs
 from bond_plugin.algorithms.logits import Logits
 from bond_plugin.bestofn.targets import TARGETS
+from bond_plugin.options import number
 
 Source = Literal["anchor", "reference", "stored"]
 
@@ -31,15 +35,26 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a :class:`Config`: its default, and the help text of its ``--bond.*`` flag.
 
     ``metadata`` may hold ``choices`` (a tuple), ``option`` (the flag's name, where it is not the field's) and
-    ``type`` (what makes the value of its text, where that is not the type of the default).
+    ``type`` (what makes the value of its text, where that is not the type of the default); and the bounds of a
+    number, with which the help ends: ``ge`` or ``gt`` (at least, above) and ``le`` (at most; without it, finite).
     """
-    return field(default=default, metadata={"help": help, **metadata})
+    bounds = _bounds(**metadata)
+    return field(default=default, metadata={"help": f"{help}; {bounds}" if bounds else help, **metadata})
+
+
+def _bounds(ge: float | None = None, gt: float | None = None, le: float = math.inf, **_: Any) -> str:
+    if ge is None and gt is None:
+        return ""
+    if le < math.inf:
+        return f"in ({gt:g}, {le:g}]" if ge is None else f"in [{ge:g}, {le:g}]"
+    return f"above {gt:g}" if ge is None else f"at least {ge:g}"
 
 
 class Settings:
     """What :class:`Config` and :class:`TransformConfig` share: dataclasses whose fields are flags.
 
-    Subclasses add fields with :func:`flag` and check them in ``__post_init__`` by raising ``ValueError``.
+    Subclasses add fields with :func:`flag`, and check what its bounds do not say in ``__post_init__`` by raising
+    ``ValueError``.
     """
 
     @classmethod
@@ -50,7 +65,18 @@ class Settings:
     @classmethod
     def from_flags(cls, values: dict[str, Any], prefix: str) -> Self:
         """Pick this config's fields out of dotted names and values, which may hold others as well."""
-        return cls(**{f.name: values[name] for name, f in cls.options(prefix).items() if name in values})
+        found = cls(**{f.name: values[name] for name, f in cls.options(prefix).items() if name in values})
+        found.check(prefix)
+        return found
+
+    def check(self, prefix: str) -> None:
+        """Raises ValueError for the first number out of its bounds."""
+        for name, f in self.options(prefix).items():
+            bounds, value, said = _bounds(**f.metadata), getattr(self, f.name), f.metadata
+            low, high = said.get("ge", -math.inf), said.get("le", sys.float_info.max)
+            if bounds and not (low <= value <= high and value > said.get("gt", -math.inf)):
+                verb = "lie" if bounds.startswith("in") else "be"
+                raise ValueError(f"--{name} must {verb} {bounds}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,9 @@ class Config(Settings):
         "more than this on average (nats a token): the sign of weights that did not reach the engine",
     )
 
+    def __post_init__(self) -> None:
+        self.check("bond")
+
 
 def reward_cache_flag(
     help: str = "a file of rewards of the initial policy's samples, made by `bond cache` or in a layout of the vBoN "
@@ -78,8 +107,14 @@ def reward_cache_flag(
     return flag("", help, option="bond.reward_cache")
 
 
+def n_flag(default: int, help: str) -> Any:
+    """The field ``n`` of those that have a choice of target, see :mod:`bond_plugin.bestofn.targets`."""
+    more = "Of Best-of-Poisson the mean number of samples, 1 + mu, above 1 and not necessarily whole"
+    return flag(default, f"{help}. {more}", type=number)
+
+
 def target_flag() -> Any:
-    """The field ``target`` of those that have a choice of it, see :mod:`bond_plugin.bestofn.targets`."""
+    """The field ``target`` that goes with it."""
     return flag(
         "best_of_n",
         "what to distil: 'best_of_n'; 'best_of_poisson', the best of 1 + Poisson(mu) samples (arXiv 2506.19248); "
@@ -160,119 +195,6 @@ class Needs:
         return {*self.log_probs, *([self.source] if drawn else [])}
 
 
-@dataclass(frozen=True)
-class AdvantageInputs:
-    """One rollout batch: P prompts with n samples of the policy and m source samples each, of which f are selected.
-
-    A prompt's *rows* are its n samples of the policy and then the f selected ones of the source.
-
-    Attributes:
-        rewards: ``[P, n]`` float64, of the policy's samples.
-        source_rewards: ``[P, m]`` float64, of all source samples.
-        under: log-probabilities of each token of the rows, ``[P, n + f, A]`` float64, response tokens from the left,
-            0 beyond a response's end, by the weights: ``policy``, those of :attr:`Needs.log_probs`, and
-            ``behaviour``, what each row was drawn from, where that is not the policy as it is: in asynchronous
-            training, and with stored responses.
-        generator: seeded by the run's seed and the step; the only source of randomness to use.
-        reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
-        classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
-            ``None``.
-        step: rollouts that the run has trained on before, counted on after a resumption.
-    """
-
-    rewards: Tensor
-    source_rewards: Tensor
-    under: Mapping[str, Tensor]
-    generator: torch.Generator
-    reference_rewards: Tensor | None = None
-    classifier_logits: Tensor | None = None
-    step: int = 0
-
-    @property
-    def n(self) -> int:
-        """Samples of the policy a prompt."""
-        return self.rewards.shape[-1]
-
-    @property
-    def log_probs(self) -> Tensor:
-        """``[P, n + f]``: log pi of each row."""
-        return self.under["policy"].sum(dim=-1)
-
-    def log_ratios(self, name: str) -> Tensor:
-        """``[P, n + f, A]``: log pi - log of ``name``, of each token of the rows."""
-        return self.under["policy"] - self.under[name]
-
-    def log_ratio(self, name: str) -> Tensor:
-        """``[P, n]``: log pi(y) - log of ``name``, of the policy's samples."""
-        return self.log_ratios(name)[:, : self.n].sum(dim=-1)
-
-
-@dataclass(frozen=True)
-class AdvantageOutputs:
-    """One number a sample, or one a token, and what to log.
-
-    Attributes:
-        advantages: ``[P, n]``, for the policy's samples, or ``[P, n, A]``, for each of their tokens.
-        selected_advantages: ``[P, f]`` or ``[P, f, A]``, for the selected source samples; ``None`` without.
-        metrics: scalars by name.
-        classifier_targets: ``[P, n]`` in [0, 1], what the sequence classifier is trained to say of the
-            policy's samples (binary cross-entropy); ``None`` without a classifier.
-    """
-
-    advantages: Tensor
-    selected_advantages: Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    classifier_targets: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """A micro-batch of B responses, right-padded to A tokens.
-
-    Attributes:
-        log_probs: ``[B, A]`` log pi of each response token under the weights being trained.
-        old_log_probs: ``[B, A]`` the same at the start of the rollout step, without gradient.
-        advantages: ``[B, A]``; of an algorithm with one number a sample, the same in every token of a row.
-        mask: ``[B, A]`` 1 on response tokens.
-        from_source: ``[B]`` bool: the row is a source sample, not one of the policy.
-        on_policy: whether the weights are still those that produced the samples, for certain: one epoch,
-            one optimiser step a rollout.
-        clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
-        under: log-probabilities of each response token under other weights, ``[B, A]`` each, without gradient:
-            of those that :attr:`Needs.log_probs` names, for an algorithm with a loss of its own; where stored
-            responses are trained on, ``behaviour`` too, what each row was drawn from.
-        token_losses: ``[B, A]``, what :meth:`Algorithm.token_losses` gave, 0 beyond a response's end; ``None``
-            without :attr:`Needs.logits`.
-    """
-
-    log_probs: Tensor
-    old_log_probs: Tensor
-    advantages: Tensor
-    mask: Tensor
-    from_source: Tensor
-    on_policy: bool
-    clip_low: float
-    clip_high: float
-    under: Mapping[str, Tensor] = field(default_factory=dict)
-    token_losses: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LossOutputs:
-    """The loss of each row, before any mean.
-
-    What is minimised is the mean over prompts of (the mean over a prompt's rows of the policy + the mean over its
-    rows of the source), whatever the sharding, the micro-batch size and the accumulation.
-
-    Attributes:
-        row_loss: ``[B]``.
-        clip_fraction: ``[]`` share of tokens at which clipping took the gradient away.
-    """
-
-    row_loss: Tensor
-    clip_fraction: Tensor
-
-
 class Algorithm:
     """Base class of everything in the entry-point group ``openrlhf.advantage_estimators``.
 
@@ -292,8 +214,8 @@ class Algorithm:
         return Needs()
 
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """Which source samples enter the loss: ``[P, m]`` rewards to ``[P, f]`` indices, f = selected_samples."""
-        raise NotImplementedError(f"{type(self).__name__} trains on source samples but does not select any")
+        """Which source samples enter the loss, here all: ``[P, m]`` rewards to ``[P, f]`` indices."""
+        return torch.arange(source_rewards.shape[-1]).expand(source_rewards.shape)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """Turn one rollout batch into advantages. Without gradient."""
@@ -314,19 +236,6 @@ class Algorithm:
 @dataclass(frozen=True)
 class TransformConfig(Settings):
     """The settings of a reward transform; each field is the flag ``--<name of the transform>.<field>``."""
-
-
-@dataclass(frozen=True)
-class TransformOutputs:
-    """What the host is to take for the rewards.
-
-    Attributes:
-        rewards: ``[P, n]``.
-        metrics: scalars by name.
-    """
-
-    rewards: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class RewardTransform:

@@ -10,36 +10,30 @@ to compare with.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
+from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
+from bond_plugin.algorithms.jbond import with_selected
 from bond_plugin.bestofn.baselines import BASELINES, centre
-from bond_plugin.bestofn.estimates import win_rate
-from bond_plugin.bestofn.rewards import random_argmax
+from bond_plugin.bestofn.selectors import random_argmax
 
 
 @dataclass(frozen=True)
 class BoNSFTConfig(Config):
     """Settings of Best-of-N supervised fine-tuning."""
 
-    n: int = flag(8, "N: samples of the initial policy a prompt, of which the best is imitated, >= 2")
-    kl_coef: float = flag(0.0, "coefficient of KL(pi || pi_ref), >= 0. 0 is RAFT's plain fine-tuning")
+    n: int = flag(8, "N: samples of the initial policy a prompt, of which the best is imitated", ge=2)
+    kl_coef: float = flag(0.0, "coefficient of KL(pi || pi_ref). 0 is RAFT's plain fine-tuning", ge=0)
     baseline: str = flag(
         "batch",
         "baseline of the KL's gradient: 'batch', the mean over the other samples in the rollout batch; "
         "'leave_one_out', over the prompt's other samples; or 'none'",
         choices=BASELINES,
     )
-
-    def __post_init__(self) -> None:
-        if self.n < 2:
-            raise ValueError(f"--bond.n must be at least 2, got {self.n}")
-        if not (self.kl_coef >= 0 and math.isfinite(self.kl_coef)):
-            raise ValueError(f"--bond.kl_coef must be at least 0, got {self.kl_coef}")
 
 
 class BoNSFT(Algorithm):
@@ -57,14 +51,6 @@ class BoNSFT(Algorithm):
         return random_argmax(source_rewards, generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        log_ratio, selected = batch.log_ratio("reference"), batch.log_probs[:, batch.n :]
+        log_ratio = batch.log_ratio("reference")
         weights = centre(log_ratio, self.config.baseline) if self.config.kl_coef else torch.zeros_like(log_ratio)
-        return AdvantageOutputs(
-            advantages=-self.config.kl_coef * weights,
-            selected_advantages=torch.ones_like(selected),
-            metrics={
-                "bond/win_rate": win_rate(batch.rewards, batch.source_rewards).mean().item(),
-                "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -selected.mean().item(),
-            },
-        )
+        return with_selected(batch, -self.config.kl_coef * weights, 1.0, log_ratio, {})

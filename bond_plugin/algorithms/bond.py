@@ -45,45 +45,33 @@ is left out with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bond_plugin.algorithms import pooled
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Algorithm,
-    Needs,
-    Source,
-    flag,
-    reward_cache_flag,
-)
+from bond_plugin.algorithms.base import Algorithm, Needs, Source, flag, n_flag, reward_cache_flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
+from bond_plugin.algorithms.jbond import with_selected
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.bestofn.distribution import quantiles
-from bond_plugin.bestofn.estimates import win_rate
-from bond_plugin.bestofn.rewards import bond_reward, random_argmax
+from bond_plugin.bestofn.selectors import random_argmax
 from bond_plugin.bestofn.targets import BestOfN
-from bond_plugin.options import number
 
 
 @dataclass(frozen=True)
 class BONDConfig(pooled.PooledConfig):
     """Settings of BOND. The paper's: n in {4, 8, 16}, 16 samples for the quantile, beta 0.5 (section 4)."""
 
-    n: float = flag(
-        8,
-        "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4. Of Best-of-Poisson the mean "
-        "number of samples, 1 + mu, above 1 and not necessarily whole",
-        type=number,
-    )
-    eta: float = flag(0.02, "step of the moving average under --bond.anchor ema, in [0, 1]")
+    n: float = n_flag(8, "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4")
+    eta: float = flag(0.02, "step of the moving average under --bond.anchor ema", ge=0, le=1)
     n_anchor_samples: int = flag(
         16,
-        "k: samples of the anchor per prompt for the quantile, >= 1, and at least n while beta < 1. With a "
-        "reward cache or a learned quantile only what the forward term needs is drawn. 0: none, the policy's own "
-        "samples are weighted (pooled form)",
+        "k: samples of the anchor per prompt for the quantile, and at least n while beta < 1. With a reward cache or "
+        "a learned quantile only what the forward term needs is drawn. 0: none, the policy's own samples are "
+        "weighted (pooled form)",
+        ge=0,
     )
     anchor: str = flag(
         "fixed",
@@ -92,7 +80,7 @@ class BONDConfig(pooled.PooledConfig):
         choices=("fixed", "periodic", "ema"),
     )
     anchor_interval: int = flag(
-        50, "optimiser steps between two copies of the policy, >= 1 (paper: 1000 on XSum, 50 on Gemma)"
+        50, "optimiser steps between two copies of the policy (paper: 1000 on XSum, 50 on Gemma)", ge=1
     )
     correction: bool = flag(
         True, "keep term (B) of Theorem 1 in the reward: needed for tied rewards; the paper leaves it out"
@@ -107,14 +95,10 @@ class BONDConfig(pooled.PooledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_anchor_samples < 0:
-            raise ValueError(f"--bond.n_anchor_samples must be at least 0, got {self.n_anchor_samples}")
         if self.pooled and self.quantile == "learned":
             raise ValueError(
                 "--bond.quantile learned is trained on samples of the anchor: use --bond.n_anchor_samples 1"
             )
-        if self.anchor_interval < 1:
-            raise ValueError(f"--bond.anchor_interval must be at least 1, got {self.anchor_interval}")
         if self.quantile == "learned" and self.correction:
             raise ValueError(
                 "--bond.quantile learned knows p_<= alone, so term (B) cannot be kept: add --no-bond.correction"
@@ -190,21 +174,17 @@ class BOND(Algorithm):
         return self._pooled(batch) if self.config.pooled else self._sampled(batch)
 
     def _pooled(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        cfg = self.config
-        pool = pooled.Pool.of(batch, self._source, cfg.max_weight)
-        if batch.reference_rewards is None:
-            tilt, log_tilt = pool.tilts(cfg)
-        else:
-            p_lt, p_le = quantiles(batch.rewards, batch.reference_rewards, include_self=cfg.goal.vanishes)
-            tilt = cfg.goal.log_tilt(p_lt, p_le).exp()
-            log_tilt = self._log_tilt(p_lt, p_le)
-        return pooled.advantages(pool, tilt, log_tilt, cfg)
+        cfg, tilts = self.config, None
+        if batch.reference_rewards is not None:
+            levels = quantiles(batch.rewards, batch.reference_rewards, include_self=cfg.goal.vanishes)
+            tilts = cfg.goal.log_tilt(*levels).exp(), self._log_tilt(*levels)
+        return pooled.advantages(batch, self._source, cfg, tilts=tilts)
 
     def _log_tilt(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
         """log g of levels of the reward; without the correction of p_<= alone, and for Best-of-N less log N."""
         cfg, goal = self.config, self.config.goal
-        if isinstance(goal, BestOfN):
-            return goal.scale * bond_reward(p_lt, p_le, goal.n, cfg.correction)
+        if isinstance(goal, BestOfN) and not cfg.correction:
+            return goal.scale * p_le.log()
         return goal.log_tilt(p_lt if cfg.correction else p_le, p_le)
 
     def _sampled(self, batch: AdvantageInputs) -> AdvantageOutputs:
@@ -219,23 +199,17 @@ class BOND(Algorithm):
             pool = batch.source_rewards if batch.reference_rewards is None else batch.reference_rewards
             p_lt, p_le = quantiles(batch.rewards, pool, include_self=cfg.goal.vanishes)
 
-        log_ratio, selected = batch.log_ratio(self._source), batch.log_probs[:, batch.n :]
+        log_ratio = batch.log_ratio(self._source)
         # log pi(y) - log pi_BoN(y), whose mean is the backward KL
         backward = log_ratio - self._log_tilt(p_lt, p_le)
-        selected_advantages = torch.full_like(selected, 1.0 - cfg.beta)
-
         metrics = {
             "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
             "bond/log_quantile": p_le.clamp(min=1e-6).log().mean().item(),
             "bond/backward_kl": backward.mean().item(),
-            "bond/kl_anchor": log_ratio.mean().item(),
         }
-        if batch.source_rewards.shape[-1]:
-            metrics["bond/win_rate"] = win_rate(batch.rewards, batch.source_rewards).mean().item()
-        if selected.shape[-1]:
-            metrics["bond/forward_nll"] = -selected.mean().item()
         if targets is not None:
             metrics["bond/quantile_bce"] = torch.nn.functional.binary_cross_entropy(p_le, targets).item()
             metrics["bond/quantile_error"] = (p_le - targets).mean().item()
         advantages = pooled.pulled(-cfg.beta * centre(backward, cfg.baseline), batch, cfg.gamma_ref)
-        return AdvantageOutputs(advantages, selected_advantages, metrics, targets)
+        found = with_selected(batch, advantages, 1.0 - cfg.beta, log_ratio, metrics)
+        return replace(found, classifier_targets=targets)

@@ -35,17 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Algorithm,
-    Config,
-    LossInputs,
-    LossOutputs,
-    Needs,
-    flag,
-    reward_cache_flag,
-)
+from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag, reward_cache_flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.bestofn.baselines import group_normalised
 
@@ -55,25 +46,17 @@ class DPHConfig(Config):
     """Settings of DPH-RL."""
 
     divergence: str = flag("forward_kl", "what holds the policy on D_pef", choices=("forward_kl", "jensen_shannon"))
-    eta: float = flag(0.05, "weight of the divergence, >= 0; the authors: 0.01 to 0.05 forward, 0.05 to 0.2 for JS")
+    eta: float = flag(0.05, "weight of the divergence; the authors: 0.01 to 0.05 forward, 0.05 to 0.2 for JS", ge=0)
     level: str = flag(
         "sequence",
         "u = pi / pi_ref of whole responses ('sequence') or of each token ('token', as the authors'); the same for "
         "the forward KL",
         choices=("sequence", "token"),
     )
-    solved: float = flag(1.0, "a prompt is in D_pef if this share of its stored responses is right, in (0, 1]")
+    solved: float = flag(1.0, "a prompt is in D_pef if this share of its stored responses is right", gt=0, le=1)
     right: float = flag(1.0, "the reward from which on a response counts as right")
-    n_stored: int = flag(1, "stored responses a prompt and step, >= 1, at most as many as the cache has")
+    n_stored: int = flag(1, "stored responses a prompt and step, at most as many as the cache has", ge=1)
     reward_cache: str = reward_cache_flag("the file of stored responses, made by `bond cache --cache.log_probs`")
-
-    def __post_init__(self) -> None:
-        if not (self.eta >= 0 and math.isfinite(self.eta)):
-            raise ValueError(f"--bond.eta must be at least 0, got {self.eta}")
-        if not 0 < self.solved <= 1:
-            raise ValueError(f"--bond.solved must lie in (0, 1], a share of the stored responses; got {self.solved}")
-        if self.n_stored < 1:
-            raise ValueError(f"--bond.n_stored must be at least 1, got {self.n_stored}")
 
 
 class DPH(Algorithm):
@@ -87,23 +70,17 @@ class DPH(Algorithm):
         f = self.config.n_stored
         return Needs(source="stored", source_samples=f, selected_samples=f, reward_cache=True, least=2)
 
-    def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
-        """All: ``[P, f]``."""
-        return torch.arange(source_rewards.shape[-1]).expand(source_rewards.shape)
-
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """0 on D_pef; and eta for stored responses on D_pef, which the loss finds in the advantages' place."""
         cfg = self.config
-        share = (batch.reference_rewards >= cfg.right).double().mean(dim=-1, keepdim=True)
-        held = share >= cfg.solved - 1e-9
+        held = (batch.reference_rewards >= cfg.right).double().mean(dim=-1) >= cfg.solved - 1e-9
         metrics = {"bond/held": held.double().mean().item()}
         if held.any():
-            divergence = self.divergence(batch.log_ratios("behaviour")[:, batch.n :])
-            metrics["bond/divergence"] = divergence[held.squeeze(-1)].mean().item()
-            metrics["bond/kept"] = (batch.rewards >= cfg.right)[held.squeeze(-1)].double().mean().item()
+            metrics["bond/divergence"] = self.divergence(batch.log_ratios("behaviour")[held, batch.n :]).mean().item()
+            metrics["bond/kept"] = (batch.rewards[held] >= cfg.right).double().mean().item()
         return AdvantageOutputs(
-            advantages=torch.where(held, 0.0, group_normalised(batch.rewards)),
-            selected_advantages=cfg.eta * held.double().expand(batch.source_rewards.shape),
+            advantages=torch.where(held.unsqueeze(-1), 0.0, group_normalised(batch.rewards)),
+            selected_advantages=cfg.eta * held.double().unsqueeze(-1).expand(batch.source_rewards.shape),
             metrics=metrics,
         )
 

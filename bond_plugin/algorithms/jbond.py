@@ -39,25 +39,18 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms import pooled
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Algorithm,
-    LossInputs,
-    LossOutputs,
-    Needs,
-    flag,
-)
+from bond_plugin.algorithms.base import Algorithm, Needs, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.bestofn.estimates import win_rate
-from bond_plugin.bestofn.rewards import jbond_reward, random_argmax
+from bond_plugin.bestofn.selectors import random_argmax
 
 
 @dataclass(frozen=True)
 class JBONDConfig(pooled.PooledConfig):
     """Settings of J-BOND. beta, eta and gamma are the paper's (section 5; eta for Gemma 7B)."""
 
-    gamma: float = flag(0.0, "coefficient of the extra KL to the anchor (Eq. 19), >= 0; larger is slower")
+    gamma: float = flag(0.0, "coefficient of the extra KL to the anchor (Eq. 19); larger is slower", ge=0)
     estimator: str = flag(
         "auto",
         "'pooled': all samples are compared with one another, those of the anchor too if there are any; 'paper': "
@@ -73,8 +66,6 @@ class JBONDConfig(pooled.PooledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.gamma >= 0.0 and math.isfinite(self.gamma)):
-            raise ValueError(f"--bond.gamma must be at least 0, got {self.gamma}")
         m = self.n_anchor_samples
         if m < 0 or (m < 2 and not self.pooled):
             raise ValueError(
@@ -124,37 +115,69 @@ class JBOND(Algorithm):
 
     def select(self, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
         """The best anchor sample of each prompt, in the pooled form all: ``[P, m]`` rewards to ``[P, f]`` indices."""
-        if self.config.pooled:
-            return torch.arange(source_rewards.shape[-1]).expand(source_rewards.shape)
-        return random_argmax(source_rewards, generator)
+        selected = super().select if self.config.pooled else random_argmax
+        return selected(source_rewards, generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
         if not cfg.pooled:
             return self._algorithm_2(batch)
-        pool = pooled.Pool.of(batch, "anchor", cfg.max_weight)
-        return pooled.advantages(pool, *pool.tilts(cfg), cfg, cfg.gamma)
+        return pooled.advantages(batch, "anchor", cfg, cfg.gamma)
 
     def _algorithm_2(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
-        m, selected = batch.source_rewards.shape[-1], batch.log_probs[:, batch.n :]
-
-        log_quantile = jbond_reward(batch.rewards, batch.source_rewards, cfg.ties)  # Eq. 17
+        m = batch.source_rewards.shape[-1]
+        log_quantile = crude_log_quantile(batch.rewards, batch.source_rewards, cfg.ties)  # Eq. 17
         # For Best-of-m the quantile counts m - 1 times (Eq. 8 with N = m), which is once in the paper.
         log_ratio = batch.log_ratio("anchor")
         returns = (m - 1) * log_quantile - log_ratio  # Eq. 18
         advantages = cfg.beta * centre(returns, cfg.baseline) - cfg.gamma * log_ratio
-        return AdvantageOutputs(
-            advantages=pooled.pulled(advantages, batch, cfg.gamma_ref),
-            selected_advantages=torch.full_like(selected, 1.0 - cfg.beta),
-            metrics={
-                "bond/win_rate": win_rate(batch.rewards, batch.source_rewards).mean().item(),
-                "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
-                "bond/log_quantile": log_quantile.mean().item(),
-                "bond/kl_anchor": log_ratio.mean().item(),
-                "bond/forward_nll": -selected.mean().item(),
-            },
-        )
+        metrics = {
+            "bond/fire_rate": (log_quantile / -(2**m * math.log(2))).mean().item(),
+            "bond/log_quantile": log_quantile.mean().item(),
+        }
+        advantages = pooled.pulled(advantages, batch, cfg.gamma_ref)
+        return with_selected(batch, advantages, 1.0 - cfg.beta, log_ratio, metrics)
+
+
+def crude_log_quantile(rewards: Tensor, anchor_rewards: Tensor, ties: str = "expected") -> Tensor:
+    """Eq. 17: with two anchor samples -log 16 where the policy's sample is worse than both, else 0.
+
+    It is the cheapest reward whose expectation follows log p_<=: E[r] = -log 16 (1 - p)^2 equals log p at p = 1/2
+    (appendix A.4). For m anchor samples the same argument gives -2^m log 2; other m than 2 are our extension.
+
+    Args:
+        rewards: ``[P, n]`` of the policy's samples.
+        anchor_rewards: ``[P, m]``, m >= 2.
+        ties: ``expected``: a sample that is below no anchor sample but the t it ties with is last with probability
+            1 / (t + 1). ``textbook``: a tie never fires.
+
+    Returns:
+        ``[P, n]`` in nats.
+    """
+    lowest = anchor_rewards.amin(dim=-1, keepdim=True)
+    last = (rewards < lowest).to(rewards.dtype)
+    if ties == "expected":
+        equal = (rewards.unsqueeze(-1) == anchor_rewards.unsqueeze(-2)).sum(dim=-1)
+        last = torch.where(rewards == lowest, 1 / (equal + 1).to(last), last)
+    return last * -(2.0 ** anchor_rewards.shape[-1] * math.log(2.0))
+
+
+def with_selected(
+    batch: AdvantageInputs, advantages: Tensor, forward: float, log_ratio: Tensor, metrics: dict[str, float]
+) -> AdvantageOutputs:
+    """Advantages of the policy's samples, and ``forward`` for each selected one, for :func:`policy_loss`.
+
+    Beside the metrics given: the mean of ``log_ratio``, the win rate against the source, and -log pi of what is
+    selected.
+    """
+    selected = batch.log_probs[:, batch.n :]
+    metrics["bond/kl_anchor"] = log_ratio.mean().item()
+    if batch.source_rewards.shape[-1]:
+        metrics["bond/win_rate"] = win_rate(batch.rewards, batch.source_rewards).mean().item()
+    if selected.shape[-1]:
+        metrics["bond/forward_nll"] = -selected.mean().item()
+    return AdvantageOutputs(advantages, torch.full_like(selected, forward), metrics)
 
 
 def policy_loss(inputs: LossInputs) -> LossOutputs:

@@ -24,10 +24,12 @@ reference model's place, ``--ref.model_name_or_path``: any size, the policy's vo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
+import torch
+
+from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.bestofn.baselines import group_normalised
 
 
@@ -35,9 +37,9 @@ from bond_plugin.bestofn.baselines import group_normalised
 class KDRLConfig(Config):
     """Settings of KDRL. The coefficients are the paper's; how many steps lie between them is the run's."""
 
-    kl_coef: float = flag(5e-3, "beta at the first step: the coefficient of the KL to the teacher, >= 0")
-    kl_coef_end: float = flag(1e-3, "beta after anneal_steps, >= 0")
-    anneal_steps: int = flag(100, "rollouts over which beta falls linearly; 0: it stays at kl_coef")
+    kl_coef: float = flag(5e-3, "beta at the first step: the coefficient of the KL to the teacher", ge=0)
+    kl_coef_end: float = flag(1e-3, "beta after anneal_steps", ge=0)
+    anneal_steps: int = flag(100, "rollouts over which beta falls linearly; 0: it stays at kl_coef", ge=0)
     level: str = flag(
         "token",
         "'token': the KL of each next token, at the states that the policy visits (the paper's); 'sequence': "
@@ -52,18 +54,6 @@ class KDRLConfig(Config):
     )
     right: float = flag(1.0, "the reward from which on a response counts as right")
 
-    def __post_init__(self) -> None:
-        for name, value in (("kl_coef", self.kl_coef), ("kl_coef_end", self.kl_coef_end)):
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"--bond.{name} must be at least 0, got {value}")
-        if self.anneal_steps < 0:
-            raise ValueError(f"--bond.anneal_steps must be at least 0 (0: beta stays), got {self.anneal_steps}")
-
-    def coefficient(self, step: int) -> float:
-        """beta of the rollout after ``step`` others."""
-        part = min(step / self.anneal_steps, 1.0) if self.anneal_steps else 0.0
-        return self.kl_coef + part * (self.kl_coef_end - self.kl_coef)
-
 
 class KDRL(Algorithm):
     """The loss is the host's; with ``kl_coef`` 0 this is GRPO without a KL."""
@@ -76,14 +66,15 @@ class KDRL(Algorithm):
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg = self.config
+        part = min(batch.step / cfg.anneal_steps, 1.0) if cfg.anneal_steps else 0.0
+        beta = cfg.kl_coef + part * (cfg.kl_coef_end - cfg.kl_coef)
         pull = batch.log_ratios("teacher")[:, : batch.n]
         if cfg.level == "sequence":
             pull = pull.flip(-1).cumsum(dim=-1).flip(-1)
         right = batch.rewards >= cfg.right
         if cfg.mask == "group":
             right = right.any(dim=-1, keepdim=True).expand_as(right)
-        taught = (~right if cfg.mask != "none" else right.new_ones(right.shape)).double()
-        beta = cfg.coefficient(batch.step)
+        taught = (~right if cfg.mask != "none" else torch.ones_like(right)).double()
         return AdvantageOutputs(
             advantages=group_normalised(batch.rewards).unsqueeze(-1) - beta * taught.unsqueeze(-1) * pull,
             metrics={

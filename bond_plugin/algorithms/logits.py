@@ -72,14 +72,7 @@ class Logits:
 
     def over_tokens(self, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """``[K]``: ``compare`` takes log-probabilities of policy and teacher, ``[k, V]`` each, and gives ``[k]``."""
-        size = max(1, int(self.limit / (8 * self.words)))
-
-        def piece(start: int) -> Tensor:
-            tokens, words = slice(start, start + size), slice(0, self.words)
-            both = (head.logits(tokens, words) / self.temperature for head in (self.policy, self.teacher))
-            return compare(*(logits.log_softmax(dim=-1) for logits in both))
-
-        return torch.cat([_again(piece, start) for start in range(0, self.tokens, size)])
+        return self._over_tokens(lambda *both: compare(*(logits.log_softmax(dim=-1) for logits in both)))
 
     def over_words(self, compare: Callable[[Tensor, Tensor], Tensor], held: int = 2) -> Tensor:
         """The sum over pieces of the vocabulary of ``compare``, which takes log-probabilities ``[K, v]`` of both.
@@ -89,28 +82,28 @@ class Logits:
             held: how many numbers it holds of each token and word at a time.
         """
         size = max(1, int(self.limit / (4 * max(held, 2) * self.tokens)))
-        everything = slice(0, self.tokens)
-        totals = [self._totals(head) for head in (self.policy, self.teacher)]
+        totals = self._over_tokens(lambda *both: torch.stack([logits.logsumexp(dim=-1) for logits in both], dim=-1))
 
         def piece(start: int) -> Tensor:
-            words = slice(start, min(start + size, self.words))
-            both = (head.logits(everything, words) / self.temperature for head in (self.policy, self.teacher))
-            return compare(*(logits - total for logits, total in zip(both, totals, strict=True)))
+            both = self._both(slice(0, self.tokens), slice(start, min(start + size, self.words)))
+            return compare(*(logits - total for logits, total in zip(both, totals.split(1, dim=-1), strict=True)))
 
         found = _again(piece, 0)
         for start in range(size, self.words, size):
             found = found + _again(piece, start)
         return found
 
-    def _totals(self, head: Head) -> Tensor:
-        """``[K, 1]``: the logarithm of the sum of the exponentials of the logits."""
-        size = max(1, int(self.limit / (4 * self.words)))
+    def _over_tokens(self, compare: Callable[..., Tensor]) -> Tensor:
+        """What ``compare`` gives of logits ``[k, V]`` of policy and teacher, one piece of tokens after the other."""
+        size = max(1, int(self.limit / (8 * self.words)))
 
         def piece(start: int) -> Tensor:
-            logits = head.logits(slice(start, start + size), slice(0, self.words)) / self.temperature
-            return logits.logsumexp(dim=-1, keepdim=True)
+            return compare(*self._both(slice(start, start + size), slice(0, self.words)))
 
         return torch.cat([_again(piece, start) for start in range(0, self.tokens, size)])
+
+    def _both(self, tokens: slice, words: slice) -> list[Tensor]:
+        return [head.logits(tokens, words) / self.temperature for head in (self.policy, self.teacher)]
 
 
 def _again(piece: Callable[[int], Tensor], start: int) -> Tensor:

@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import torch
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, DataError, Needs
+from bond_plugin.algorithms.base import Algorithm, DataError, Needs
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.algorithms.pooled import PulledConfig, pulled
 
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Needs, flag
+from bond_plugin.algorithms.base import Algorithm, Needs, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.algorithms.pooled import PulledConfig, pulled
 from bond_plugin.bestofn.estimates import expected_max, max_credit
 
@@ -33,14 +34,10 @@ class PKPOConfig(PulledConfig):
 
     k: int = flag(
         4,
-        "the mean of the best of k samples is maximised, 1 <= k <= --rollout.n_samples_per_prompt; less noise the "
-        "more samples there are. 1 is REINFORCE with a leave-one-out baseline",
+        "the mean of the best of k samples is maximised, k <= --rollout.n_samples_per_prompt; less noise the more "
+        "samples there are. 1 is REINFORCE with a leave-one-out baseline",
+        ge=1,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 1:
-            raise ValueError(f"--bond.k must be at least 1, got {self.k}")
 
 
 class PKPO(Algorithm):

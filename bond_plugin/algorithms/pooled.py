@@ -43,46 +43,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Config,
-    Source,
-    flag,
-    target_flag,
-    temperature_flag,
-)
+from bond_plugin.algorithms import base
+from bond_plugin.algorithms.base import Config, Source, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
+from bond_plugin.bestofn import pooled as estimates
 from bond_plugin.bestofn.baselines import BASELINES, leave_one_out_mean
-from bond_plugin.bestofn.pooled import (
-    effective_sample_size,
-    harmonic_log_quantile,
-    mixture_weights,
-    pooled_tilt,
-)
 from bond_plugin.bestofn.targets import BestOfN, Target, target_of
-from bond_plugin.options import number
 
 
 @dataclass(frozen=True)
 class PooledConfig(Config):
     """Settings that BOND and J-BOND share, as both can take the pooled form; the defaults are those of J-BOND."""
 
-    n: float = flag(
-        2,
-        "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2. Of Best-of-Poisson the mean number of "
-        "samples, 1 + mu, above 1 and not necessarily whole",
-        type=number,
-    )
-    target: str = target_flag()
-    temperature: float = temperature_flag()
+    n: float = base.n_flag(2, "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2")
+    target: str = base.target_flag()
+    temperature: float = base.temperature_flag()
     beta: float = flag(
-        0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta"
+        0.5, "weight of the backward KL in the Jeffreys divergence; the forward KL has 1 - beta", ge=0, le=1
     )
-    eta: float = flag(0.02, "step of the anchor's moving average, anchor <- (1 - eta) anchor + eta policy, in [0, 1]")
+    eta: float = flag(
+        0.02, "step of the anchor's moving average, anchor <- (1 - eta) anchor + eta policy", ge=0, le=1
+    )
     gamma_ref: float = flag(
         0.0,
-        "coefficient of KL(pi || initial policy), >= 0: takes back what noise costs in KL, which a moving "
-        "anchor never does; 0.1 to 0.3 did well. Ours, not the paper's",
+        "coefficient of KL(pi || initial policy): takes back what noise costs in KL, which a moving anchor never "
+        "does; 0.1 to 0.3 did well. Ours, not the paper's",
+        ge=0,
     )
     n_anchor_samples: int = flag(
         0,
@@ -92,7 +78,9 @@ class PooledConfig(Config):
     max_weight: float = flag(
         10.0,
         "pooled form: weights pi_anchor/pi above this are cut off, so that no sample makes up a whole step; "
-        "bond/truncated is the share of the anchor that this leaves out. At least 1; inf: never",
+        "bond/truncated is the share of the anchor that this leaves out; inf: never",
+        ge=1,
+        le=math.inf,
     )
     normalised: bool = flag(
         False,
@@ -101,7 +89,9 @@ class PooledConfig(Config):
     )
     min_ess: float = flag(
         0.2,
-        "pooled form: say so once when bond/ess, the share of effective samples, falls below this; in [0, 1]",
+        "pooled form: say so once when bond/ess, the share of effective samples, falls below this",
+        ge=0,
+        le=1,
     )
     baseline: str = flag(
         "batch",
@@ -112,14 +102,8 @@ class PooledConfig(Config):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.goal
-        for name, share in (("beta", self.beta), ("eta", self.eta), ("min_ess", self.min_ess)):
-            if not 0.0 <= share <= 1.0:
-                raise ValueError(f"--bond.{name} must lie in [0, 1], got {share}")
-        if not (self.gamma_ref >= 0.0 and math.isfinite(self.gamma_ref)):
-            raise ValueError(f"--bond.gamma_ref must be at least 0, got {self.gamma_ref}")
-        if not self.max_weight >= 1.0:
-            raise ValueError(f"--bond.max_weight must be at least 1, got {self.max_weight}")
         if self.pooled and self.baseline == "leave_one_out":
             raise ValueError(
                 "--bond.baseline leave_one_out would change the pooled form's target (ranks within a prompt depend "
@@ -138,107 +122,63 @@ class PooledConfig(Config):
         return self.n_anchor_samples == 0
 
 
-@dataclass(frozen=True)
-class Pool:
-    """The S = n + m samples of each of P prompts.
-
-    Attributes:
-        n: how many are of the policy; these come first.
-        rewards, log_probs: ``[P, S]``, log pi of whole responses.
-        log_ratios: ``[P, S, A]``, log pi - log pi_anchor of each token.
-        reference_log_ratios: the same to the initial policy, or ``None``.
-        weights: ``[P, S]``, a, at most ``max_weight``.
-        truncated: share of all weights together that was above.
-        own_anchor, own_policy: ``[P, S]``, a and p as a sample's own coefficients (mu left out, see above).
-    """
-
-    n: int
-    rewards: Tensor
-    log_probs: Tensor
-    log_ratios: Tensor
-    reference_log_ratios: Tensor | None
-    weights: Tensor
-    truncated: float
-    own_anchor: Tensor
-    own_policy: Tensor
-
-    @classmethod
-    def of(cls, batch: AdvantageInputs, anchor: Source, max_weight: float) -> Pool:
-        """Of a batch with all samples of the anchor, in their order; ``anchor`` names its weights."""
-        log_ratios = batch.log_ratios(anchor)
-        log_ratio = log_ratios.sum(dim=-1)
-        moved = torch.zeros_like(log_ratio)
-        if "behaviour" in batch.under:
-            moved[:, : batch.n] = batch.log_ratio("behaviour")
-        weights, _ = mixture_weights(moved, moved - log_ratio, batch.n)
-        own_anchor, own_policy = mixture_weights(torch.zeros_like(moved), -log_ratio, batch.n)
-        return cls(
-            n=batch.n,
-            rewards=torch.cat([batch.rewards, batch.source_rewards], dim=-1),
-            log_probs=batch.log_probs,
-            log_ratios=log_ratios,
-            reference_log_ratios=batch.log_ratios("reference") if "reference" in batch.under else None,
-            weights=weights.clamp(max=max_weight),
-            truncated=((weights - max_weight).clamp(min=0).sum() / weights.sum().clamp(min=1e-300)).item(),
-            own_anchor=own_anchor.clamp(max=max_weight),
-            own_policy=own_policy,
-        )
-
-    def tilts(self, config: PooledConfig) -> tuple[Tensor, Tensor]:
-        """ĝ of the target, and log ĝ less log g(1). ``[P, S]`` each."""
-        return config.goal.pooled(self.rewards, self.weights, config.normalised)
-
-
 def advantages(
-    pool: Pool,
-    tilt: Tensor,
-    log_tilt: Tensor,
+    batch: AdvantageInputs,
+    anchor: Source,
     config: PooledConfig,
     gamma: float = 0.0,
-    to_go: bool = True,
+    tilts: tuple[Tensor, Tensor] | None = None,
 ) -> AdvantageOutputs:
     """The advantages A_it of the head of this file.
 
     Args:
-        pool: see there.
-        tilt, log_tilt: ``[P, S]``, ĝ, and log ĝ up to a constant.
+        batch: all samples of the anchor are selected, in their order.
+        anchor: the name of its weights.
         config: of which the target, beta, gamma_ref, and whether baselines are subtracted from the backward parts.
         gamma: see above.
-        to_go: ``False`` gives all tokens the log-ratio of the whole response: the same expectation with more noise.
+        tilts: ĝ, and log ĝ up to a constant, ``[P, S]`` each; from the other samples by default.
     """
-    goal, beta, centred = config.goal, config.beta, config.baseline != "none"
+    n, goal, beta, centred = batch.n, config.goal, config.beta, config.baseline != "none"
+    rewards = torch.cat([batch.rewards, batch.source_rewards], dim=-1)
+    log_ratios = batch.log_ratios(anchor)
+    log_ratio = log_ratios.sum(dim=-1)
+    moved = torch.zeros_like(log_ratio)  # log pi - log mu
+    if "behaviour" in batch.under:
+        moved[:, :n] = batch.log_ratio("behaviour")
+    among, _ = estimates.mixture_weights(moved, moved - log_ratio, n)
+    weights = among.clamp(max=config.max_weight)
+    # a and p as a sample's own coefficients, mu left out.
+    own_anchor, own = estimates.mixture_weights(torch.zeros_like(moved), -log_ratio, n)
+    own_anchor = own_anchor.clamp(max=config.max_weight)
+    tilt, log_tilt = tilts or goal.pooled(rewards, weights, config.normalised)
 
     def parts(log_ratios: Tensor) -> Tensor:
-        if not to_go:
-            log_ratios = log_ratios.sum(dim=-1, keepdim=True)
         return _to_go(log_ratios, own, centred).mul_(own.unsqueeze(-1))
 
-    own, size = pool.own_policy, pool.rewards.shape[-1]
-    base = _other_prompts(log_tilt, own, goal) if centred else 0.0
-    each = (1 - beta) * (pool.own_anchor * tilt - own) + beta * own * (log_tilt - base)
-    found = parts(pool.log_ratios).mul_(-(beta + gamma)).add_(each.unsqueeze(-1))
+    baseline = _other_prompts(log_tilt, own, goal) if centred else 0.0
+    forward, backward = (1 - beta) * (own_anchor * tilt - own), beta * own * (log_tilt - baseline)
+    found = parts(log_ratios).mul_(-(beta + gamma)).add_((forward + backward).unsqueeze(-1))
     if config.gamma_ref:
-        found -= parts(pool.reference_log_ratios).mul_(config.gamma_ref)
+        found -= parts(batch.log_ratios("reference")).mul_(config.gamma_ref)
 
-    policy, anchor = slice(0, pool.n), slice(pool.n, None)
-    m = size - pool.n
-    ess = effective_sample_size(pool.weights)
-    pairs = pooled_tilt(pool.rewards, pool.weights, 2, normalised=True)[:, policy] / 2
-    log_quantile = harmonic_log_quantile(pool.rewards, pool.weights, config.normalised)
+    ess = estimates.effective_sample_size(weights)
+    pairs = estimates.pooled_tilt(rewards, weights, 2, normalised=True)[:, :n] / 2
+    log_quantile = estimates.harmonic_log_quantile(rewards, weights, config.normalised)
+    cut = (among - weights).sum() / among.sum().clamp(min=1e-300)
     metrics = {
         "bond/win_rate": pairs.mean().item(),
-        "bond/log_quantile": log_quantile[:, policy].mean().item(),
-        "bond/kl_anchor": pool.log_ratios.sum(dim=-1)[:, policy].mean().item(),
-        "bond/forward_nll": -(pool.own_anchor * tilt * pool.log_probs).mean().item(),
+        "bond/log_quantile": log_quantile[:, :n].mean().item(),
+        "bond/kl_anchor": log_ratio[:, :n].mean().item(),
+        "bond/forward_nll": -(own_anchor * tilt * batch.log_probs).mean().item(),
         "bond/ess": ess.mean().item(),
         "bond/ess_min": ess.amin().item(),
-        "bond/truncated": pool.truncated,
+        "bond/truncated": cut.item(),
     }
     # The host's mean over a prompt's rows is one over n of the policy's plus one over m of the anchor's.
-    found = found.expand(pool.log_ratios.shape)
+    size = rewards.shape[-1]
     return AdvantageOutputs(
-        advantages=found[:, policy] * (pool.n / size),
-        selected_advantages=found[:, anchor] * (m / size) if m else None,
+        advantages=found[:, :n] * (n / size),
+        selected_advantages=found[:, n:] * ((size - n) / size) if size > n else None,
         metrics=metrics,
     )
 
@@ -270,11 +210,7 @@ def _to_go(log_ratios: Tensor, weights: Tensor, centred: bool) -> Tensor:
 class PulledConfig(Config):
     """Of an algorithm with no divergence of its own that can be held near the initial policy by :func:`pulled`."""
 
-    gamma_ref: float = flag(0.0, "coefficient of KL(pi || initial policy), >= 0; 0 needs no log-probabilities of it")
-
-    def __post_init__(self) -> None:
-        if not (self.gamma_ref >= 0.0 and math.isfinite(self.gamma_ref)):
-            raise ValueError(f"--bond.gamma_ref must be at least 0, got {self.gamma_ref}")
+    gamma_ref: float = flag(0.0, "coefficient of KL(pi || initial policy); 0 needs no log-probabilities of it", ge=0)
 
     @property
     def log_probs(self) -> set[str]:

@@ -42,7 +42,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bond_plugin.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
+from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.algorithms.pooled import pulled
 from bond_plugin.bestofn.baselines import leave_one_out_mean
 from bond_plugin.bestofn.pooled import effective_sample_size
@@ -55,26 +56,24 @@ class PosteriorConfig(Config):
     kl_coef: float = flag(
         0.1,
         "c: the target is pi_ref exp(r / c) / Z, which is the optimum of E[r] - c KL(pi || pi_ref). In units of the "
-        "reward, >= 0. 0: no KL and no target, the reward alone (needs beta 1)",
+        "reward. 0: no KL and no target, the reward alone (needs beta 1)",
+        ge=0,
     )
     beta: float = flag(
-        0.5, "weight of the backward KL in the Jeffreys divergence, in [0, 1]; the forward KL has 1 - beta. 1 is RL"
+        0.5, "weight of the backward KL in the Jeffreys divergence, the forward KL has 1 - beta; 1 is RL", ge=0, le=1
     )
     max_weight: float = flag(
         10.0,
         "forward KL: weights p*/pi above this are cut off, so that no sample makes up a whole step; bond/truncated "
-        "is the share of them that this leaves out. At least 1; inf: never",
+        "is the share of them that this leaves out; inf: never",
+        ge=1,
+        le=math.inf,
     )
 
     def __post_init__(self) -> None:
-        if not (self.kl_coef >= 0.0 and math.isfinite(self.kl_coef)):
-            raise ValueError(f"--bond.kl_coef must be at least 0, got {self.kl_coef}")
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"--bond.beta must lie in [0, 1], got {self.beta}")
+        super().__post_init__()
         if not self.kl_coef and self.beta < 1.0:
             raise ValueError("--bond.kl_coef 0 has no target for the forward KL: use --bond.beta 1, or raise it")
-        if not self.max_weight >= 1.0:
-            raise ValueError(f"--bond.max_weight must be at least 1, got {self.max_weight}")
 
 
 class Posterior(Algorithm):

@@ -32,7 +32,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bond_plugin.algorithms.base import AdvantageInputs, flag
+from bond_plugin.algorithms.base import flag
+from bond_plugin.algorithms.batch import AdvantageInputs
 from bond_plugin.algorithms.regression import Regression, RegressionConfig
 from bond_plugin.bestofn.distribution import quantiles
 
@@ -41,17 +42,13 @@ from bond_plugin.bestofn.distribution import quantiles
 class QRPOConfig(RegressionConfig):
     """Settings of QRPO."""
 
-    beta: float = flag(0.003, "the target is pi_ref exp(F/beta)/Z, about as far as Best-of-(1/beta); > 0")
+    beta: float = flag(0.003, "the target is pi_ref exp(F/beta)/Z, about as far as Best-of-(1/beta)", gt=0)
     partition: str = flag(
         "cache",
         "log Z: 'cache', from the prompt's reference rewards, for tied rewards too; 'uniform', the closed form for "
         "rewards that are all different",
         choices=("cache", "uniform"),
     )
-
-    def __post_init__(self) -> None:
-        if not (self.beta > 0 and math.isfinite(self.beta)):
-            raise ValueError(f"--bond.beta must be above 0, got {self.beta}")
 
 
 class QRPO(Regression):

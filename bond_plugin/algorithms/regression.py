@@ -22,17 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Algorithm,
-    Config,
-    LossInputs,
-    LossOutputs,
-    Needs,
-    flag,
-    reward_cache_flag,
-)
+from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag, reward_cache_flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
 
 
 @dataclass(frozen=True)
@@ -82,4 +73,4 @@ class Regression(Algorithm):
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
         rest = torch.where(inputs.mask.bool(), inputs.log_probs - inputs.advantages, 0.0).sum(dim=-1)
-        return LossOutputs(row_loss=(self.scale * rest).square(), clip_fraction=rest.new_zeros(()))
+        return LossOutputs((self.scale * rest).square())

@@ -27,16 +27,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    AdvantageOutputs,
-    Algorithm,
-    Config,
-    LossInputs,
-    LossOutputs,
-    Needs,
-    flag,
-)
+from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
 from bond_plugin.algorithms.logits import Logits
 
 
@@ -44,26 +36,19 @@ from bond_plugin.algorithms.logits import Logits
 class SinKDConfig(Config):
     """Settings of distillation on logits."""
 
-    sinkhorn: float = flag(1.0, "weight of the Sinkhorn distance to the teacher's tokens, >= 0")
-    forward_kl: float = flag(1.0, "weight of KL(teacher || policy) at each token, >= 0")
-    backward_kl: float = flag(0.0, "weight of KL(policy || teacher) at each token, >= 0")
-    jensen_shannon: float = flag(0.0, "weight of their Jensen-Shannon divergence at each token, >= 0")
-    blur: float = flag(0.1, "lambda of the Sinkhorn distance, > 0: the smaller, the nearer to the transport itself")
-    iterations: int = flag(20, "T, iterations of the Sinkhorn distance, >= 1")
-    block: int = flag(256, "tokens that are matched with one another, >= 2; memory grows with its square")
-    softness: float = flag(1.0, "tau: what logits are divided by, beside the sampling temperature, > 0")
+    sinkhorn: float = flag(1.0, "weight of the Sinkhorn distance to the teacher's tokens", ge=0)
+    forward_kl: float = flag(1.0, "weight of KL(teacher || policy) at each token", ge=0)
+    backward_kl: float = flag(0.0, "weight of KL(policy || teacher) at each token", ge=0)
+    jensen_shannon: float = flag(0.0, "weight of their Jensen-Shannon divergence at each token", ge=0)
+    blur: float = flag(0.1, "lambda of the Sinkhorn distance: the smaller, the nearer to the transport itself", gt=0)
+    iterations: int = flag(20, "T, iterations of the Sinkhorn distance", ge=1)
+    block: int = flag(256, "tokens that are matched with one another; memory grows with its square", ge=2)
+    softness: float = flag(1.0, "tau: what logits are divided by, beside the sampling temperature", gt=0)
 
     def __post_init__(self) -> None:
-        weights = (self.sinkhorn, self.forward_kl, self.backward_kl, self.jensen_shannon)
-        if not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
-            names = "--bond.sinkhorn, forward_kl, backward_kl and jensen_shannon"
-            raise ValueError(f"{names} must be at least 0, and one of them above, got {weights}")
-        for name, least in (("iterations", 1), ("block", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--bond.{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("blur", "softness"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"--bond.{name} must be above 0, got {getattr(self, name)}")
+        super().__post_init__()
+        if not any((self.sinkhorn, self.forward_kl, self.backward_kl, self.jensen_shannon)):
+            raise ValueError("one of --bond.sinkhorn, forward_kl, backward_kl and jensen_shannon must be above 0")
 
 
 class SinKD(Algorithm):
@@ -98,7 +83,7 @@ class SinKD(Algorithm):
         return found + self.config.forward_kl * kl(teacher, policy) + self.config.backward_kl * kl(policy, teacher)
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        return LossOutputs(row_loss=inputs.token_losses.sum(dim=-1), clip_fraction=torch.zeros(()))
+        return LossOutputs(inputs.token_losses.sum(dim=-1))
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
@@ -114,7 +99,6 @@ def cost(logits: Logits) -> Tensor:
 def transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
     """``[K, K]``: the plan, exp(-cost / blur) with columns and rows scaled to sum to 1 in turn, in log space."""
     log_plan = -cost / blur
-    for _ in range(iterations):
-        log_plan = log_plan - log_plan.logsumexp(dim=0, keepdim=True)
-        log_plan = log_plan - log_plan.logsumexp(dim=1, keepdim=True)
+    for dim in (0, 1) * iterations:
+        log_plan = log_plan - log_plan.logsumexp(dim=dim, keepdim=True)
     return log_plan.exp()

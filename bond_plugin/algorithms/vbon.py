@@ -8,6 +8,7 @@ The backward KL to Best-of-N of the initial policy, as KL-regularised RL with a 
     exact   r = (log sum_i C(N, i) F^(N-i) pi_ref^i - log pi_ref) / (N - 1)
     tied    r = (log pi_BoN - log pi_ref) / (N - 1), ties broken at random (Theorem 1 of BOND, 2407.14622)
 
+By the binomial theorem the sum is (F + pi_ref)^N - F^N: Best-of-N for a y that is alone at its level of reward.
 F(r(y)) is the probability that a sample of the initial policy has a lower reward, estimated from M samples that
 were scored before training: with k of them strictly below, F = (k + 1) / (M + 1), as in the authors' code. Only
 the order of rewards counts: any increasing transformation of the reward gives the same training.
@@ -28,44 +29,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from bond_plugin.algorithms.base import (
-    AdvantageInputs,
-    Needs,
-    RewardTransform,
-    TransformConfig,
-    TransformOutputs,
-    flag,
-    reward_cache_flag,
-    target_flag,
-    temperature_flag,
-)
+from bond_plugin.algorithms import base
+from bond_plugin.algorithms.base import Needs, RewardTransform, TransformConfig, flag
+from bond_plugin.algorithms.batch import AdvantageInputs, TransformOutputs
 from bond_plugin.bestofn.distribution import quantiles
-from bond_plugin.bestofn.rewards import bond_reward, vbon_reward
-from bond_plugin.bestofn.targets import BestOfN, Target, target_of
-from bond_plugin.options import number
+from bond_plugin.bestofn.targets import Target, target_of
 
 
 @dataclass(frozen=True)
 class VBoNConfig(TransformConfig):
     """Settings of vBoN."""
 
-    n: float = flag(
-        8,
-        "N of the Best-of-N to match, >= 2; it sets the KL coefficient to 1 / (N - 1). Of Best-of-Poisson the mean "
-        "number of samples, 1 + mu, above 1 and not necessarily whole",
-        type=number,
-    )
-    target: str = target_flag()
-    temperature: float = temperature_flag()
+    n: float = base.n_flag(8, "N of the Best-of-N to match, >= 2; it sets the KL coefficient to 1 / (N - 1)")
+    target: str = base.target_flag()
+    temperature: float = base.temperature_flag()
     bound: str = flag(
         "l1",
         "the reward: 'l1' is log F, the paper's lower bound; 'exact' adds what pi_ref(y) itself contributes; "
         "'tied' is exact where many samples share a reward, as with 0/1 rewards",
         choices=("l1", "exact", "tied"),
     )
-    reward_cache: str = reward_cache_flag()
+    reward_cache: str = base.reward_cache_flag()
 
     def __post_init__(self) -> None:
         _ = self.goal
@@ -95,30 +80,23 @@ class VBoN(RewardTransform):
         return Needs(log_probs={"reference"}, reward_cache=True)
 
     def transform(self, batch: AdvantageInputs) -> TransformOutputs:
-        cfg, log_ref = self.config, batch.under["reference"].sum(dim=-1)
-        goal, pool = cfg.goal, batch.reference_rewards
-        p_lt, p_le = quantiles(batch.rewards, pool, include_self=True)
-        if not isinstance(goal, BestOfN):
-            rewards = _reward(goal, cfg.bound, *quantiles(batch.rewards, pool), log_ref)
-        elif cfg.bound == "tied":
-            rewards = bond_reward(p_lt, p_le, goal.n)
+        cfg, goal, known = self.config, self.config.goal, batch.reference_rewards
+        p_lt, p_le = quantiles(batch.rewards, known, include_self=True)
+        low, high = (p_lt, p_le) if goal.vanishes else quantiles(batch.rewards, known)
+        if goal.vanishes and cfg.bound != "tied":
+            low = low + 1 / (known.shape[-1] + 1)  # (k + 1) / (M + 1), k strictly below: never 0
+        if goal.vanishes and cfg.bound == "l1":
+            rewards = low.log()  # log g / c but for a constant
         else:
-            # (k + 1) / (M + 1), k strictly below: what the authors count, and never 0.
-            below = (p_lt + 1 / (pool.shape[-1] + 1)).log()
-            rewards = vbon_reward(below, log_ref, goal.n) if cfg.bound == "exact" else below
+            log_ref = batch.under["reference"].sum(dim=-1)
+            # Of y's level (tied), of y's own mass above F (exact), or without any mass (l1).
+            high = {"l1": low, "exact": low + log_ref.exp(), "tied": high}[cfg.bound]
+            rewards = goal.log_tilt(low, high) / goal.scale
         if not torch.isfinite(rewards).all():
             raise FloatingPointError("a reward of vBoN is not finite: a log-probability of the reference is not")
-        return TransformOutputs(
-            rewards,
-            {
-                "vbon/reward": rewards.mean().item(),
-                "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
-                "bond/log_quantile": p_le.log().mean().item(),
-            },
-        )
-
-
-def _reward(goal: Target, bound: str, p_lt: Tensor, p_le: Tensor, log_ref: Tensor) -> Tensor:
-    """log g / scale, of a level of reward (tied), of y's own mass above p_< (exact), or without any mass (l1)."""
-    upper = {"l1": p_lt, "exact": p_lt + log_ref.exp(), "tied": p_le}[bound]
-    return goal.log_tilt(p_lt, upper) / goal.scale
+        metrics = {
+            "vbon/reward": rewards.mean().item(),
+            "bond/quantile": ((p_lt + p_le) / 2).mean().item(),
+            "bond/log_quantile": p_le.log().mean().item(),
+        }
+        return TransformOutputs(rewards, metrics)

@@ -19,15 +19,11 @@ def centre(values: Tensor, baseline: str) -> Tensor:
         baseline: ``leave_one_out``: the prompt's other samples, n >= 2. ``batch``: all other samples. ``none``.
 
     Raises:
-        ValueError: too few samples for the baseline, or an unknown one.
+        ValueError: too few samples for the baseline.
     """
     if baseline == "none":
         return values
-    if baseline == "batch":
-        return values - leave_one_out_mean(values)
-    if baseline == "leave_one_out":
-        return values - leave_one_out_mean(values, dim=-1)
-    raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
+    return values - leave_one_out_mean(values, dim=-1 if baseline == "leave_one_out" else None)
 
 
 def leave_one_out_mean(values: Tensor, dim: int | None = None) -> Tensor:

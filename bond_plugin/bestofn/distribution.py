@@ -34,16 +34,8 @@ def quantiles(rewards: Tensor, samples: Tensor, include_self: bool = False) -> t
         (p_lt, p_le), each ``[B, m]`` float64 in [0, 1], p_lt <= p_le.
 
     Raises:
-        ValueError: shapes that do not fit, no samples, or NaN.
+        ValueError: a reward is NaN, which has no place in an order.
     """
-    if rewards.dim() != 2 or samples.dim() != 2 or len(rewards) != len(samples):
-        raise ValueError(
-            f"quantiles needs rewards [B, m] and samples [B, k], got {tuple(rewards.shape)} and "
-            f"{tuple(samples.shape)}"
-        )
-    k = samples.shape[-1]
-    if k < 1:
-        raise ValueError("quantiles needs at least one sample of the reference a prompt")
     if rewards.isnan().any() or samples.isnan().any():
         raise ValueError("quantiles needs rewards that are numbers, got NaN")
     values = rewards.detach().double().contiguous()
@@ -51,7 +43,8 @@ def quantiles(rewards: Tensor, samples: Tensor, include_self: bool = False) -> t
     lower = torch.searchsorted(ordered, values, right=False).double()
     not_higher = torch.searchsorted(ordered, values, right=True).double()
     own = int(include_self)
-    return lower / (k + own), (not_higher + own) / (k + own)
+    count = samples.shape[-1] + own
+    return lower / count, (not_higher + own) / count
 
 
 def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: float) -> Tensor:
@@ -63,23 +56,14 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: float) -> Tensor:
     error near that of float64 for n up to 10,000 and beyond, down to p = 0 and up to q = 1.
 
     Args:
-        p_lt: any shape, P(r(y') < r(y)) under the reference.
-        p_le: the same shape, P(r(y') <= r(y)), p_lt <= p_le.
+        p_lt, p_le: any shape, P(r(y') < r(y)) and P(r(y') <= r(y)) under the reference, p_lt <= p_le. Estimates of
+            them may be above 1.
         n: N of Best-of-N, >= 1. What is not whole lies on the curve between those that are.
 
     Returns:
-        The same shape and dtype, in nats; computed in float64. ``-inf`` where p_le = 0 and n > 1.
-
-    Raises:
-        ValueError: n < 1, shapes that differ, or probabilities out of order.
+        The same shape, float64, in nats. ``-inf`` where p_le = 0 and n > 1.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if p_lt.shape != p_le.shape:
-        raise ValueError(f"p_lt and p_le differ in shape: {tuple(p_lt.shape)} and {tuple(p_le.shape)}")
     low, high = p_lt.double(), p_le.double()
-    if not ((low >= 0) & (low <= high) & (high <= 1 + 1e-9)).all():
-        raise ValueError("need 0 <= p_lt <= p_le <= 1 everywhere")
     whole = high > 0
     safe = torch.where(whole, high, 1.0)
     gap = torch.where(whole, (safe - low) / safe, 1.0)  # 1 - q
@@ -87,34 +71,7 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: float) -> Tensor:
     apart = gap > 0
     # One log of the quotient: the logs of its parts are large and cancel where the gap is small.
     series = torch.where(apart, torch.log(-torch.expm1(power) / torch.where(apart, gap, 1.0)), math.log(n))
-    found = torch.where(whole, (n - 1) * torch.log(safe) + series, 0.0 if n == 1 else -math.inf)
-    return found.to(p_le.dtype)
-
-
-def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: float) -> Tensor:
-    """log pi_BoN on a finite set, exactly; ties are broken uniformly at random.
-
-    Args:
-        log_ref: ``[..., S]``, log-probabilities of the reference, which sum to one over the last dimension.
-        rewards: ``[..., S]``.
-        n: >= 1, as for :func:`log_bon_ratio`.
-
-    Returns:
-        ``[..., S]`` float64, normalised; ``-inf`` where the reference has no mass (at the lowest level also
-        where its mass underflows in float64).
-
-    Raises:
-        ValueError: shapes that differ, n < 1, or probabilities that do not sum to one (to 1e-6).
-    """
-    if log_ref.shape != rewards.shape or log_ref.dim() < 1:
-        raise ValueError(f"need log_ref and rewards [..., S], got {tuple(log_ref.shape)} and {tuple(rewards.shape)}")
-    log_ref = log_ref.double()
-    log_total = log_ref.logsumexp(dim=-1, keepdim=True)
-    if not (torch.expm1(log_total).abs() <= 1e-6).all():
-        raise ValueError("log_ref must be normalised over its last dimension")
-    log_ref = log_ref - log_total  # what rounding in float32 leaves would be raised to the power of n
-    p_lt, p_le = level_probabilities(log_ref.exp(), rewards)
-    return log_ref + log_bon_ratio(p_lt, p_le, n)
+    return torch.where(whole, (n - 1) * torch.log(safe) + series, 0.0 if n == 1 else -math.inf)
 
 
 def level_probabilities(probabilities: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,11 +94,5 @@ def level_probabilities(probabilities: Tensor, rewards: Tensor) -> tuple[Tensor,
 
 
 def bon_kl_bound(n: int) -> float:
-    """log n - (n - 1) / n: what KL(pi_BoN || pi_ref) is without ties, and never exceeds. In nats.
-
-    Raises:
-        ValueError: n < 1.
-    """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    """log n - (n - 1) / n: what KL(pi_BoN || pi_ref) is without ties, and never exceeds. In nats; n >= 1."""
     return math.log(n) - (n - 1) / n

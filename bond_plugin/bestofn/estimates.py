@@ -16,7 +16,8 @@ def expected_max(rewards: Tensor, n: int) -> Tensor:
 
         E[max of n] ~ sum_{i=n}^{k} C(i-1, n-1) / C(k, n) r_(i)
 
-    The weights are computed from log-gamma in float64; their error is below 1e-10 for k up to 10,000.
+    The weights are computed from log-gamma in float64; their error is below 1e-10 for k up to 10,000. Of 0/1 rewards
+    it is pass@n, 1 - C(k - c, n) / C(k, n) with c right ones: Best-of-n is right exactly when one of its n is.
 
     Args:
         rewards: ``[..., k]``, independent samples from one distribution along the last dimension.
@@ -80,13 +81,8 @@ def max_credit(rewards: Tensor, n: int) -> Tensor:
 
     Returns:
         ``[..., k]`` float64, in units of the reward; the same for equal rewards.
-
-    Raises:
-        ValueError: n < 1, n > k or k < 2.
     """
-    k = rewards.shape[-1] if rewards.dim() else 0
-    if not (1 <= n <= k and k >= 2):
-        raise ValueError(f"max_credit needs 1 <= n <= samples and two samples, got n = {n} with {k} samples")
+    k = rewards.shape[-1]
     ordered, index = rewards.double().sort(dim=-1)
     ordered = ordered - ordered[..., -1:]
     below = torch.arange(k, dtype=torch.float64, device=rewards.device)
@@ -106,28 +102,6 @@ def max_credit(rewards: Tensor, n: int) -> Tensor:
     return n * credit.gather(-1, index.argsort(dim=-1))
 
 
-def pass_at_n(rewards: Tensor, n: int) -> Tensor:
-    """The probability that at least one of n samples is right, estimated without bias from k >= n samples.
-
-        1 - C(k - c, n) / C(k, n),   c = number of right ones
-
-    This is :func:`expected_max` of 0/1 rewards: Best-of-n is right exactly when one of its n samples is.
-
-    Args:
-        rewards: ``[..., k]``, each 0 or 1.
-        n: 1 <= n <= k.
-
-    Returns:
-        ``[...]`` in the dtype of ``rewards`` (float32 for integers and booleans), in [0, 1].
-
-    Raises:
-        ValueError: n out of range, or a reward that is neither 0 nor 1.
-    """
-    if not ((rewards == 0) | (rewards == 1)).all():
-        raise ValueError("pass_at_n needs rewards that are 0 or 1")
-    return expected_max(rewards, n).clamp(0, 1)
-
-
 def _log_binomial(total: Tensor, chosen: int) -> Tensor:
     part = total.new_tensor(chosen)
     return torch.lgamma(total + 1) - torch.lgamma(part + 1) - torch.lgamma(total - part + 1)
@@ -144,9 +118,6 @@ def win_rate(rewards: Tensor, against: Tensor) -> Tensor:
 
     Returns:
         ``[P]`` float64 in [0, 1]. ``win_rate(a, b) + win_rate(b, a) == 1``.
-
-    Raises:
-        ValueError: other shapes, or NaN.
     """
     below, not_above = quantiles(rewards, against)
     return (below + not_above).mean(dim=-1) / 2

@@ -12,6 +12,8 @@ terms are positive, nothing cancels, and no range of weights overflows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 import torch
@@ -42,29 +44,20 @@ def mixture_weights(policy_ratio: Tensor, source_ratio: Tensor, n: int) -> tuple
         (a, p), ``[P, S]`` float64, >= 0. At n = S, a = exp(source_ratio) and p = exp(policy_ratio).
 
     Raises:
-        ValueError: shapes that differ, n out of range, a ratio that is NaN or +inf, or a weight beyond float64.
+        ValueError: a ratio that is NaN, or a weight beyond float64.
     """
-    if policy_ratio.dim() != 2 or policy_ratio.shape != source_ratio.shape:
-        raise ValueError(
-            f"mixture_weights needs policy_ratio and source_ratio [P, S], got {tuple(policy_ratio.shape)} and "
-            f"{tuple(source_ratio.shape)}"
-        )
     size = policy_ratio.shape[-1]
-    if not 1 <= n <= size:
-        raise ValueError(f"mixture_weights needs 1 <= n <= samples, got n = {n} with {size} samples")
-    policy, source = policy_ratio.detach().double(), source_ratio.detach().double()
-    if not ((policy < math.inf) & (source < math.inf)).all():
-        raise ValueError("mixture_weights needs log-ratios that are numbers below infinity")
+    policy, source = policy_ratio.double(), source_ratio.double()
     mixture = torch.zeros_like(source)  # log q - log mu
     if n < size:
         mixture = torch.logaddexp(mixture + math.log(n / size), source + math.log((size - n) / size))
     a, p = (source - mixture).exp(), (policy - mixture).exp()
     if not (torch.isfinite(a) & torch.isfinite(p)).all():
-        raise ValueError("mixture_weights: a weight overflows float64, the distributions are too far apart")
+        raise ValueError("a sample's weight is not a number, or beyond float64: the distributions are too far apart")
     return a, p
 
 
-def pooled_tilt(rewards: Tensor, weights: Tensor, n: int, normalised: bool = False) -> Tensor:
+def pooled_tilt(rewards: Tensor, weights: Tensor, n: int | Tensor, normalised: bool = False) -> Tensor:
     """Best-of-N over source at every sample, pi_BoN(y) / source(y), from the prompt's other samples.
 
         N  sum over subsets J of N - 1 others, none better than i, of prod_{j in J} a_j / (1 + ties of i in J)
@@ -74,8 +67,9 @@ def pooled_tilt(rewards: Tensor, weights: Tensor, n: int, normalised: bool = Fal
 
     Args:
         rewards: ``[P, S]``, finite.
-        weights: ``[P, S]``, a of :func:`mixture_weights`, finite and >= 0.
-        n: N of Best-of-N, 2 <= N <= S.
+        weights: ``[P, S]``, a of :func:`mixture_weights`.
+        n: N of Best-of-N, 1 <= N <= S. Of the best of a random number of samples the probabilities of N = 1, 2, ...
+            k, ``[k]``, k <= S: the above of each N times its probability. Those of N = 1 multiply the source by 1.
         normalised: divide by the sum of the products over *all* subsets of N - 1 others. The result is then
             in [0, N] and does not depend on the weights' scale, but it has a bias as 1 / S. By enumeration for
             weights of 2, 2/3 and 4/5, where g is up to N: at S = 4, 8, 16 at most 0.053, 0.025, 0.012 for N = 2
@@ -83,35 +77,10 @@ def pooled_tilt(rewards: Tensor, weights: Tensor, n: int, normalised: bool = Fal
 
     Returns:
         ``[P, S]`` float64, >= 0. 0 where fewer than N - 1 others have a positive weight.
-
-    Raises:
-        ValueError: shapes, rewards, weights or n out of range.
     """
-    rewards, weights = _checked(rewards, weights, "pooled_tilt")
-    size = rewards.shape[-1]
-    if not 2 <= n <= size:
-        raise ValueError(f"pooled_tilt needs 2 <= n <= samples, got n = {n} with {size} samples")
-    return _subset_series(rewards, weights, [0.0] * (n - 1) + [float(n)], normalised, halves=False)
-
-
-def pooled_mixture(rewards: Tensor, weights: Tensor, law: Tensor, normalised: bool = False) -> Tensor:
-    """The same for the best of a random number of samples: :func:`pooled_tilt` of each N times its probability.
-
-    Args:
-        rewards, weights, normalised: as there.
-        law: ``[k]``, the probabilities of N = 1, 2, ... k, k <= S. Those of N = 1 multiply the source itself, by 1.
-
-    Returns:
-        ``[P, S]`` float64, >= 0.
-
-    Raises:
-        ValueError: shapes, rewards or weights out of range, or more numbers than samples.
-    """
-    rewards, weights = _checked(rewards, weights, "pooled_mixture")
-    if len(law) > rewards.shape[-1]:
-        raise ValueError(f"pooled_mixture needs a law of at most {rewards.shape[-1]} samples, got {len(law)}")
-    series = [j * share for j, share in enumerate(law.tolist(), start=1)]
-    return _subset_series(rewards, weights, series, normalised, halves=False)
+    law = [0.0] * (n - 1) + [1.0] if isinstance(n, int) else n.tolist()
+    series = [j * share for j, share in enumerate(law, start=1)]
+    return _in_blocks(_subset_series, rewards, weights, rewards.shape[-1] * len(series), series, normalised, False)
 
 
 def pooled_quantiles(rewards: Tensor, weights: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
@@ -124,11 +93,7 @@ def pooled_quantiles(rewards: Tensor, weights: Tensor, normalised: bool = False)
     Returns:
         (p_lt, p_le), ``[P, S]`` float64, 0 <= p_lt <= p_le. With weights other than one, not normalised, they may be
         above 1: without bias, the mean of what the others weigh.
-
-    Raises:
-        ValueError: shapes, rewards or weights out of range, or fewer than two samples.
     """
-    rewards, weights = _checked(rewards, weights, "pooled_quantiles")
     ordered, index = rewards.sort(dim=-1)
     of = weights.gather(-1, index)
     sums = nn.functional.pad(of.cumsum(dim=-1), (1, 0))
@@ -159,7 +124,7 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = F
 
     Args:
         rewards: ``[P, S]``, finite, S >= 2.
-        weights: ``[P, S]``, a of :func:`mixture_weights`, finite and >= 0.
+        weights: ``[P, S]``, a of :func:`mixture_weights`.
         normalised: divide by e_j of all others instead of C(k, j). The result is then in [-H_k, 0] and does
             not depend on the weights' scale; samples of weight zero are as if they were not there. Against the
             series this has a bias as 1 / S at a fixed F, which goes through S F and so falls late at the lowest
@@ -169,18 +134,11 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = F
 
     Returns:
         ``[P, S]`` float64, in nats, <= 0. In time O(S^2) a prompt, normalised O(S^3).
-
-    Raises:
-        ValueError: shapes, rewards or weights out of range, or fewer than two samples.
     """
-    rewards, weights = _checked(rewards, weights, "harmonic_log_quantile")
     if not normalised:
-        weights = ratio * weights
-        rows = max(1, 2 * _CHUNK // rewards.shape[-1] ** 2)
-        blocks = zip(rewards.split(rows), weights.split(rows), strict=True)
-        return torch.cat([_harmonic_integral(*block) for block in blocks])
+        return _in_blocks(_harmonic_integral, rewards, ratio * weights, rewards.shape[-1] ** 2 // 2)
     series = [0.0] + [-(ratio**j) / j for j in range(1, rewards.shape[-1])]
-    return _subset_series(-rewards, weights, series, normalised, halves=True)
+    return _in_blocks(_subset_series, -rewards, weights, rewards.shape[-1] ** 2, series, normalised, True)
 
 
 def _harmonic_integral(rewards: Tensor, weights: Tensor) -> Tensor:
@@ -228,6 +186,13 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return scaled.sum(dim=-1).square() / scaled.square().sum(dim=-1).clamp(min=1) / weights.shape[-1]
 
 
+def _in_blocks(estimate: Callable[..., Tensor], rewards: Tensor, weights: Tensor, held: int, *more: Any) -> Tensor:
+    """``estimate`` of some prompts at a time, of each of which it holds so many numbers."""
+    rows = max(1, _CHUNK // max(held, 1))
+    blocks = zip(rewards.double().split(rows), weights.double().split(rows), strict=True)
+    return torch.cat([estimate(*block, *more) for block in blocks])
+
+
 def _subset_series(
     rewards: Tensor, weights: Tensor, coefficients: list[float], normalised: bool, halves: bool
 ) -> Tensor:
@@ -236,14 +201,6 @@ def _subset_series(
     A subset with t ties of i counts 1 / (1 + t), the probability that i comes first among them; with ``halves``
     2^-t. ``[P, S]``.
     """
-    rows = max(1, _CHUNK // (rewards.shape[-1] * len(coefficients)))
-    blocks = zip(rewards.split(rows), weights.split(rows), strict=True)
-    return torch.cat([_subset_series_block(*block, coefficients, normalised, halves) for block in blocks])
-
-
-def _subset_series_block(
-    rewards: Tensor, weights: Tensor, coefficients: list[float], normalised: bool, halves: bool
-) -> Tensor:
     degree, others = len(coefficients) - 1, rewards.shape[-1] - 1
     ordered, index = rewards.sort(dim=-1)
     logs = weights.gather(-1, index).log()
@@ -304,16 +261,3 @@ def _multiply(a: Tensor, b: Tensor, degree: int) -> Tensor:
         place = product[power : power + len(b)]
         torch.logaddexp(place, coefficient + b[: len(place)], out=place)
     return product
-
-
-def _checked(rewards: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    if rewards.dim() != 2 or weights.shape != rewards.shape:
-        found = f"{tuple(rewards.shape)} and {tuple(weights.shape)}"
-        raise ValueError(f"{name} needs rewards and weights [P, S], got {found}")
-    if rewards.shape[-1] < 2:
-        raise ValueError(f"{name} needs at least two samples a prompt, got {rewards.shape[-1]}")
-    if not torch.isfinite(rewards).all():
-        raise ValueError(f"{name} needs finite rewards")
-    if not ((weights >= 0) & (weights < math.inf)).all():
-        raise ValueError(f"{name} needs weights that are finite and not negative")
-    return rewards.detach().double(), weights.detach().double()

@@ -18,7 +18,24 @@ from torch import Tensor
 
 from bond_plugin.bestofn.estimates import expected_at_max
 
-_SUBSETS = 200
+
+def random_argmax(rewards: Tensor, generator: torch.Generator) -> Tensor:
+    """Where the highest reward is; of equals, uniformly at random.
+
+    Theorem 1 of BOND (arXiv 2407.14622) assumes that the reward orders generations strictly. Its proof needs *some*
+    strict order among equals; a random one (rather than the position in the batch) favours no sample.
+
+    Args:
+        rewards: ``[..., k]``, finite, of the samples that are compared with each other.
+        generator: source of the random order among equals, on the CPU.
+
+    Returns:
+        ``[..., 1]`` int64, in 0 ... k - 1.
+    """
+    tie_break = torch.rand(rewards.shape, generator=generator, dtype=torch.float64, device="cpu")
+    shuffled = tie_break.argsort(dim=-1)
+    by_reward = rewards.detach().cpu().gather(-1, shuffled).argsort(dim=-1, stable=True)
+    return shuffled.gather(-1, by_reward[..., -1:]).to(rewards.device)
 
 
 def best(rewards: Tensor, answers: Tensor, temperature: float) -> Tensor:
@@ -91,7 +108,7 @@ def expected(
     n: int,
     temperature: float = 1.0,
     seed: int = 0,
-    subsets: int = _SUBSETS,
+    subsets: int = 200,
 ) -> float:
     """The mean of ``values`` at the sample that a selector selects of n, estimated without bias from k >= n samples.
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin.bestofn.distribution import log_bon_ratio
-from bond_plugin.bestofn.pooled import harmonic_log_quantile, pooled_mixture, pooled_quantiles, pooled_tilt
+from bond_plugin.bestofn.pooled import harmonic_log_quantile, pooled_quantiles, pooled_tilt
 
 TARGETS: tuple[str, ...] = ("best_of_n", "best_of_poisson", "exponential")
 #: How much of the law of n may lie above the number of samples that there are.
@@ -47,10 +47,6 @@ class Target:
     scale: float
     vanishes: bool
     samples: int
-
-    def law(self, most: int) -> Tensor:
-        """``[most]`` float64: the probabilities of n = 1, 2, ... ``most``, the last with all that lie above."""
-        raise NotImplementedError
 
     def log_tilt(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
         """log of (G(p_<=) - G(p_<)) / (p_<= - p_<), in nats; where the two are equal, log g.
@@ -98,11 +94,8 @@ class BestOfN(Target):
     def samples(self) -> int:
         return self.n
 
-    def law(self, most: int) -> Tensor:
-        return torch.arange(1, most + 1).eq(min(self.n, most)).double()
-
     def log_tilt(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
-        return log_bon_ratio(p_lt.double(), p_le.double(), self.n)
+        return log_bon_ratio(p_lt, p_le, self.n)
 
     def pooled(self, rewards: Tensor, weights: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
         """By :func:`pooled_tilt` and :func:`harmonic_log_quantile`, with equals as one half in the latter.
@@ -115,9 +108,7 @@ class BestOfN(Target):
         tilt = pooled_tilt(rewards, weights, self.n, normalised)
         log_tilt = (self.n - 1) * harmonic_log_quantile(rewards, weights, normalised)
         if self.n > 2:
-            p_lt, p_le = pooled_quantiles(rewards, weights, normalised)
-            low = torch.where(p_le > p_lt, p_lt / p_le, 1.0)  # of F^(N-1) the scale cancels, and p_le may be above 1
-            log_tilt = log_tilt + self._of_ties(low, torch.ones_like(low))
+            log_tilt = log_tilt + self._of_ties(*pooled_quantiles(rewards, weights, normalised))
         return tilt, log_tilt
 
 
@@ -135,9 +126,10 @@ class _Poisson(Target):
     @property
     def samples(self) -> int:
         most = torch.arange(1, math.ceil(self.rate + 10 * math.sqrt(self.rate)) + 11, dtype=torch.float64)
-        return 1 + int((self._above(most) > TAIL).sum())
+        return 1 + int((1 - self._log_law(most).exp().cumsum(dim=-1) > TAIL).sum())
 
     def law(self, most: int) -> Tensor:
+        """``[most]`` float64: the probabilities of n = 1, 2, ... ``most``, the last with all that lie above."""
         found = self._log_law(torch.arange(1, most, dtype=torch.float64)).exp()
         return torch.cat([found, (1 - found.sum()).clamp(min=0).reshape(1)])
 
@@ -152,7 +144,7 @@ class _Poisson(Target):
         a quarter of them right, and samples of the source itself: at S = 8, 16, 32 at most 0.080, 0.038, 0.019
         nats for T = 0.1, and 0.058, 0.028, 0.014 for a mean of 8; without it 1.7 and 1.3 at any S.
         """
-        tilt = pooled_mixture(rewards, weights, self.law(rewards.shape[-1]), normalised)
+        tilt = pooled_tilt(rewards, weights, self.law(rewards.shape[-1]), normalised)
         above = pooled_tilt(-rewards, weights, 2, normalised) / 2
         series = harmonic_log_quantile(rewards, weights, normalised, self.ratio) if self.ratio else 0.0
         return tilt, series - self.rate * above + self._of_ties(*pooled_quantiles(rewards, weights, normalised))
@@ -179,9 +171,6 @@ class BestOfPoisson(_Poisson):
     def _log_law(self, j: Tensor) -> Tensor:
         return (j - 1) * math.log(self.rate) - self.rate - torch.lgamma(j)
 
-    def _above(self, most: Tensor) -> Tensor:
-        return torch.special.gammainc(most, torch.full_like(most, self.rate))
-
 
 class Exponential(_Poisson):
     """The tilt by exp(rate F), rate > 0."""
@@ -200,9 +189,6 @@ class Exponential(_Poisson):
 
     def _log_law(self, j: Tensor) -> Tensor:
         return j * math.log(self.rate) - self.rate - torch.lgamma(j + 1) - math.log(-math.expm1(-self.rate))
-
-    def _above(self, most: Tensor) -> Tensor:
-        return torch.special.gammainc(most + 1, torch.full_like(most, self.rate)) / -math.expm1(-self.rate)
 
 
 def target_of(name: str, n: float, temperature: float, prefix: str = "bond") -> Target:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bond_plugin import registry
-from bond_plugin.algorithms import assemble
+from bond_plugin.algorithms import AdvantageInputs, assemble
 from bond_plugin.host import plan, state, transform
 from bond_plugin.host.experience import Batch, for_training
 from bond_plugin.host.logits import HIDDEN
@@ -70,8 +70,7 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
             under["behaviour"] = torch.cat([under["policy"][:, :n], drawn[:, n:]], dim=1)
         del drawn
     known = make_cache.of(args).rewards(batch.prompts, args.bond.cache_samples) if needs.reward_cache else None
-    found = assemble.advantages(
-        run.algorithm,
+    inputs = AdvantageInputs(
         rewards,
         rewards[:, :0] if kept.source_rewards is None else kept.source_rewards,
         under,
@@ -80,6 +79,7 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         classifier_logits=batch.rows([e.values for e in experiences])[:, :n] if needs.classifier else None,
         step=kept.step,
     )
+    found = assemble.advantages(run.algorithm, inputs)
     batch.spread(found.advantages)
     kept.metrics |= {**found.metrics, **metrics}
     for i, e in enumerate(experiences):

@@ -205,8 +205,7 @@ class Learner:
         rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
         under = {name: self._token_log_probs(name)[rows] for name in needs.log_probs}
         under |= self._behaviour(rows, tokens)
-        found = assemble.advantages(
-            self.method,
+        inputs = AdvantageInputs(
             rewards[drawn],
             rewards[source],
             {"policy": tokens[rows], **under},
@@ -215,6 +214,7 @@ class Learner:
             classifier_logits=self.classifier.detach()[drawn] if needs.classifier else None,
             step=self.step,
         )
+        found = assemble.advantages(self.method, inputs)
         return rows, under, found.advantages, found.classifier_targets
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bond_plugin.bestofn.distribution import bon_log_probs, level_probabilities
+from bond_plugin.bestofn.distribution import level_probabilities, log_bon_ratio
 from bond_plugin.bestofn.targets import Target
 
 #: What a policy is measured against: Best-of-N of the reference, or another target.
@@ -174,13 +174,9 @@ class Problem:
         """``[S]`` log pi_BoN, exactly, ties at random. A real n >= 1 fills the curve between whole ones.
 
         Or of another target than Best-of-N.
-
-        Raises:
-            ValueError: n < 1.
         """
-        if isinstance(n, Target):
-            return self.log_ref + n.log_tilt(*self.levels())
-        return bon_log_probs(self.log_ref, self.rewards, n)
+        levels = self.levels()
+        return self.log_ref + (n.log_tilt(*levels) if isinstance(n, Target) else log_bon_ratio(*levels, n))
 
     def measure(self, log_probs: Tensor, n: Goal, step: int = 0) -> Point:
         """Measure the distribution ``log_probs`` (``[S]``) against Best-of-n of the reference, or another target."""

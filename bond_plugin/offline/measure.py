@@ -118,7 +118,7 @@ def measure(
     import torch
 
     from bond_plugin.bestofn.distribution import log_bon_ratio, quantiles
-    from bond_plugin.bestofn.estimates import pass_at_n, win_rate
+    from bond_plugin.bestofn.estimates import expected_max, win_rate
     from bond_plugin.offline import likelihood
 
     prompt_ids = [one.prompt_ids for one in policy.samples]
@@ -154,7 +154,7 @@ def measure(
         found["forward_kl"][n] = (log_bon_ratio(b_lt, b_le, n) + logs[-1] - logs[0]).mean(-1)
     if ((policy.rewards == 0) | (policy.rewards == 1)).all():
         sizes = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= policy.rewards.shape[-1]]
-        found["pass_at"] = {k: pass_at_n(policy.rewards, k) for k in sizes}
+        found["pass_at"] = {k: expected_max(policy.rewards, k) for k in sizes}
     return found | {f"distinct_{n}": distinct(responses, n) for n in (1, 2)}
 
 

@@ -22,11 +22,7 @@ from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, Algorithm,
 class BestOfTwoConfig(Config):
     """Each field is a flag, here ``--bond.pull``. Wrong values raise ``ValueError`` and stop before Ray starts."""
 
-    pull: float = flag(0.1, "coefficient of KL(pi || initial policy), >= 0")
-
-    def __post_init__(self) -> None:
-        if not self.pull >= 0:
-            raise ValueError(f"--bond.pull must be at least 0, got {self.pull}")
+    pull: float = flag(0.1, "coefficient of KL(pi || initial policy)", ge=0)
 
 
 class BestOfTwo(Algorithm):

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stages import write_rows
 
 SHOTS = 3
 TRAIN_SEED, HELDOUT_SEED = 1, 2
@@ -56,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     train = [entry for entry in entries(args.train, TRAIN_SEED, args.digits) if entry["input"] not in asked]
     for name, rows in (("train", train), ("heldout", held)):
         path = args.directory / f"sums-{name}.jsonl"
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(part, path)
+        write_rows(path, rows)
         print(f"{path}: {len(rows)} prompts")
     return 0
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin import registry
-from bond_plugin.algorithms import Algorithm, LossInputs, assemble
+from bond_plugin.algorithms import AdvantageInputs, Algorithm, LossInputs, assemble
 from bond_plugin.algorithms.dph import DPH, DPHConfig
 from bond_plugin.algorithms.kdrl import KDRL, KDRLConfig
 
@@ -129,10 +129,11 @@ def losses(algorithm: Algorithm, task: Task, weights: Tensor, step: int, generat
     under = {"teacher": task.log_ref.gather(1, rows)}
     under["behaviour"] = torch.where(torch.arange(rows.shape[-1]) < SAMPLES, own.detach(), under["teacher"])
     under = {name: values.unsqueeze(-1) for name, values in under.items()}
-    found = assemble.advantages(
-        algorithm, rewards, source_rewards, {"policy": own.detach().unsqueeze(-1), **under}, generator,
+    batch = AdvantageInputs(
+        rewards, source_rewards, {"policy": own.detach().unsqueeze(-1), **under}, generator,
         reference_rewards=task.right.gather(1, task.stored), step=step,
     )  # fmt: skip
+    found = assemble.advantages(algorithm, batch)
     counted = assemble.Rows(SAMPLES, needs.selected_samples)
     inputs = LossInputs(
         log_probs=own.reshape(-1, 1),

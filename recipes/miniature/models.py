@@ -106,15 +106,21 @@ def train(module: str, output: Path, log: Path, **flags: Any) -> None:
     Raises:
         TrainingError: the command failed.
     """
+    import torch
+
     work = output.with_name(output.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "bond_plugin.host.run", module, "--ckpt.output_dir", str(work)]
-    for name, value in {**_ON_THIS_MACHINE, **_precision(), **flags}.items():
+    here = {"ds__zero_stage": 0, "ds__attn_implementation": "sdpa", "train__micro_batch_size": 32}
+    if not torch.cuda.is_available():
+        here["ds__param_dtype"] = "fp32"  # see bond_plugin.host.run
+    for name, value in {**here, **flags}.items():
         option = "--" + name.replace("__", ".")
         argv += [option] if value is True else [option, str(value)]
     with log.open("w") as file, tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache, "OMP_NUM_THREADS": _THREADS}
+        # Sums over another number of threads round otherwise, and after some thousand steps the model is another one.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache, "OMP_NUM_THREADS": "2"}
         status = subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if status != 0 or not (work / "model.safetensors").exists():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
@@ -122,19 +128,6 @@ def train(module: str, output: Path, log: Path, **flags: Any) -> None:
     _to_bf16(work / "model.safetensors", work / "config.json")
     shutil.rmtree(output, ignore_errors=True)
     os.replace(work, output)
-
-
-_THREADS = "2"
-"""Sums over other numbers of threads round otherwise, and after some thousand steps the model is another one."""
-
-_ON_THIS_MACHINE = {"ds__zero_stage": 0, "ds__attn_implementation": "sdpa", "train__micro_batch_size": 32}
-
-
-def _precision() -> dict[str, str]:
-    """fp32 where there is no GPU (see bond_plugin.host.run)."""
-    import torch
-
-    return {} if torch.cuda.is_available() else {"ds__param_dtype": "fp32"}
 
 
 def _to_bf16(weights: Path, config: Path) -> None:

@@ -23,7 +23,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from bond_plugin.algorithms import assemble
 from bond_plugin.algorithms.base import AdvantageInputs, Algorithm
 from bond_plugin.algorithms.bond import BOND, BONDConfig
 from bond_plugin.algorithms.jbond import JBOND, JBONDConfig
-from bond_plugin.algorithms.pooled import Pool, advantages
 from bond_plugin.algorithms.vbon import VBoN, VBoNConfig
 from bond_plugin.bestofn.baselines import centre
 from bond_plugin.offline.reward_cache import read_cache
@@ -81,7 +80,8 @@ def of_algorithm(algorithm: Algorithm) -> Weights:
         places = assemble.select(algorithm, own, source_rewards, generator).unsqueeze(-1)
         policy, ratios = (each.take_along_dim(places, dim=1) for each in (known.log_probs, known.log_ratios))
         under = {"policy": policy} | dict.fromkeys(needs.log_probs, policy - ratios)
-        made = assemble.advantages(algorithm, known.rewards[:, :own], source_rewards, under, generator).advantages
+        batch = AdvantageInputs(known.rewards[:, :own], source_rewards, under, generator)
+        made = assemble.advantages(algorithm, batch).advantages
         rows = assemble.Rows(own, needs.selected_samples)
         each = made * rows.weights(rows.from_source(prompts)).unsqueeze(-1)
         return torch.zeros_like(known.log_probs).scatter_(1, places.expand(each.shape), each)
@@ -109,8 +109,10 @@ def whole_log_ratio(config: JBONDConfig) -> Weights:
     """The pooled form with the log-ratio of the whole response in all of its tokens."""
 
     def weights(known: Known) -> Tensor:
-        pool = Pool.of(inputs_of(known), "anchor", config.max_weight)
-        return advantages(pool, *pool.tilts(config), config, to_go=False).advantages / RESPONSES
+        batch = inputs_of(known)
+        whole = {name: log_probs.sum(dim=-1, keepdim=True) for name, log_probs in batch.under.items()}
+        found = JBOND(config).advantages(replace(batch, under=whole)).advantages / RESPONSES
+        return found.expand(known.log_probs.shape)
 
     return weights
 

