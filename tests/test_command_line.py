@@ -323,6 +323,31 @@ def test_shipped_recipes_and_matrices_are_accepted(
     assert done.status == 0, done.text
 
 
+def rewarded() -> list[Any]:
+    """(reward, flags of a run) from the table of docs/rewards.md."""
+    found = []
+    for line in (REPOSITORY / "docs" / "rewards.md").read_text().splitlines():
+        if "`--recipe" in line:
+            names, *sides = (re.findall("`(.*?)`", cell) for cell in line.strip("| ").split(" | "))
+            found += [pytest.param(name, flags.split(), id=f"{name}-{flags}") for name in names for (flags,) in sides]
+    assert len(found) == 6
+    return found
+
+
+@pytest.mark.parametrize(("name", "flags"), rewarded())
+def test_the_rewards_of_the_package_go_with_the_recipes_that_their_page_names(
+    dry: Any, name: str, flags: list[str], tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    here = {"actor.model_name_or_path": tiny.model, "data.prompt_dataset": tiny.prompts, "vllm.sync_backend": "gloo",
+            "ds.attn_implementation": "sdpa", "reward.remote_url": f"recipes/rewards/{name}.py"}  # fmt: skip
+    if "maths" in flags[1]:
+        here["data.label_key"] = "input"
+    done = dry(here, extra=(*flags, "--ds.packing_samples=false"), base=False)
+    assert done.status == 0, done.text
+    assert "estimator: jbond" in done.text
+
+
 def test_vbon_sets_the_kl_coefficient_and_takes_the_clip_away(dry: Any, tiny: Any, tmp_path: Path) -> None:
     cache = tmp_path / "rewards.jsonl"
     rows = [json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()]
