@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import random
 import re
 import signal
 import sys
@@ -17,8 +18,10 @@ from typing import Any
 import psutil
 import pytest
 import sums
+import torch
 from conftest import REPOSITORY, execute, load, recipe_for, to_argv, with_flags
 
+from bond_plugin.bestofn.selectors import SELECTORS
 from bond_plugin.rewards import answers, fobar
 
 RECIPE = REPOSITORY / "recipes" / "rewards" / "fobar.py"
@@ -118,6 +121,21 @@ def test_a_reward_asks_once_for_a_question_and_an_answer(table: Any) -> None:
     # In the order of `weigh`.
     weights = fobar.weigh("3+4", ["7", "8", "8", ""])
     assert weights[0] / weights[1] == pytest.approx((1 / 4) ** 0.5 / (2 / 4 * 2 / 8) ** 0.5, rel=1e-6)
+
+
+def test_a_weighted_vote_of_backward_shares_selects_as_fobar_does(table: Any) -> None:
+    """The sum of P_b over an answer's samples is N P_f P_b, whose order is that of P_f^1/2 P_b^1/2."""
+    drawn = random.Random(0)
+    for _ in range(50):
+        responses = drawn.choices("789", k=8)
+        found = {answer: (drawn.randint(0, 8), 8) for answer in "789"}
+        table(Counted(0.5, [], found))
+        weights = fobar.weigh("q", responses)
+        table(Counted(0.0, [], found))
+        backward = fobar.reward_func([f"q{one}" for one in responses], ["q"] * 8, [""] * 8)["rewards"]
+        chances = SELECTORS["weighted"](backward, torch.tensor(list(map(int, responses))), 1.0)
+        selected = [weight for weight, chance in zip(weights, chances, strict=True) if chance > 0]
+        assert selected == pytest.approx([max(weights)] * len(selected), rel=1e-5)
 
 
 @pytest.mark.parametrize(("settings", "says"), [
