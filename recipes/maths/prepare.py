@@ -8,7 +8,8 @@ format can go on with:
     60 + 18 = 78
     23 - 60 =
 
-The label is the whole entry of the task, so that the reward can hand it to reasoning-gym's own checker.
+The label is the whole entry of the task, so that the reward can hand it to reasoning-gym's own checker; the answer
+is for `bond select --label-is-answer`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def entries(size: int, seed: int, digits: int) -> list[dict]:
         lines = [f"{shot['metadata']['expression']} = {shot['answer']}" for shot in shots]
         prompt = "\n".join([*lines, f"{asked['metadata']['expression']} ="])
         label = {name: asked[name] for name in ("question", "answer", "metadata")}
-        made.append({"input": prompt, "label": json.dumps(label)})
+        made.append({"input": prompt, "label": json.dumps(label), "answer": asked["answer"]})
     return made
 
 
