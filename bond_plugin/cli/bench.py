@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
         if problem := unwritable(output):
             raise runner.BenchError(f"--output-dir {problem}; name another folder")
         output.mkdir(parents=True, exist_ok=True)
-        options = runner.Options(output, args.parallel, args.keep_policies, command)
-        with runner.opened(wanted, options, say) as bench:
+        options = {"parallel": args.parallel, "keep_policies": args.keep_policies, "command": command}
+        with runner.opened(wanted, output, say, **options) as bench:
             bench.check()
             if args.check:
                 print("\n".join(cell.name for cell in wanted.cells))

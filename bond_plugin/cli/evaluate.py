@@ -103,40 +103,35 @@ def main(argv: list[str]) -> int:
     try:
         metrics = check(args)
         run = arguments(args, args.before, args.after)
-        pairs, score = inputs(args, run)
+        check_files({"--before": args.before, "--after": args.after})
+        tokenizer, pairs = read_prompts(args, run)
+        score = load_reward(run, tokenizer, pairs[0])
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 2
 
-    from bond_plugin.bench import two
+    from bond_plugin.bench import figures, two
     from bond_plugin.host.rewards import RewardError
-    from bond_plugin.offline import engine, likelihood, measure, scoring
+    from bond_plugin.offline import engine, likelihood, measure
 
     started = time.monotonic()
 
     def say(message: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
 
-    how = {name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "kl_samples", "seed")}
-    sampling, cache = two.Sampling(**how, max_len=run.data.max_len), args.output_dir / "cache"
+    counts, cache = (args.samples, args.kl_samples, args.seed), args.output_dir / "cache"
     try:
-        width = min(run.vllm.tensor_parallel_size, len(engine.gpus()) or 1)
-        engines = engine.count(width, args.engines)
-        evaluation = two.Evaluation(pairs, score, scoring.identity(run), sampling, cache, say, engines, width)
-        result = evaluation.of(args.before, args.after)
+        result = two.Evaluation(pairs, score, run, *counts, cache, say, args.engines).of(args.before, args.after)
     except (engine.SamplingError, RewardError, likelihood.VocabularyError, measure.TokenizerError) as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 1
-    written = [args.output_dir / "evaluation.json"]
-    write_whole(written[0], result.to_json() + "\n")
+    files = {args.output_dir / "evaluation.json": result.to_json() + "\n"}
     if metrics is not None:
-        from bond_plugin.bench import figures
-
-        written.append(args.output_dir / "curves.png")
-        write_whole(written[1], figures.png(figures.run_curves(metrics, result)))
-    print(f"\n{two.format_table(result)}\n")
-    print(f"written: {', '.join(map(str, written))}", flush=True)
+        files[args.output_dir / "curves.png"] = figures.png(figures.run_curves(metrics, result))
+    for path, content in files.items():
+        write_whole(path, content)
+    print(f"\n{two.format_table(result)}\n\nwritten: {', '.join(map(str, files))}", flush=True)
     return 0
 
 
@@ -273,21 +268,10 @@ def arguments(args: argparse.Namespace, policy: Path | None, trained_in: Path | 
     for url in urls:
         if problem := next(reward_problems(url), None):
             raise ValueError(f"--reward {url}: {problem}")
-    found["reward"]["remote_url"] = urls or None
-    found["reward"]["model_name_or_path"] = reward
+    found["reward"] |= {"remote_url": urls or None, "model_name_or_path": reward}
+    found["rollout"] |= {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     found["actor"] = {"model_name_or_path": str(policy or reward)}
     return recipe.namespace(found)
-
-
-def inputs(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
-    """The prompts with their labels, and the reward, after it was tried on the first prompt.
-
-    Raises:
-        ValueError: either is of no use.
-    """
-    check_files({"--before": args.before, "--after": args.after})
-    tokenizer, pairs = read_prompts(args, run)
-    return pairs, load_reward(run, tokenizer, pairs[0])
 
 
 def check_files(folders: dict[str, Path]) -> None:
