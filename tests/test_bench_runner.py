@@ -159,9 +159,9 @@ def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
 def test_two_runners_do_not_write_one_folder(tmp_path: Path) -> None:
     prompts = write(tmp_path / "held.jsonl", {"input": "a"})
     matrix = Matrix("", {}, Measuring(prompts=str(prompts)), (Cell("a", "", {}, 1, {}, {}),))
-    with runner.opened(matrix, tmp_path, print):
-        with pytest.raises(runner.BenchError, match=f"process {os.getpid()} on .* writes to"):
-            runner.opened(matrix, tmp_path, print).__enter__()
+    held = pytest.raises(runner.BenchError, match=f"process {os.getpid()} on .* writes to")
+    with runner.opened(matrix, tmp_path, print), held:
+        runner.opened(matrix, tmp_path, print).__enter__()
     with runner.opened(matrix, tmp_path, print):
         pass
 

@@ -10,7 +10,7 @@ from bond_plugin.bench import sections
 from bond_plugin.bench.document import Block, Heading, Log, Paragraph, Picture, to_html, to_markdown
 from bond_plugin.bench.resampling import RESAMPLES, Estimate
 from bond_plugin.bench.results import read_results
-from bond_plugin.bench.summary import BEST_OF_N, Policy, Summary, strength_text, summarise
+from bond_plugin.bench.summary import BEST_OF_N, Policy, Summary, strength_text
 from bond_plugin.files import write_whole
 
 PICTURES = "figures"
@@ -30,7 +30,7 @@ def write_report(out_dir: Path, resamples: int = RESAMPLES) -> list[Path]:
         bond_plugin.bench.results.ResultsError: a file cannot be used.
     """
     out_dir = Path(out_dir)
-    summary = summarise(read_results(out_dir), resamples)
+    summary = Summary(read_results(out_dir), resamples)
     title, blocks = summary.results.reference.title, contents(summary)
     files = {f"{PICTURES}/{block.name}.png": block.png for block in blocks if isinstance(block, Picture)}
     files["report.md"] = to_markdown(title, blocks, PICTURES).encode()

@@ -283,10 +283,9 @@ def settings(summary: Summary) -> list[Block]:
     """What all runs have in common, what each has of its own, and its numbers alone."""
     reference = summary.results.reference
     names = {"seconds": "sampling the reference, seconds", "generated_tokens": "sampling the reference, tokens"}
-    rows = [
-        ["command", reference.command],
-        *([names.get(key, key), str(value)] for key, value in reference.settings.items()),
-    ]
+    keys = ("command", "model", "reward", "max_new_tokens", "temperature", "quantile_samples")
+    given = {key: getattr(reference, key) for key in keys} | reference.model_extra
+    rows = [[names.get(key, key), str(value)] for key, value in given.items() if key != "key"]
     rows.append(["bon_levels", ", ".join(map(str, reference.bon_levels))])
     runs = []
     for cell in summary.results.cells:
