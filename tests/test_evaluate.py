@@ -100,7 +100,7 @@ MISTAKES: dict[str, tuple[Callable[[Tiny, Path], dict[str, Any]], Sequence[str]]
     "not a model": (lambda t, p: {"before": p}, ["--before", "config.json"]),
     "no weights": (
         lambda t, p: {"after": model_without(t, p / "m", "*.safetensors")},
-        ["--after", "no weights", "saved completely"],
+        ["--after", "no weights", "*.safetensors"],
     ),
     "no tokenizer": (
         lambda t, p: {"after": model_without(t, p / "m", "tokenizer*")},

@@ -375,9 +375,10 @@ class Runner:
         from bond_plugin.bench import results as stored  # torch: not before anything is to be run
 
         reference, cells = self.reference(), self.matrix.cells
-        results = {cell.name: self.finished(cell, reference) for cell in (*cells, *self.matrix.others)}
+        results: dict[str, dict[str, Any] | None] = {}
         for cell in (*cells, *self.matrix.others):
-            if (found := results[cell.name]) is not None:
+            found = results[cell.name] = self.finished(cell, reference)
+            if found is not None:
                 stored.check(found, f"{self._folder(cell) / 'result.json'}:", len(self.rows), self.matrix.evaluation)
         waiting = [cell for cell in cells if results[cell.name] is None]
         done = len(cells) - len(waiting)
@@ -406,8 +407,7 @@ class Runner:
         return sum(result is not None and result["status"] == "failed" for result in results.values())
 
     def _write(self, results: dict[str, dict[str, Any] | None]) -> None:
-        found = [results[cell.name] for cell in (*self.matrix.cells, *self.matrix.others)]
-        lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in found if result is not None]
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in results.values() if one is not None]
         write_whole(self.output / "results.jsonl", "".join(lines))
 
     def _said(self, result: dict[str, Any]) -> str:

@@ -208,11 +208,6 @@ class Summary:
 
     # Against Best-of-N and the limit.
 
-    def _best_of_n_at(self, measure: str, kl: Tensor) -> Tensor:
-        """Best-of-N's value at ``[B + 1, G]`` KLs, linear in the root of the KL between two N (as Best-of-n
-        would be for n in between); NaN beyond the last N."""
-        return _on_curve(kl, self._bon["kl"], self._bon[measure])
-
     def _limit_at(self, measure: str, kl: Tensor) -> Tensor:
         """The limit at ``[B + 1, G]`` KLs, its bias taken off; NaN where :meth:`Front.at` does not know it either."""
         found_kl, value, _ = self._front[measure]
@@ -225,7 +220,7 @@ class Summary:
     def _against_the_limit(self, measure: str, kl: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Draws ``[B + 1]`` of the shares of the limit and the distance to the Best-of-N curve."""
         base = self._bon[measure][:, 0]
-        bon = self._best_of_n_at(measure, kl.unsqueeze(-1)).squeeze(-1)
+        bon = _on_curve(kl.unsqueeze(-1), self._bon["kl"], self._bon[measure]).squeeze(-1)
         room = self._limit_at(measure, kl.unsqueeze(-1)).squeeze(-1) - base
         room = torch.where(room > 1e-12, room, math.nan)  # nothing to gain at a KL of 0
         return {
@@ -299,7 +294,10 @@ class Summary:
         shared = low <= high
         grid = torch.lerp(low.unsqueeze(-1), high.unsqueeze(-1), torch.linspace(0, 1, _GRID, dtype=torch.float64))
         above = self._method_front(first.points, measure, grid)
-        below = self._method_front(second.points, measure, grid) if second else self._best_of_n_at(measure, grid)
+        if second is None:
+            below = _on_curve(grid, self._bon["kl"], self._bon[measure])
+        else:
+            below = self._method_front(second.points, measure, grid)
         said = shared & (shared.double().mean() >= 0.5)
         gap, low, high = (torch.where(said, values, math.nan) for values in ((above - below).mean(dim=-1), low, high))
         label = BEST_OF_N if second is None else second.label
@@ -307,5 +305,6 @@ class Summary:
 
 
 def _on_curve(kl: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Values of a curve at ``[B + 1, G]`` KLs, linear in the root of the KL; NaN beyond its end."""
+    """Values of a curve at ``[B + 1, G]`` KLs, linear in the root of the KL (as Best-of-n would be for n between two
+    whole ones); NaN beyond its end."""
     return torch.where(kl <= known[:, -1:], limits.over_root(kl, known, values), math.nan)

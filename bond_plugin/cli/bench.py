@@ -9,6 +9,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from bond_plugin import options
 from bond_plugin.bench import matrix
 from bond_plugin.files import unwritable, write_whole
 
@@ -47,8 +48,8 @@ def main(argv: list[str]) -> int:
         if problem := unwritable(output):
             raise runner.BenchError(f"--output-dir {problem}; name another folder")
         output.mkdir(parents=True, exist_ok=True)
-        options = {"parallel": args.parallel, "keep_policies": args.keep_policies, "command": command}
-        with runner.opened(wanted, output, say, **options) as bench:
+        how = {"parallel": args.parallel, "keep_policies": args.keep_policies, "command": command}
+        with runner.opened(wanted, output, say, **how) as bench:
             bench.check()
             if args.check:
                 print("\n".join(cell.name for cell in wanted.cells))
@@ -68,12 +69,7 @@ def main(argv: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="bond bench",
-        description=_DESCRIPTION,
-        epilog=f"{matrix.__doc__}{_EPILOG}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("bench", _DESCRIPTION, f"{matrix.__doc__}{_EPILOG}")
     parser.add_argument("matrix", type=Path, metavar="FILE.yaml", help="what is compared; see below")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
     parser.add_argument(

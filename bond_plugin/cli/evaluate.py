@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +15,11 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from bond_plugin import recipe
+from bond_plugin import options, recipe
 from bond_plugin.files import ContentError, read_json, unwritable, write_whole
 from bond_plugin.offline.prompts import CONFIGURATION, template_problem
-from bond_plugin.options import at_least
 from bond_plugin.schema import Open, read_model
-from bond_plugin.words import reason
+from bond_plugin.words import reason, timed
 
 _DESCRIPTION = """\
 Sample two models on the same held-out prompts, score the samples with the reward of the training, and report
@@ -103,7 +101,6 @@ def main(argv: list[str]) -> int:
     try:
         metrics = check(args)
         run = arguments(args, args.before, args.after)
-        check_files({"--before": args.before, "--after": args.after})
         tokenizer, pairs = read_prompts(args, run)
         score = load_reward(run, tokenizer, pairs[0])
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -115,14 +112,9 @@ def main(argv: list[str]) -> int:
     from bond_plugin.host.rewards import RewardError
     from bond_plugin.offline import engine, likelihood, measure
 
-    started = time.monotonic()
-
-    def say(message: str) -> None:
-        print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
-
     counts, cache = (args.samples, args.kl_samples, args.seed), args.output_dir / "cache"
     try:
-        result = two.Evaluation(pairs, score, run, *counts, cache, say, args.engines).of(args.before, args.after)
+        result = two.Evaluation(pairs, score, run, *counts, cache, timed(), args.engines).of(args.before, args.after)
     except (engine.SamplingError, RewardError, likelihood.VocabularyError, measure.TokenizerError) as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 1
@@ -137,13 +129,7 @@ def main(argv: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="bond evaluate",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
+    parser = options.parser("evaluate", _DESCRIPTION, _EPILOG)
     models = parser.add_argument_group("what to compare").add_argument
     models("--before", metavar="DIR", type=Path, required=True, help="initial policy: weights and tokenizer")
     models("--after", metavar="DIR", type=Path, required=True, help="trained policy, with the same tokenizer")
@@ -190,7 +176,7 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
         ValueError: the first problem found.
     """
     check_sampling(args, _NUMBERS)
-    at_least(vars(args), {"engines": 1})
+    options.at_least(vars(args), {"engines": 1})
     if args.kl_samples > args.samples:
         raise ValueError(f"--kl-samples must be at most --samples = {args.samples}, got {args.kl_samples}")
     sizes = [vocabulary("--before", args.before), vocabulary("--after", args.after)]
@@ -209,11 +195,9 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
     try:
         return metrics.read(args.metrics)
-    except OSError as error:
-        problem = f"{args.metrics}: {reason(error)}"
-    except ContentError as error:
-        problem = str(error)
-    raise ValueError(f"--metrics {problem}. It is the file in the run's output folder")
+    except (OSError, ContentError) as error:
+        problem = f"{args.metrics}: {reason(error)}" if isinstance(error, OSError) else error
+        raise ValueError(f"--metrics {problem}. It is the file in the run's output folder") from error
 
 
 def check_sampling(args: argparse.Namespace, numbers: dict[str, tuple[Any, int, str, str]]) -> None:
@@ -222,7 +206,7 @@ def check_sampling(args: argparse.Namespace, numbers: dict[str, tuple[Any, int, 
     Raises:
         ValueError: the first problem found.
     """
-    at_least(vars(args), {name: least for name, (_, least, _, _) in numbers.items()})
+    options.at_least(vars(args), {name: least for name, (_, least, _, _) in numbers.items()})
     if not 0 < args.temperature < float("inf"):
         raise ValueError(f"--temperature must be above 0, got {args.temperature}")
     if args.input_template is not None and (problem := template_problem(args.input_template)):
@@ -274,19 +258,6 @@ def arguments(args: argparse.Namespace, policy: Path | None, trained_in: Path | 
     return recipe.namespace(found)
 
 
-def check_files(folders: dict[str, Path]) -> None:
-    """Whether policies, by their flags, are whole.
-
-    Raises:
-        ValueError: one is not.
-    """
-    from bond_plugin.host import models
-
-    for flag, folder in folders.items():
-        if problem := next(models.files(folder, policy=True), None):
-            raise ValueError(f"{flag} {folder}: {problem}")
-
-
 def read_prompts(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
     """The policy's tokenizer, and the prompts with their labels.
 
@@ -324,19 +295,19 @@ def load_reward(run: SimpleNamespace, tokenizer: Any, pair: tuple[str, Any]) -> 
 
 
 def vocabulary(flag: str, folder: Path) -> int | None:
-    """The size of a model's vocabulary by its configuration, after a look at whether its files are there."""
+    """The size of a policy's vocabulary by its configuration, after a look at whether its files are whole.
+
+    Raises:
+        ValueError: they are not.
+    """
+    from bond_plugin.host import models
+
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: no such folder. It names a model's folder, not a hub's model name")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{flag} {folder} has no config.json: name the folder that holds the model itself")
-    if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        raise ValueError(f"{flag} {folder} has no weights (*.safetensors): was the model saved completely?")
+    if problem := next(models.files(folder, policy=True), None):
+        raise ValueError(f"{flag} {folder}: {problem}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"{flag} {folder} has no tokenizer: copy tokenizer* from the initial policy's folder")
-    try:
-        content = read_json(config) or {}
-    except ContentError as error:
-        raise ValueError(f"{flag} {error}: was the model saved completely?") from error
+    content = read_json(folder / "config.json")
     inner = content.get("text_config")
     return content.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
