@@ -17,7 +17,6 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -52,7 +51,6 @@ NAMES = {
     "log_quantile": "log quantile, nats",
 }
 OPTIMUM = "optimum of RL with a KL penalty"
-_WIDTH = 6.0  # inches
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -85,12 +83,6 @@ def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(height: float, width: float = _WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _looks(summary: Summary) -> list[tuple[Method, _Look]]:
     """The methods, each with its colour, marker and line style."""
     cycles = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_LINES), strict=False)
@@ -104,7 +96,7 @@ def _looks(summary: Summary) -> list[tuple[Method, _Look]]:
 def front(summary: Summary, measure: str) -> Figure:
     """``measure`` against the KL: all points with their intervals, Best-of-N, and the limit."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(6.2)
+        figure = Figure(figsize=(6, 6.2), layout="constrained")
         axes = figure.subplots()
         right = _right_end(summary)
         top = _limit(axes, summary, measure, right)
@@ -211,7 +203,7 @@ def training(summary: Summary, key: str) -> Figure:
     columns = 1 if count == 1 else 2
     rows = math.ceil(count / columns)
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(0.4 + 2.7 * rows)
+        figure = Figure(figsize=(6, 0.4 + 2.7 * rows), layout="constrained")
         panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
         for axes, (method, look) in zip(panels, _looks(summary), strict=False):
             for place, point in enumerate(method.points):
@@ -307,7 +299,7 @@ def run_curves(metrics: Sequence[dict[str, Any]], result: BeforeAfter) -> Figure
         ("Quantile", "expected log quantile (nats)", {"bond/log_quantile": ("policy among anchor samples", green)}),
     )  # fmt: skip
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(4.8, width=15)
+        figure = Figure(figsize=(15, 4.8), layout="constrained")
         for axes, (title, unit, curves) in zip(figure.subplots(1, 3), panels, strict=True):
             for key, (label, colour) in curves.items():
                 _run_curve(axes, metrics, key, label, colour)
@@ -354,7 +346,7 @@ def _levels(axes: Axes, result: BeforeAfter) -> None:
 def cost(summary: Summary) -> Figure:
     """Mean reward against the tokens generated for the training and its reward cache, and against its wall time."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(6.6)
+        figure = Figure(figsize=(6, 6.6), layout="constrained")
         costs = (
             ("tokens", 1e3, "tokens generated for a run, thousands"),
             ("seconds", 60, "wall time of a run, minutes"),

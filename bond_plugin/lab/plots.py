@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bond_plugin.lab.problem import Point
@@ -23,7 +22,6 @@ def draw(report: Report) -> bytes:
     everything = "full" in report.tables
     panels = (_front, _directions, _convergence, _sensitivity) if everything else (_front, _both_directions)
     figure = Figure(figsize=(8, 6 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(len(panels), 1), panels, strict=True):
         panel(axes, report)
         axes.title.set_fontsize(14)
