@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, create_model
 
 from bond_plugin import options, recipe
 from bond_plugin.files import ContentError, read_json, unwritable, write_whole
@@ -43,42 +43,32 @@ example:
 """
 
 
-class _Data(Open):
-    apply_chat_template: bool = False
-    input_template: str | None = None
-    disable_fast_tokenizer: bool = False
-    max_len: PositiveInt | None = None
+def _group(**fields: Any) -> tuple[type[Open], Open]:
+    model = create_model("Group", __base__=Open, **fields)
+    return model, model()
 
 
-class _Reward(Open):
-    normalize_enable: bool = False
-
-
-class _Ds(Open):
-    attn_implementation: str = "sdpa"
-    experts_implementation: str | None = None
-    param_dtype: str = "bf16"
-    load_in_4bit: bool = False
-    value_head_prefix: str = "score"
-
-
-class _Rollout(Open):
-    micro_batch_size: PositiveInt = 8
-
-
-class _VLLM(Open):
-    tensor_parallel_size: PositiveInt = 1
-
-
-class _Run(Open):
-    """What the host's code asks of a run's arguments, and what stands where the trained folder does not say."""
-
-    data: _Data = _Data()
-    reward: _Reward = _Reward()
-    ds: _Ds = _Ds()
-    rollout: _Rollout = _Rollout()
-    vllm: _VLLM = _VLLM()
-
+#: What the host's code asks of a run's arguments, with what stands where the trained folder does not say.
+_Run = create_model(
+    "_Run",
+    __base__=Open,
+    data=_group(
+        apply_chat_template=(bool, False),
+        input_template=(str | None, None),
+        disable_fast_tokenizer=(bool, False),
+        max_len=(PositiveInt | None, None),
+    ),
+    reward=_group(normalize_enable=(bool, False)),
+    ds=_group(
+        attn_implementation=(str, "sdpa"),
+        experts_implementation=(str | None, None),
+        param_dtype=(str, "bf16"),
+        load_in_4bit=(bool, False),
+        value_head_prefix=(str, "score"),
+    ),
+    rollout=_group(micro_batch_size=(PositiveInt, 8)),
+    vllm=_group(tensor_parallel_size=(PositiveInt, 1)),
+)
 
 REWARD_HELP = (
     "a file with reward_func(queries, prompts, labels), a server's address or several with commas, or a reward "
