@@ -64,9 +64,8 @@ class Policy:
         return self.estimates["kl"].value
 
     def training(self, key: str) -> float:
-        """Mean over seeds of a number of :class:`~bond_plugin.bench.results.Costs`; NaN if there is none."""
-        found = [float(getattr(cell.training, key)) for cell in self.cells]
-        return sum(found) / len(found) if found else math.nan
+        """Mean over seeds of a number of :class:`~bond_plugin.bench.results.Costs`."""
+        return sum(float(getattr(cell.training, key)) for cell in self.cells) / len(self.cells)
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class Summary:
     # Points.
 
     def _point(self, cells: list[Result]) -> Policy:
-        draws = self._measured([cell.evaluation for cell in cells if cell.evaluation is not None])
+        draws = self._measured([cell.evaluation for cell in cells])
         for measure in MEASURES:
             draws |= self._against_the_limit(measure, draws["kl"], draws[measure])
         # Rewards of Best-of-N rise with N, up to errors of estimation.
