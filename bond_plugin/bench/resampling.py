@@ -53,12 +53,11 @@ class Resampling:
     Args:
         prompts: P.
         resamples: B.
-
-    The same arguments give the same intervals.
+        seed: of the resampling; the same arguments give the same intervals.
     """
 
-    def __init__(self, prompts: int, resamples: int = RESAMPLES) -> None:
-        self._generator = torch.Generator().manual_seed(0)
+    def __init__(self, prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
         self.resamples = resamples
         #: ``[B + 1, P]``, rows that add up to 1.
         self.prompts = self.weights(prompts)
