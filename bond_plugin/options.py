@@ -8,6 +8,12 @@ from dataclasses import Field
 from typing import Any
 
 
+def parser(command: str, description: str, epilog: str, **more: Any) -> argparse.ArgumentParser:
+    """The parser of a subcommand, whose help has both texts as they are."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"bond {command}", None, description, epilog, formatter_class=raw, **more)
+
+
 def add_flag(group: Any, dotted: str, f: Field, **changes: Any) -> None:
     """Add the flag ``--<dotted>`` of a field of a :class:`bond_plugin.algorithms.Config`.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -29,3 +30,13 @@ def reason(error: OSError) -> str:
         case NotADirectoryError() | FileExistsError():
             return "a file is where the folder should be"
     return error.strerror or str(error)
+
+
+def timed() -> Callable[[str], None]:
+    """What prints messages, each after the seconds since it was made."""
+    started = time.monotonic()
+
+    def say(message: str) -> None:
+        print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
+
+    return say

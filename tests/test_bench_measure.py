@@ -56,17 +56,10 @@ def draw(logs: torch.Tensor, values: torch.Tensor, seed: int) -> Scored:
     return Scored(samples_of(tokens.tolist()), values.gather(-1, tokens))
 
 
-def job_for(model: Path, tiny: Tiny, settings: dict[str, Any], is_reference: bool = False) -> Job:
-    return Job(
-        model=str(model),
-        reference=str(tiny.model),
-        output="",
-        reference_samples="",
-        rows=[],
-        configuration={"rollout": {"max_new_tokens": 1, "temperature": 1.0}},
-        evaluation=settings,
-        is_reference=is_reference,
-    )
+def job_for(model: Path | None, tiny: Tiny, settings: dict[str, Any]) -> Job:
+    """Without a model, of the reference."""
+    own = {"actor": {"model_name_or_path": str(tiny.model)}, "rollout": {"max_new_tokens": 1, "temperature": 1.0}}
+    return Job(model and str(model), output="", reference_samples="", rows=[], configuration=own, evaluation=settings)
 
 
 @pytest.fixture(scope="module", params=["strict", "tied"])
@@ -125,7 +118,7 @@ def test_zero_one_rewards_have_pass_at_k(case: SimpleNamespace) -> None:
 
 
 def test_the_reference_is_at_its_own_place(case: SimpleNamespace, tiny: Tiny) -> None:
-    job = job_for(tiny.model, tiny, {**case.job.evaluation, "samples": 1000}, is_reference=True)
+    job = job_for(None, tiny, {**case.job.evaluation, "samples": 1000})
     found = numbers(job, case.kept, case.kept)
     assert found["kl"] == [0.0] * len(PROMPTS)
     close(found["win_rate"], torch.full((len(PROMPTS),), 0.5), 0.05)
@@ -151,7 +144,7 @@ def test_a_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: flo
 
 def test_the_reference_draws_by_another_seed(case: SimpleNamespace) -> None:
     job = replace(case.job, evaluation={"seed": 7})
-    assert job.seed != replace(job, is_reference=True).seed
+    assert job.seed != replace(job, model=None).seed
 
 
 def test_best_of_reference_takes_disjoint_groups_after_those_of_the_quantiles() -> None:
@@ -185,7 +178,7 @@ def test_few_samples_by_hand(tiny: Tiny, moved: Path, is_reference: bool) -> Non
     drawn = kept
     if not is_reference:
         drawn = Scored(samples_of([[11, 12]] * 3), torch.tensor([[3.0, 6.0]] * 3, dtype=torch.float64))
-    found = numbers(job_for(model, tiny, settings, is_reference), drawn, kept)
+    found = numbers(job_for(None if is_reference else moved, tiny, settings), drawn, kept)
 
     def same(key: str, value: float) -> None:
         assert found[key] == pytest.approx([value] * 3, rel=1e-4), key

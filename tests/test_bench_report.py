@@ -27,7 +27,7 @@ from bond_plugin.bench.figures import mean_curve, smoothed
 from bond_plugin.bench.report import conditions, outcome, write_report
 from bond_plugin.bench.resampling import Resampling, envelope
 from bond_plugin.bench.results import ResultsError, read_results
-from bond_plugin.bench.summary import MEASURES, Summary, summarise
+from bond_plugin.bench.summary import MEASURES, Summary
 from bond_plugin.bestofn.estimates import expected_max
 from bond_plugin.bestofn.limits import Front
 
@@ -195,7 +195,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def summary(toy: Path) -> Summary:
-    return summarise(read_results(toy), RESAMPLES)
+    return Summary(read_results(toy), RESAMPLES)
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_tokens_of_a_reward_cache_are_part_of_the_cost(tmp_path: Path) -> None:
     found = {row["tokens of its reward cache"] for name, row in rows.items() if name.startswith(cells[0]["label"])}
     assert found == {"262,144"}
     assert {row["tokens of its reward cache"] for row in rows.values()} == {"262,144", "0"}
-    point = next(one for one in summarise(read_results(folder), 20).points if one.method == wanted)
+    point = next(one for one in Summary(read_results(folder), 20).points if one.method == wanted)
     assert point.training("tokens") == point.training("generated_tokens") + 262_144
 
 
@@ -274,7 +274,7 @@ def test_best_of_n_rows_are_exact(toy: Path, summary: Summary) -> None:
 
 def test_shares_are_the_methods_efficiency(tmp_path: Path) -> None:
     """A method of efficiency e has the share e of the limit at its own KL; Best-of-16 has 92 % for Gaussians."""
-    summary = summarise(read_results(write_toy(tmp_path / "toy", failed="", noisy=0.02)), 20)
+    summary = Summary(read_results(write_toy(tmp_path / "toy", failed="", noisy=0.02)), 20)
     efficiencies = {method: efficiency for method, _, _, _, efficiency, _ in METHODS}
     for point in summary.points:
         if summary.limits["reward"].supported_at(point.kl):
@@ -371,7 +371,7 @@ def test_comparisons_are_paired_by_prompt(small: Path) -> None:
     reward = [value + 0.1 for value in first["evaluation"]["reward"]]
     second = {**first, "cell": "twin", "method": "twin", "label": "Twin"}
     second["evaluation"] = {**first["evaluation"], "reward": reward}
-    summary = summarise(read_results(write_cells(small, [first, second])), 200)
+    summary = Summary(read_results(write_cells(small, [first, second])), 200)
     gap = next(c for c in summary.comparisons["reward"] if c.second == "Twin").gap
     assert (gap.value, gap.low, gap.high) == pytest.approx((-0.1, -0.1, -0.1), abs=1e-9)
     spread = summary.points[0].estimates["reward"]
@@ -380,7 +380,7 @@ def test_comparisons_are_paired_by_prompt(small: Path) -> None:
 
 
 def test_comparison_with_best_of_n_is_the_vertical_distance(small: Path) -> None:
-    summary = summarise(read_results(write_cells(small, cells_of(small)[:1])), 50)
+    summary = Summary(read_results(write_cells(small, cells_of(small)[:1])), 50)
     (point,) = summary.points
     (comparison,) = summary.comparisons["reward"]
     kls, rewards, _ = summary.curve.mean()
@@ -402,7 +402,7 @@ def test_methods_are_compared_only_where_both_have_points_around_the_kl(tmp_path
         ("wide", "Wide", "s", {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}, 0.95, 1.0),
     )
     folder = write_toy(tmp_path / "toy", methods, failed="")
-    summary = summarise(read_results(folder), RESAMPLES)
+    summary = Summary(read_results(folder), RESAMPLES)
     found = {(c.first, c.second): c for c in summary.comparisons["reward"]}
     apart = found["Far", "Near"]
     assert all(math.isnan(value) for value in (apart.low, apart.high, apart.gap.value, apart.gap.low, apart.gap.high))
@@ -415,7 +415,7 @@ def test_methods_are_compared_only_where_both_have_points_around_the_kl(tmp_path
     write_cells(folder, [cell for cell in cells_of(folder) if cell["method"] != "wide"])
     assert re.search(
         "has the highest reward front, with no KL in common with (Far|Near);",
-        outcome(summarise(read_results(folder), 20)),
+        outcome(Summary(read_results(folder), 20)),
     )
     write_report(folder, 20)
     markdown = (folder / "report.md").read_text()
@@ -432,7 +432,7 @@ def test_a_kl_in_common_must_be_there_in_most_resamples(small: Path) -> None:
         for seed, kl in ((1, 1.0), (2, 1.5)):
             cell = {**first, "cell": f"{method} {seed}", "method": method, "label": method, "seed": seed}
             cells.append({**cell, "evaluation": {**first["evaluation"], "kl": [kl] * PROMPTS}})
-    summary = summarise(read_results(write_cells(small, cells)), 200)
+    summary = Summary(read_results(write_cells(small, cells)), 200)
     (apart,) = (c for c in summary.comparisons["reward"] if c.second == "other")
     assert math.isnan(apart.gap.value) and math.isnan(apart.low)
 
@@ -443,7 +443,7 @@ def test_legends_fit_into_the_picture(tmp_path: Path, label: str) -> None:
     cells = cells_of(folder)
     for cell in cells:
         cell["label"] = label + " " + cell["method"]
-    found = summarise(read_results(write_cells(folder, cells)), 20)
+    found = Summary(read_results(write_cells(folder, cells)), 20)
     for figure in (figures.front(found, "reward"), figures.cost(found)):
         figures.png(figure)  # lays it out
         legend, whole = figure.legends[0].get_window_extent(), figure.bbox
@@ -505,7 +505,7 @@ def test_what_the_intervals_cover_is_said(toy: Path, small: Path) -> None:
     markdown = (toy / "report.md").read_text()
     assert "48 evaluation prompts" in markdown and "128 samples of the reference" in markdown
     assert "2 to 3 seeds for each policy" in markdown and "seeds and of prompts together" in markdown
-    alone = summarise(read_results(small), 20)
+    alone = Summary(read_results(small), 20)
     assert "There is one seed for each policy: the intervals cover the choice of prompts only" in conditions(alone)
 
 

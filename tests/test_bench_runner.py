@@ -69,10 +69,10 @@ def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with
     data = tmp_path / "train.jsonl"
     data.write_text('{"input": "a"}\n')
     cell = Cell("jbond", "J-BOND", {}, 1, {"data.prompt_dataset": str(data), "bond.eta": 0.1}, {})
-    matrix = Matrix("", {}, Measuring(prompts="x"), (cell,))
+    matrix = Matrix("", Measuring(prompts="x"), (cell,))
 
     def started() -> runner.Runner:
-        return runner.Runner(matrix, runner.Options(tmp_path), [], None, print)
+        return runner.Runner(matrix, tmp_path, [], print)
 
     def finished(cell: Cell, reference: str = "first") -> dict | None:
         return started().finished(cell, reference)
@@ -101,7 +101,7 @@ def test_a_result_counts_for_the_flags_seed_files_and_reference_it_was_made_with
 def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path: Path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text("one")
-    matrix = Matrix("", {}, Measuring(prompts="x"), ())
+    matrix = Matrix("", Measuring(prompts="x"), ())
 
     def key(matrix: Matrix = matrix, prompt: str = "a", label: str = "", length: int = 8, chat: bool = False) -> str:
         configuration = {
@@ -111,7 +111,7 @@ def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path
             "data": {"apply_chat_template": chat, "input_template": None},
         }
         rows = [{"input": prompt, "label": label}]
-        return runner.Runner(matrix, runner.Options(tmp_path), rows, None, print)._reference_key(configuration)
+        return runner.Runner(matrix, tmp_path, rows, print)._reference_key(configuration)
 
     first = key()
     assert key(replace(matrix, title="another")) == first
@@ -131,36 +131,38 @@ def test_the_reference_is_measured_anew_when_what_it_depends_on_changes(tmp_path
 def test_runs_beside_each_other_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cells = [Cell("a", "", {}, seed, {}, {}) for seed in (1, 2)]
-    made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Options(tmp_path), [], None, print)
+    made = runner.Runner(Matrix("", Measuring(prompts="x"), ()), tmp_path, [], print)
     made.configurations = {
         one.name: {"bond": {"device": "cuda"}, "gpu_slots": {"actor": 1, "vllm": 1}} for one in cells
     }
     monkeypatch.setattr(runner, "_gpus", lambda: 5)
     pairs = [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
     assert made.slots() == pairs
-    made.options = replace(made.options, parallel=4)  # more than there are GPUs for: whatever is left
+    made.parallel = 4  # more than there are GPUs for: whatever is left
     assert made.slots() == [*pairs, {"CUDA_VISIBLE_DEVICES": "4"}, {}]
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    made.options = replace(made.options, parallel=0)
+    made.parallel = 0
     assert made.slots() == [{}, {}]
 
 
 def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
     cell = Cell("a", "", {}, 1, {}, {})
-    processes = runner.Processes()
-    made = runner.Runner(Matrix("", {}, Measuring(prompts="x"), ()), runner.Options(tmp_path), [], processes, print)
+    made = runner.Runner(Matrix("", Measuring(prompts="x"), ()), tmp_path, [], print)
     made.configurations = {cell.name: {"bond": {"device": "cpu"}}}
     made.free.put({})
-    processes.stop()
+    made.processes.stop()
     with pytest.raises(runner.BenchError):
         made.cell(cell, "reference")
     assert not list(tmp_path.rglob("result.json"))
 
 
 def test_two_runners_do_not_write_one_folder(tmp_path: Path) -> None:
-    with runner.locked(tmp_path), pytest.raises(runner.BenchError, match=f"process {os.getpid()} on .* writes to"):
-        runner.locked(tmp_path).__enter__()
-    with runner.locked(tmp_path):
+    prompts = write(tmp_path / "held.jsonl", {"input": "a"})
+    matrix = Matrix("", Measuring(prompts=str(prompts)), (Cell("a", "", {}, 1, {}, {}),))
+    held = pytest.raises(runner.BenchError, match=f"process {os.getpid()} on .* writes to")
+    with runner.opened(matrix, tmp_path, print), held:
+        runner.opened(matrix, tmp_path, print).__enter__()
+    with runner.opened(matrix, tmp_path, print):
         pass
 
 

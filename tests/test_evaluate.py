@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import Tiny, clean_environment, moved_model, reward_server
 
+from bond_plugin import recipe
 from bond_plugin.bench import figures, two
 from bond_plugin.bench.resampling import Estimate
 from bond_plugin.bestofn.estimates import expected_max
@@ -100,7 +100,7 @@ MISTAKES: dict[str, tuple[Callable[[Tiny, Path], dict[str, Any]], Sequence[str]]
     "not a model": (lambda t, p: {"before": p}, ["--before", "config.json"]),
     "no weights": (
         lambda t, p: {"after": model_without(t, p / "m", "*.safetensors")},
-        ["--after", "no weights", "saved completely"],
+        ["--after", "no weights", "*.safetensors"],
     ),
     "no tokenizer": (
         lambda t, p: {"after": model_without(t, p / "m", "tokenizer*")},
@@ -307,11 +307,12 @@ def fake(trained: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 def evaluated(
     before: Path, after: Path, reward: Path, cache: Path, prompts: Sequence[str] = ("ab", "cd"), **sampling: Any
 ) -> two.BeforeAfter:
-    args = SimpleNamespace(reward=SimpleNamespace(remote_url=[str(reward)]))
+    args = recipe.namespace(command._Run().model_dump())
+    args.reward.remote_url = [str(reward)]
+    args.rollout.max_new_tokens, args.rollout.temperature = 32, 1.0
     pairs, score = [(prompt, "") for prompt in prompts], scoring.scorer(args, None)
-    how = two.Sampling(**{"samples": 8, "kl_samples": 2, **sampling})
-    evaluation = two.Evaluation(pairs, score, scoring.identity(args), how, cache, lambda message: None)
-    return evaluation.of(before, after)
+    how = {"samples": 8, "kl_samples": 2, "seed": 0, **sampling}
+    return two.Evaluation(pairs, score, args, cache=cache, say=lambda message: None, **how).of(before, after)
 
 
 def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: FakeEngine, tmp_path: Path) -> None:
@@ -441,7 +442,7 @@ def made_up(after: float) -> two.BeforeAfter:
         before="a",
         after="b",
         prompts=64,
-        sampling=two.Sampling(),
+        sampling={"samples": 16, "max_new_tokens": 32, "temperature": 1.0},
         reward_before=estimate(-123.456),
         reward_after=estimate(after),
         gain=estimate(after),

@@ -134,16 +134,8 @@ def test_prompts_are_the_same_tokens_in_training_cache_evaluate_and_bench(
     with pytest.raises(Sampled):
         make_cache.make(args)
     rows = [{"input": text, "label": ""} for text in texts if isinstance(text, str)]
-    job = bench_measure.Job(
-        str(chat),
-        str(chat),
-        "",
-        "",
-        rows,
-        configuration(args),
-        {"seed": 1, "reference_samples": 2, "samples": 2},
-        True,
-    )
+    settings = {"seed": 1, "reference_samples": 2, "samples": 2}
+    job = bench_measure.Job(None, "", "", rows, configuration(args), settings)
     with pytest.raises(Sampled):
         bench_measure.run(job)
     run = tmp_path / "run"

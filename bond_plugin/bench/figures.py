@@ -17,7 +17,6 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -52,7 +51,6 @@ NAMES = {
     "log_quantile": "log quantile, nats",
 }
 OPTIMUM = "optimum of RL with a KL penalty"
-_WIDTH = 6.0  # inches
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -85,12 +83,6 @@ def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(height: float, width: float = _WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _looks(summary: Summary) -> list[tuple[Method, _Look]]:
     """The methods, each with its colour, marker and line style."""
     cycles = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), itertools.cycle(_LINES), strict=False)
@@ -104,7 +96,7 @@ def _looks(summary: Summary) -> list[tuple[Method, _Look]]:
 def front(summary: Summary, measure: str) -> Figure:
     """``measure`` against the KL: all points with their intervals, Best-of-N, and the limit."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(6.2)
+        figure = Figure(figsize=(6, 6.2), layout="constrained")
         axes = figure.subplots()
         right = _right_end(summary)
         top = _limit(axes, summary, measure, right)
@@ -113,13 +105,12 @@ def front(summary: Summary, measure: str) -> Figure:
             kl, value = (part[summary.tilted[0] <= right] for part in summary.tilted)
             axes.plot(kl, value, color=_GREY, linewidth=1.3, linestyle=(0, (6, 2, 1.5, 2)), label=OPTIMUM, zorder=2)
         for method, look in _looks(summary):
-            kls = [point.estimates["kl"] for point in method.points]
-            whiskers = _whiskers([(kl.low, kl.value, kl.high) for kl in kls])
-            look |= {"xerr": whiskers, "linewidth": 1.5, "zorder": 3}
-            _points(axes, method, look, measure, [kl.value for kl in kls])
-        ends = [_interval(point, measure) for point in summary.points]
-        lowest = min([summary.limits[measure].base, *(low for low, _, _ in ends)])
-        highest = max([top, *(high for _, _, high in ends)])
+            look |= {"xerr": _whiskers(method.points, "kl"), "linewidth": 1.5, "zorder": 3}
+            _points(axes, method, look, measure, [point.kl for point in method.points])
+        values = torch.tensor([point.estimates[measure].value for point in summary.points], dtype=torch.float64)
+        below, above = _whiskers(summary.points, f"{measure}_gain")
+        lowest = min(summary.limits[measure].base, (values - below).min().item())
+        highest = max(top, (values + above).max().item())
         margin = 0.06 * max(highest - lowest, 1e-9)
         axes.set(xlim=(-0.02 * right, right), ylim=(lowest - margin, highest + margin))
         axes.set(xlabel=NAMES["kl"], ylabel=NAMES[measure])
@@ -173,25 +164,19 @@ def _best_of_n(axes: Axes, summary: Summary, measure: str, right: float) -> None
 
 
 def _points(axes: Axes, method: Method, look: _Look, measure: str, x: Sequence[float]) -> None:
-    """A method's points at ``x``, with interval whiskers."""
-    intervals = [_interval(point, measure) for point in method.points]
-    values = [value for _, value, _ in intervals]
-    axes.errorbar(x, values, yerr=_whiskers(intervals), elinewidth=0.9, markersize=6.5, **look)
+    """A method's points at ``x``, with the interval of the gain over the reference about each. How difficult the
+    prompts happened to be moves all policies and both curves together, and would hide how these differ."""
+    values = [point.estimates[measure].value for point in method.points]
+    whiskers = _whiskers(method.points, f"{measure}_gain")
+    axes.errorbar(x, values, yerr=whiskers, elinewidth=0.9, markersize=6.5, **look)
 
 
-def _interval(point: Policy, measure: str) -> tuple[float, float, float]:
-    """(low, value, high): the interval of the gain over the reference, about the point. How difficult the prompts
-    happened to be moves all policies and both curves together, and would hide how these differ."""
-    gain = point.estimates[f"{measure}_gain"]
-    value = point.estimates[measure].value
-    return value - max(0.0, gain.value - gain.low), value, value + max(0.0, gain.high - gain.value)
-
-
-def _whiskers(intervals: Sequence[tuple[float, float, float]]) -> list[list[float]]:
-    """Lengths below and above; none is negative, though a resampled interval may lie beside its value."""
-    below = [max(0.0, value - low) for low, value, _ in intervals]
-    above = [max(0.0, high - value) for _, value, high in intervals]
-    return [below, above]
+def _whiskers(points: Sequence[Policy], key: str) -> Tensor:
+    """``[2, points]``, lengths below and above; none is negative, though a resampled interval may lie beside its
+    value."""
+    estimates = [point.estimates[key] for point in points]
+    lengths = [(one.value - one.low, one.high - one.value) for one in estimates]
+    return torch.tensor(lengths, dtype=torch.float64).clamp(min=0).T
 
 
 def _legend_below(figure: Figure, axes: Axes, summary: Summary) -> None:
@@ -218,7 +203,7 @@ def training(summary: Summary, key: str) -> Figure:
     columns = 1 if count == 1 else 2
     rows = math.ceil(count / columns)
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(0.4 + 2.7 * rows)
+        figure = Figure(figsize=(6, 0.4 + 2.7 * rows), layout="constrained")
         panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
         for axes, (method, look) in zip(panels, _looks(summary), strict=False):
             for place, point in enumerate(method.points):
@@ -291,10 +276,8 @@ def mean_curve(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def smoothed(values: Tensor) -> Tensor:
     """Moving average over a tenth of the entries; at the ends over those that there are."""
     reach = max(1, len(values) // 20)
-    sums = torch.cat([values.new_zeros(1), values.cumsum(dim=0)])
-    place = torch.arange(len(values))
-    start, end = (place - reach).clamp(min=0), (place + reach + 1).clamp(max=len(values))
-    return (sums[end] - sums[start]) / (end - start)
+    mean = torch.nn.functional.avg_pool1d
+    return mean(values[None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[0]
 
 
 def run_curves(metrics: Sequence[dict[str, Any]], result: BeforeAfter) -> Figure:
@@ -316,7 +299,7 @@ def run_curves(metrics: Sequence[dict[str, Any]], result: BeforeAfter) -> Figure
         ("Quantile", "expected log quantile (nats)", {"bond/log_quantile": ("policy among anchor samples", green)}),
     )  # fmt: skip
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(4.8, width=15)
+        figure = Figure(figsize=(15, 4.8), layout="constrained")
         for axes, (title, unit, curves) in zip(figure.subplots(1, 3), panels, strict=True):
             for key, (label, colour) in curves.items():
                 _run_curve(axes, metrics, key, label, colour)
@@ -363,7 +346,7 @@ def _levels(axes: Axes, result: BeforeAfter) -> None:
 def cost(summary: Summary) -> Figure:
     """Mean reward against the tokens generated for the training and its reward cache, and against its wall time."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(6.6)
+        figure = Figure(figsize=(6, 6.6), layout="constrained")
         costs = (
             ("tokens", 1e3, "tokens generated for a run, thousands"),
             ("seconds", 60, "wall time of a run, minutes"),

@@ -183,7 +183,6 @@ class Matrix:
     """
 
     title: str
-    common: dict[str, Any]
     evaluation: Measuring
     cells: tuple[Cell, ...]
     others: tuple[Cell, ...] = ()
@@ -198,10 +197,11 @@ class Matrix:
         for method in methods:
             if method not in known:
                 raise MatrixError(f"--only {method}: the file has {', '.join(sorted(known))}")
-        if not methods:
-            return self
-        chosen = tuple(cell for cell in self.cells if cell.method in methods)
-        return replace(self, cells=chosen, others=tuple(cell for cell in self.cells if cell.method not in methods))
+        wanted = methods or known
+        chosen, others = (
+            tuple(cell for cell in self.cells if (cell.method in wanted) is asked) for asked in (True, False)
+        )
+        return replace(self, cells=chosen, others=others)
 
 
 def read(path: Path) -> Matrix:
@@ -234,17 +234,14 @@ def parse(content: Any) -> Matrix:
     for cell in cells:
         if counts[cell.folder] > 1:
             raise MatrixError(f"methods.{cell.method}: the cell '{cell.name}' is there twice")
-    return Matrix(given.title, given.common, given.evaluation, tuple(cells))
+    return Matrix(given.title, given.evaluation, tuple(cells))
 
 
 def _short_names(point: dict[str, Any]) -> dict[str, Any]:
     """The last part of each dotted name, as far as they differ in it; ``kl.init_coef`` and its like keep two."""
-    found = {}
-    for name, value in point.items():
-        last = name.rpartition(".")[2]
-        unique = sum(other.rpartition(".")[2] == last for other in point) == 1
-        found[_NAMES.get(name, last if unique else name)] = value
-    return found
+    last = {name: name.rpartition(".")[2] for name in point}
+    counts = Counter(last.values())
+    return {_NAMES.get(name, last[name] if counts[last[name]] == 1 else name): value for name, value in point.items()}
 
 
 #: What readers call these.

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from bond_plugin import recipe
 from bond_plugin.files import read_json, write_json
 from bond_plugin.offline import engine, likelihood, scoring
 from bond_plugin.offline.measure import Scored, measure, read_samples, save_samples
-from bond_plugin.offline.prompts import held_out, tokenizer_of
+from bond_plugin.offline.prompts import Pairs, held_out, tokenizer_of
 from bond_plugin.offline.reward_cache import cached_responses
 
 DIGITS = 5
@@ -33,30 +35,26 @@ class Job:
     """What to measure.
 
     Attributes:
-        model: the policy's folder; the reference's own for the reference.
-        reference: the reference's folder.
+        model: the policy's folder; ``None`` for the reference, whose samples are kept.
         output: the JSON file to write.
-        reference_samples: where the reference's samples are kept, written when the reference is measured.
+        reference_samples: where the reference's samples are.
         rows: held-out prompts, from :func:`bond_plugin.offline.prompts.read_rows`.
-        configuration: the host's nested arguments of the training runs: template, reward, the longest response and
-            the temperature are those of training.
+        configuration: the host's nested arguments of the training runs: reference, template, reward, the longest
+            response and the temperature are those of training.
         evaluation: the fields of :class:`bond_plugin.bench.matrix.Measuring`.
-        is_reference: measure the reference and keep its samples.
     """
 
-    model: str
-    reference: str
+    model: str | None
     output: str
     reference_samples: str
     rows: list[dict[str, Any]]
     configuration: dict[str, Any]
     evaluation: dict[str, Any]
-    is_reference: bool
 
     @property
     def seed(self) -> int:
         """The reference has another one: a policy that is close to it would draw the same responses."""
-        return self.evaluation["seed"] + self.is_reference
+        return self.evaluation["seed"] + (self.model is None)
 
 
 def run(job: Job) -> None:
@@ -65,42 +63,30 @@ def run(job: Job) -> None:
     Raises:
         DataError, RewardError, SamplingError, TokenizerError: as they say.
     """
-    started = time.monotonic()
+    started, settings = time.monotonic(), job.evaluation
     args = recipe.namespace(job.configuration)
-    args.actor.model_name_or_path = job.model
+    model = args.actor.model_name_or_path = job.model or args.actor.model_name_or_path
     tokenizer = tokenizer_of(args)
     pairs = held_out(job.rows, args.data, tokenizer, "data.apply_chat_template in 'common'")
     score = scoring.scorer(args, tokenizer)
-    if job.is_reference:
+    if job.model is None:
         scoring.try_out(score, pairs[0], tokenizer)
-    prompts = [prompt for prompt, _ in pairs]
-    width = min(args.vllm.tensor_parallel_size, len(engine.gpus()) or 1)
     # On a cluster, runs of other cells have GPUs of this machine that cannot be told from here.
-    engines = 1 if "RAY_ADDRESS" in os.environ else engine.count(width)
-    drawn = engine.sample(
-        job.model,
-        prompts,
-        job.evaluation["reference_samples" if job.is_reference else "samples"],
-        max_new_tokens=args.rollout.max_new_tokens,
-        max_len=args.data.max_len,
-        temperature=args.rollout.temperature,
-        seed=job.seed,
-        engines=engines,
-        tensor_parallel_size=width,
-        engine=scoring.room_beside(score, engines * width),
-    )
+    engines = 1 if "RAY_ADDRESS" in os.environ else None
+    count = settings["reference_samples" if job.model is None else "samples"]
+    drawn = sample(args, model, pairs, score, count, job.seed, engines)
     rewards = scoring.rewards(score, pairs, drawn)
-    if job.is_reference:
+    if job.model is None:
         save_samples(Path(job.reference_samples), drawn, rewards=rewards.tolist())
     samples, kept = read_samples(Path(job.reference_samples))
     reference = Scored(samples, torch.tensor(kept["rewards"], dtype=torch.float64))
     found = {
-        "prompts": prompts,
+        "prompts": [prompt for prompt, _ in pairs],
         "evaluation": numbers(job, Scored(drawn, rewards), reference),
         "examples": [
             {"prompt": prompt, "response": one.queries[0][len(prompt) :], "reward": round(reward, 4)}
-            for prompt, one, reward in zip(prompts, drawn, rewards[:, 0].tolist(), strict=True)
-        ][: job.evaluation["examples"]],
+            for (prompt, _), one, reward in zip(pairs, drawn, rewards[:, 0].tolist(), strict=True)
+        ][: settings["examples"]],
         "seconds": round(time.monotonic() - started, 1),
         "generated_tokens": sum(len(ids) for one in drawn for ids in one.response_ids),
         "cached_tokens": 0,
@@ -111,16 +97,50 @@ def run(job: Job) -> None:
     write_json(Path(job.output), found)
 
 
+def sample(
+    args: SimpleNamespace,
+    model: str | Path,
+    pairs: Pairs,
+    score: scoring.Score,
+    count: int,
+    seed: int,
+    engines: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[engine.PromptSamples]:
+    """``count`` responses of a model to each prompt, as a training with the host's ``args`` draws them.
+
+    ``engines`` sample side by side, by default as many as there are GPUs for; beside them the reward has its place.
+
+    Raises:
+        SamplingError: vLLM failed.
+    """
+    width = min(args.vllm.tensor_parallel_size, len(engine.gpus()) or 1)
+    engines = engine.count(width, engines)
+    return engine.sample(
+        model,
+        [prompt for prompt, _ in pairs],
+        count,
+        max_new_tokens=args.rollout.max_new_tokens,
+        max_len=args.data.max_len,
+        temperature=args.rollout.temperature,
+        seed=seed,
+        use_fast_tokenizer=not args.data.disable_fast_tokenizer,
+        engines=engines,
+        tensor_parallel_size=width,
+        engine=scoring.room_beside(score, engines * width),
+        progress=progress,
+    )
+
+
 def numbers(job: Job, policy: Scored, reference: Scored) -> dict[str, Any]:
     """All numbers of one policy, rounded: :class:`bond_plugin.bench.results.Measured`."""
-    settings = job.evaluation
-    models = likelihood.load(job.model) if job.is_reference else likelihood.load(job.model, job.reference)
+    own = job.configuration["actor"]["model_name_or_path"]
     found = measure(
-        models,
+        likelihood.load(own) if job.model is None else likelihood.load(job.model, own),
         policy,
         reference,
         temperature=job.configuration["rollout"]["temperature"],
-        **{key: settings[key] for key in ("samples", "quantile_samples", "bon_levels", "forward_samples")},
+        **{key: job.evaluation[key] for key in ("samples", "quantile_samples", "bon_levels", "forward_samples")},
     )
     return {key: _plain(value) for key, value in found.items()}
 

@@ -18,6 +18,7 @@ from bond_plugin.bestofn.limits import tilted_means
 
 LEVEL = 0.95
 RESAMPLES = 1000
+_BETAS = 256  # in the grid of a limit
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def envelope(x: Tensor, kl: Tensor, value: Tensor) -> Tensor:
     return best
 
 
-def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+def limit_by_prompt(rewards: Tensor, ranked: bool) -> tuple[Tensor, Tensor, Tensor]:
     """KL and value of each prompt's reference tilted by its reward, for one grid of beta for all prompts.
 
     The mean over prompts is :func:`bond_plugin.bestofn.limits.reward_front` (or, ranked, ``win_rate_front``),
@@ -116,11 +117,10 @@ def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[T
     Args:
         rewards: ``[P, M]``.
         ranked: tilt by the quantile among the prompt's samples, whose mean is the win rate.
-        points: how many values of beta.
 
     Returns:
-        (kl, value, win rate), each ``[P, points + 2]`` float64, from the reference itself to its best samples. The
-        win rate is that of the same tilted reference; ranked, it is the value.
+        (kl, value, win rate), each ``[P, G + 2]`` float64 for G values of beta, from the reference itself to its best
+        samples. The win rate is that of the same tilted reference; ranked, it is the value.
     """
     rewards = rewards.double()
     beats = torch.stack(quantiles(rewards, rewards)).mean(dim=0)
@@ -129,7 +129,7 @@ def limit_by_prompt(rewards: Tensor, ranked: bool, points: int = 256) -> tuple[T
     best = rewards.amax(dim=-1)
     below = rewards - best.unsqueeze(-1)
     # Relative to the range of the rewards; the ends of the grid are the reference and the best samples.
-    grid = 10 ** torch.linspace(-3, 6, points, dtype=torch.float64) / max(-below.min().item(), 1e-300)
+    grid = 10 ** torch.linspace(-3, 6, _BETAS, dtype=torch.float64) / max(-below.min().item(), 1e-300)
     kl, gap, win_rate = (found.T for found in tilted_means(below, grid, below, beats))
     end = math.log(rewards.shape[-1]) - (below == 0).sum(dim=-1).double().log()
     kl = torch.column_stack([torch.zeros_like(best), kl, end]).clamp(min=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field, FiniteFloat, ValidationError, ValidationInfo, model_validator
@@ -183,13 +183,6 @@ class Reference(Open):
             raise ValueError(f"'rewards' must have the shape [{len(self.prompts)}, at least 2], got {shape}")
         return self
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What is said of how it was measured, in the file's order."""
-        fields = ("model", "reward", "max_new_tokens", "temperature", "quantile_samples")
-        more = {key: value for key, value in self.model_extra.items() if key != "key"}
-        return {key: getattr(self, key) for key in fields} | more
-
 
 @dataclass(frozen=True)
 class Results:
@@ -215,14 +208,33 @@ def read_results(folder: Path) -> Results:
             one entry a prompt, a number is not finite, or two cells have one name.
     """
     path = folder / REFERENCE
-    with _file(path) as file:
-        content = _parse(file.read(), str(path))
+    content = _parse(b"".join(_lines(path)), str(path))
     given = {key: content.get(key) if isinstance(content, dict) else None for key in ("prompts", "bon_levels")}
     prompts, levels = (value if isinstance(value, list) else [] for value in given.values())
     context = {"prompts": len(prompts), "levels": [n for n in levels if isinstance(n, int)]}
     reference = _checked(Reference, content, f"{path}:", context)
-    with _file(folder / RESULTS) as file:
-        return Results(reference, _told_apart(_cells(folder / RESULTS, file, context)))
+
+    path, cells = folder / RESULTS, {}
+    methods: dict[str, set[str]] = {}  # by label
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        content = _parse(line, where)
+        name = f" cell {shorten(content['cell'])}:" if isinstance(content, dict) and "cell" in content else ""
+        cell = _checked(Result, content, f"{where}:{name}", context)
+        if cell.cell in cells:
+            raise ResultsError(f"{where}: a second cell {cell.cell!r}; remove one of the two lines")
+        cells[cell.cell] = cell
+        methods.setdefault(cell.label, set()).add(cell.method)
+    if not cells:
+        raise ResultsError(f"{path} has no cell: run `bond bench` first")
+    # Methods that share a label are told apart by their keys.
+    labels = [
+        f"{cell.label} ({cell.method})" if len(methods[cell.label]) > 1 else cell.label for cell in cells.values()
+    ]
+    told = (cell.model_copy(update={"label": label}) for cell, label in zip(cells.values(), labels, strict=True))
+    return Results(reference, tuple(told))
 
 
 def check(content: Any, where: str, prompts: int, measuring: Measuring) -> Result:
@@ -232,34 +244,6 @@ def check(content: Any, where: str, prompts: int, measuring: Measuring) -> Resul
         ResultsError: a key is missing, or has the wrong form.
     """
     return _checked(Result, content, where, {"prompts": prompts, "levels": measuring.bon_levels})
-
-
-def _cells(path: Path, file: IO[bytes], context: dict[str, Any]) -> list[Result]:
-    cells: dict[str, Result] = {}
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        content, where = _parse(line, f"{path}: line {number}"), f"{path}: line {number}:"
-        if isinstance(content, dict) and "cell" in content:
-            where = f"{where} cell {shorten(content['cell'])}:"
-        cell = _checked(Result, content, where, context)
-        if cell.cell in cells:
-            raise ResultsError(f"{path}: line {number}: a second cell {cell.cell!r}; remove one of the two lines")
-        cells[cell.cell] = cell
-    if not cells:
-        raise ResultsError(f"{path} has no cell: run `bond bench` first")
-    return list(cells.values())
-
-
-def _told_apart(cells: list[Result]) -> tuple[Result, ...]:
-    """Methods that share a label get their keys added to it."""
-    methods: dict[str, set[str]] = {}
-    for cell in cells:
-        methods.setdefault(cell.label, set()).add(cell.method)
-    return tuple(
-        cell.model_copy(update={"label": f"{cell.label} ({cell.method})"}) if len(methods[cell.label]) > 1 else cell
-        for cell in cells
-    )
 
 
 _Model = TypeVar("_Model", bound=Strict)
@@ -272,9 +256,10 @@ def _checked(model: type[_Model], content: Any, where: str, context: dict[str, A
         raise ResultsError(f"{where} {explain(error, model)}") from error
 
 
-def _file(path: Path) -> IO[bytes]:
+def _lines(path: Path) -> list[bytes]:
     try:
-        return open_file(path)
+        with open_file(path) as file:
+            return file.readlines()
     except OSError as error:
         raise ResultsError(f"{path}: {reason(error)}; give the --output-dir of a `bond bench` run") from error
 

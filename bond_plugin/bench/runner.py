@@ -37,9 +37,8 @@ _SAMPLES = "reference-samples.json"
 _ERROR_LINES = 12
 _LOOK_EVERY = 0.5  # seconds, whether a process has ended
 _MEMORY_EVERY = 10.0  # seconds: reading it costs a tenth of a second a process
-_NOISE = re.compile(
-    r"\x1b\[[0-9;]*m|^(\x1b\[[0-9;]*m)?\(.*? pid=.*?\)\S* ", re.MULTILINE
-)  # Ray's prefixes and colours
+#: Ray's colours and prefixes.
+_NOISE = re.compile(r"\x1b\[[0-9;]*m|^(\x1b\[[0-9;]*m)?\(.*? pid=.*?\)\S* ", re.MULTILINE)
 #: The last line of a traceback, unless it only says that a worker of Ray's has ended.
 _EXCEPTION = re.compile(r"\s*(?!ray\.exceptions\.)[\w.]*(Error|Exception)(\(.*\))?: ")
 #: Flags that say what is compared: every cell must have them alike.
@@ -53,8 +52,6 @@ _SHARED = (
 )
 #: Likewise; they also say what is put around the held-out prompts.
 _TEMPLATES = ("data.apply_chat_template", "data.input_template")
-
-Say = Callable[[str], None]
 
 
 class BenchError(RuntimeError):
@@ -128,50 +125,30 @@ def _memory(pid: int) -> float:
     return total / 2**30
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a matrix is run.
+@dataclass
+class Runner:
+    """Checks, trains and measures the cells of a matrix: see :func:`opened`.
 
     Attributes:
+        matrix: what.
         output: the folder of results.
+        rows: held-out prompts.
+        say: takes messages, one for each cell among them.
         parallel: cells at a time; 0 finds out.
         keep_policies: keep trained weights (they are deleted after they were measured otherwise).
         command: what made the results, for the report.
+        configurations: by cell, the host's nested arguments, and how many GPUs the run takes.
     """
 
+    matrix: Matrix
     output: Path
+    rows: list[dict[str, Any]]
+    say: Callable[[str], None]
     parallel: int = 0
     keep_policies: bool = False
     command: str = "bond bench"
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time writes a folder of results.
-
-    Raises:
-        BenchError: another one does.
-    """
-    try:
-        held = lock(folder)
-    except Busy as error:
-        raise BenchError(f"{error}: wait for it, or name another folder") from error
-    except OSError as error:
-        raise BenchError(f"--output-dir {folder}: {error.strerror}; name a folder on another file system") from error
-    with held:
-        yield
-
-
-@dataclass
-class Runner:
-    """Checks, trains and measures the cells of a matrix: see :func:`opened`."""
-
-    matrix: Matrix
-    options: Options
-    rows: list[dict[str, Any]]
-    processes: Processes
-    say: Say
-    configurations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by cell
+    processes: Processes = field(default_factory=Processes)
+    configurations: dict[str, dict[str, Any]] = field(default_factory=dict)
     _contents: dict[str, str | None] = field(default_factory=dict)  # hashes of files and models by path
     free: queue.SimpleQueue[dict[str, str]] = field(default_factory=queue.SimpleQueue)  # of the slots
 
@@ -184,7 +161,7 @@ class Runner:
             BenchError: the cells that cannot run, each with its reason.
         """
         self.say(f"checking the flags of {len(self.matrix.cells)} cells")
-        (self.options.output / "checks").mkdir(exist_ok=True)
+        (self.output / "checks").mkdir(exist_ok=True)
         with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
             problems = [problem for problem in pool.map(self._check, self.matrix.cells) if problem]
         if problems:
@@ -200,10 +177,10 @@ class Runner:
 
     def _check(self, cell: Cell) -> str | None:
         """Find out the configuration of a cell, or why it cannot run."""
-        path = self.options.output / "checks" / f"{cell.folder}.json"
+        path = self.output / "checks" / f"{cell.folder}.json"
         key = fingerprints.of_value([cell.flags, cell.seed, sys.executable, __version__])
-        known = read_json(path) or {}
-        if known.get("key") != key or not isinstance(known.get("configuration"), dict):
+        known = _kept(path, key)
+        if known is None:
             said = path.with_suffix(".run.json")
             try:
                 arguments = [*self._train(cell), "--dry-run", "--json", str(said)]
@@ -221,32 +198,27 @@ class Runner:
     def reference(self) -> str:
         """Measure the reference unless that is done. Returns what identifies it."""
         configuration = self.configurations[self.matrix.cells[0].name]
-        model = configuration["actor"]["model_name_or_path"]
-        key = self._reference_key(configuration)
-        path = self.options.output / "reference.json"
-        known = read_json(path) or {}
-        if known.get("key") == key:
-            # Another title needs no other samples.
-            write_json(path, known | {"title": self.matrix.title, "command": self.options.command})
-            return key
-        self.say(f"reference: {len(self.rows)} prompts x {self.matrix.evaluation.reference_samples} samples")
-        found = self._measure(model, self.options.output, configuration, is_reference=True)
-        found.pop("cached_tokens")
-        rewards = read_json(self.options.output / _SAMPLES)["rewards"]
-        reward = configuration["reward"]
-        settings = {
-            "key": key,
-            "title": self.matrix.title,
-            "command": self.options.command,
-            "model": model,
-            "reward": ", ".join(reward["remote_url"] or [reward["model_name_or_path"]]),
-            "max_new_tokens": configuration["rollout"]["max_new_tokens"],
-            "temperature": configuration["rollout"]["temperature"],
-            "quantile_samples": self.matrix.evaluation.quantile_samples,
-            "bon_levels": self.matrix.evaluation.bon_levels,
-            "rewards": [[float(f"{value:.6g}") for value in row] for row in rewards],
-        }
-        write_json(path, settings | found)
+        key, path = self._reference_key(configuration), self.output / "reference.json"
+        said = {"title": self.matrix.title, "command": self.command}  # others need no other samples
+        known = _kept(path, key)
+        if known is None:
+            self.say(f"reference: {len(self.rows)} prompts x {self.matrix.evaluation.reference_samples} samples")
+            found = self._measure(None, self.output, configuration)
+            found.pop("cached_tokens")
+            rewards, reward = read_json(self.output / _SAMPLES)["rewards"], configuration["reward"]
+            known = {
+                "key": key,
+                **said,
+                "model": configuration["actor"]["model_name_or_path"],
+                "reward": ", ".join(reward["remote_url"] or [reward["model_name_or_path"]]),
+                "max_new_tokens": configuration["rollout"]["max_new_tokens"],
+                "temperature": configuration["rollout"]["temperature"],
+                "quantile_samples": self.matrix.evaluation.quantile_samples,
+                "bon_levels": self.matrix.evaluation.bon_levels,
+                "rewards": [[float(f"{value:.6g}") for value in row] for row in rewards],
+                **found,
+            }
+        write_json(path, known | said)
         return key
 
     def _reference_key(self, configuration: dict[str, Any]) -> str:
@@ -269,10 +241,11 @@ class Runner:
 
     def finished(self, cell: Cell, reference: str) -> dict[str, Any] | None:
         """The result of a cell, if it has one that was made with what it would be made with now."""
-        found = read_json(self._folder(cell) / "result.json") or {}
-        if found.pop("key", None) == self._key(cell, reference) and found.get("status") == "done":
-            return found | {"label": cell.label}  # another label needs no other run
-        return None
+        found = _kept(self._folder(cell) / "result.json", self._key(cell, reference))
+        if found is None or found["status"] != "done":
+            return None
+        del found["key"]
+        return found | {"label": cell.label}  # another label needs no other run
 
     def cell(self, cell: Cell, reference: str) -> dict[str, Any]:
         """Train and measure one cell; its result, which may be a failure."""
@@ -288,9 +261,8 @@ class Runner:
         }
         trained, variables = folder / "trained.json", self.free.get()
         try:
-            known = read_json(trained) or {}
-            whole = "training" in known and (folder / "policy").is_dir()
-            if known.get("key") != self._training_key(cell) or not whole:
+            known = _kept(trained, self._training_key(cell))
+            if known is None or not (folder / "policy").is_dir():
                 known = self._train_cell(cell, folder, variables)
                 write_json(trained, known)
             found = self._measure(str(folder / "policy"), folder, self.configurations[cell.name], variables)
@@ -300,7 +272,7 @@ class Runner:
                 "examples": found["examples"],
                 "evaluation": found["evaluation"],
             }
-            if not self.options.keep_policies:
+            if not self.keep_policies:
                 shutil.rmtree(folder / "policy")
         except BenchError as error:
             if self.processes.stopped:
@@ -325,24 +297,17 @@ class Runner:
         return {"key": self._training_key(cell), "training": training}
 
     def _measure(
-        self,
-        model: str,
-        folder: Path,
-        configuration: dict[str, Any],
-        variables: Mapping[str, str] = {},
-        is_reference: bool = False,
+        self, model: str | None, folder: Path, configuration: dict[str, Any], variables: Mapping[str, str] = {}
     ) -> Any:
         """What :mod:`bond_plugin.bench.measure` finds of a model; its log goes into ``folder``."""
         job, output = folder / "measure.job.json", folder / "measured.json"
         description = {
             "model": model,
-            "reference": configuration["actor"]["model_name_or_path"],
             "output": str(output),
-            "reference_samples": str(self.options.output / _SAMPLES),
+            "reference_samples": str(self.output / _SAMPLES),
             "rows": self.rows,
             "configuration": configuration,
             "evaluation": self.matrix.evaluation.model_dump(),
-            "is_reference": is_reference,
         }
         write_json(job, description)
         try:
@@ -367,7 +332,7 @@ class Runner:
         ]  # fmt: skip
 
     def _folder(self, cell: Cell) -> Path:
-        return self.options.output / "cells" / cell.folder
+        return self.output / "cells" / cell.folder
 
     def _key(self, cell: Cell, reference: str) -> str:
         return fingerprints.of_value([self._training_key(cell), reference])
@@ -392,9 +357,9 @@ class Runner:
         """
         cluster, configurations = "RAY_ADDRESS" in os.environ, self.configurations.values()
         if not cluster and all(found["bond"]["device"] == "cpu" for found in configurations):
-            return [{}] * (self.options.parallel or max(1, (os.cpu_count() or 1) // 4))
+            return [{}] * (self.parallel or max(1, (os.cpu_count() or 1) // 4))
         gpus, needed = _gpus(), max(1, *(sum(found["gpu_slots"].values()) for found in configurations))
-        width = self.options.parallel or max(1, gpus // needed)
+        width = self.parallel or max(1, gpus // needed)
         if cluster:
             return [{}] * width
         shares = [range(gpus)[i * needed : (i + 1) * needed] for i in range(width)]
@@ -410,9 +375,10 @@ class Runner:
         from bond_plugin.bench import results as stored  # torch: not before anything is to be run
 
         reference, cells = self.reference(), self.matrix.cells
-        results = {cell.name: self.finished(cell, reference) for cell in (*cells, *self.matrix.others)}
+        results: dict[str, dict[str, Any] | None] = {}
         for cell in (*cells, *self.matrix.others):
-            if (found := results[cell.name]) is not None:
+            found = results[cell.name] = self.finished(cell, reference)
+            if found is not None:
                 stored.check(found, f"{self._folder(cell) / 'result.json'}:", len(self.rows), self.matrix.evaluation)
         waiting = [cell for cell in cells if results[cell.name] is None]
         done = len(cells) - len(waiting)
@@ -441,13 +407,12 @@ class Runner:
         return sum(result is not None and result["status"] == "failed" for result in results.values())
 
     def _write(self, results: dict[str, dict[str, Any] | None]) -> None:
-        found = [results[cell.name] for cell in (*self.matrix.cells, *self.matrix.others)]
-        lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in found if result is not None]
-        write_whole(self.options.output / "results.jsonl", "".join(lines))
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in results.values() if one is not None]
+        write_whole(self.output / "results.jsonl", "".join(lines))
 
     def _said(self, result: dict[str, Any]) -> str:
         if result["status"] == "failed":
-            return f"FAILED: {result['error'].splitlines()[0]} (log in {self.options.output / 'cells'})"
+            return f"FAILED: {result['error'].splitlines()[0]} (log in {self.output / 'cells'})"
         mean = {key: sum(v) / len(v) for key, v in result["evaluation"].items() if isinstance(v, list)}
         return (
             f"reward {mean['reward']:.3f}, KL {mean['kl']:.2f}, win rate {mean['win_rate']:.3f}; "
@@ -456,12 +421,8 @@ class Runner:
 
 
 @contextlib.contextmanager
-def opened(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
-    """The runner of a matrix, while no other one writes its folder.
-
-    Args:
-        matrix, options: what and how.
-        say: takes messages, one for each cell among them.
+def opened(matrix: Matrix, output: Path, say: Callable[[str], None], **options: Any) -> Iterator[Runner]:
+    """The :class:`Runner` of a matrix, while no other one writes its folder.
 
     Raises:
         BenchError: the held-out prompts are of no use, or another process writes the folder.
@@ -471,10 +432,21 @@ def opened(matrix: Matrix, options: Options, say: Say) -> Iterator[Runner]:
     chat = recipes.is_on(matrix.cells[0].flags.get(template))
     try:
         rows = read_rows(Path(given.prompts), Lines(Columns(given.input_key, given.label_key, chat, names)))
+        held = lock(output)
     except DataError as error:
         raise BenchError(f"evaluation.prompts {error}") from error
-    with locked(options.output):
-        yield Runner(matrix, options, rows, Processes(), say)
+    except Busy as error:
+        raise BenchError(f"{error}: wait for it, or name another folder") from error
+    except OSError as error:
+        raise BenchError(f"--output-dir {output}: {error.strerror}; name a folder on another file system") from error
+    with held:
+        yield Runner(matrix, output, rows, say, **options)
+
+
+def _kept(path: Path, key: str) -> Any:
+    """The content of a JSON file that was made with what ``key`` is the hash of, or ``None``."""
+    known = read_json(path) or {}
+    return known if known.get("key") == key else None
 
 
 def _pace(seconds: float, count: int, width: int, results: Iterable[dict | None]) -> float:

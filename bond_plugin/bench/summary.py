@@ -64,9 +64,8 @@ class Policy:
         return self.estimates["kl"].value
 
     def training(self, key: str) -> float:
-        """Mean over seeds of a number of :class:`~bond_plugin.bench.results.Costs`; NaN if there is none."""
-        found = [float(getattr(cell.training, key)) for cell in self.cells]
-        return sum(found) / len(found) if found else math.nan
+        """Mean over seeds of a number of :class:`~bond_plugin.bench.results.Costs`."""
+        return sum(float(getattr(cell.training, key)) for cell in self.cells) / len(self.cells)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Method:
 
     key: str
     label: str
-    points: tuple[Policy, ...]
+    points: list[Policy]
     area: dict[str, Estimate]
     front_share: dict[str, float]
 
@@ -104,12 +103,23 @@ class Comparison:
     high: float
 
 
-@dataclass(frozen=True)
+BEST_OF_N = "Best-of-N"
+
+
+def strength_text(strength: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={short(value)}" for key, value in strength.items())
+
+
 class Summary:
-    """Everything that the report says.
+    """Everything that the report says. The same results give the same numbers.
+
+    Args:
+        results: as read.
+        resamples: of the bootstrap.
 
     Attributes:
         reference: the reference policy as a point without cells.
+        points, methods: of the runs that are done.
         best_of: N to estimates of ``kl``, of each measure with its ``..._gain`` and ``..._share`` of the limit, and
             of ``win_rate_tilted_share``: what of the limit of the win rate the policy has that is on the limit of the
             reward at the same KL, the reference tilted by its reward.
@@ -121,96 +131,52 @@ class Summary:
         common_kl: in nats, the smallest over methods of their largest KL.
     """
 
-    results: Results
-    resamples: int
-    reference: Policy
-    points: tuple[Policy, ...]
-    methods: tuple[Method, ...]
-    best_of: dict[int, dict[str, Estimate]]
-    curve: limits.BestOfNCurve
-    limits: dict[str, limits.Front]
-    tilted: tuple[Tensor, Tensor]
-    area_up_to: dict[str, float]
-    comparisons: dict[str, tuple[Comparison, ...]]
-    common_kl: float
-
-
-BEST_OF_N = "Best-of-N"
-
-
-def strength_text(strength: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={short(value)}" for key, value in strength.items())
-
-
-def summarise(results: Results, resamples: int = RESAMPLES) -> Summary:
-    """Compute the report's numbers. The same results give the same numbers.
-
-    Args:
-        results: as read.
-        resamples: of the bootstrap.
-    """
-    return _Summariser(results, resamples).run()
-
-
-class _Summariser:
-    """The draws that several numbers share."""
-
-    def __init__(self, results: Results, resamples: int) -> None:
+    def __init__(self, results: Results, resamples: int = RESAMPLES) -> None:
         rewards = results.reference.rewards
-        self.results = results
-        self.resampling = Resampling(len(results.reference.prompts), resamples)
-        self.uncorrected = {
-            "reward": limits.reward_front(rewards),
-            "win_rate": limits.win_rate_front(rewards),
-        }
-        self.limits = {measure: limit.corrected() for measure, limit in self.uncorrected.items()}
+        self.results, self.resamples = results, resamples
+        self._resampling = Resampling(len(rewards), resamples)
+        self._uncorrected = {"reward": limits.reward_front(rewards), "win_rate": limits.win_rate_front(rewards)}
+        self.limits = {measure: limit.corrected() for measure, limit in self._uncorrected.items()}
         last = min(BEST_OF[-1], rewards.shape[1] - 1)
         self.curve = limits.best_of_n_curve(rewards, range(1, last + 1))
-        average = self.resampling.mean
-        self.bon = {key: average(getattr(self.curve, key)) for key in ("kl", *MEASURES)}  # [B + 1, N]
-        self.front = {  # [B + 1, points of the front] each
+        average = self._resampling.mean
+        self._bon = {key: average(getattr(self.curve, key)) for key in ("kl", *MEASURES)}  # [B + 1, N]
+        self._front = {  # [B + 1, points of the front] each
             key: tuple(average(part) for part in limit_by_prompt(rewards, key == "win_rate")) for key in MEASURES
         }
+        self.tilted = self._front["reward"][0][0], self._front["reward"][2][0]
+        self.best_of = {n: self._best_of(n) for n in BEST_OF if n <= last}
 
-    def run(self) -> Summary:
         groups: dict[tuple[str, str], list[Result]] = {}
-        for cell in self.results.done:
+        for cell in results.done:
             groups.setdefault((cell.method, repr(sorted(cell.strength.items()))), []).append(cell)
-        points = [self.point(cells) for cells in groups.values()]
-        shares = {key: self.pareto(points, key) for key in MEASURES}
-        largest = max((point.kl for point in points), default=0.0)
-        up_to = {key: min(largest, limit.kl[limit.supported].max().item()) for key, limit in self.limits.items()}
+        self.points = [self._point(cells) for cells in groups.values()]
+        reference = self._measured([results.reference.evaluation])
+        estimates = {key: Estimate.of(values) for key, values in reference.items()}
+        self.reference = Policy("", "reference", {}, (), results.reference.examples, estimates)
 
-        methods = []
-        for key in dict.fromkeys(point.method for point in points):
-            own = sorted((point for point in points if point.method == key), key=lambda point: point.kl)
-            area = {measure: Estimate.of(self.area(own, measure, up_to[measure])) for measure in MEASURES}
-            share = {measure: shares[measure].get(key, 0.0) for measure in MEASURES}
-            methods.append(Method(key, own[0].label, tuple(own), area, share))
-        return Summary(
-            results=self.results,
-            resamples=self.resampling.resamples,
-            reference=self.reference(),
-            points=tuple(points),
-            methods=tuple(methods),
-            best_of={n: self.best_of(n) for n in BEST_OF if n <= self.curve.ns[-1]},
-            curve=self.curve,
-            limits=self.limits,
-            tilted=(self.front["reward"][0][0], self.front["reward"][2][0]),
-            area_up_to=up_to,
-            comparisons={measure: tuple(self.comparisons(methods, measure)) for measure in MEASURES},
-            common_kl=min((method.points[-1].kl for method in methods), default=0.0),
-        )
+        shares = {measure: self._pareto(measure) for measure in MEASURES}
+        largest = max((point.kl for point in self.points), default=0.0)
+        self.area_up_to = {
+            measure: min(largest, limit.kl[limit.supported].max().item()) for measure, limit in self.limits.items()
+        }
+        self.methods = []
+        for key in dict.fromkeys(point.method for point in self.points):
+            own = sorted((point for point in self.points if point.method == key), key=lambda point: point.kl)
+            area = {measure: Estimate.of(self._area(own, measure)) for measure in MEASURES}
+            self.methods.append(Method(key, own[0].label, own, area, {m: shares[m][key] for m in MEASURES}))
+        pairs = [*itertools.combinations(self.methods, 2), *((method, None) for method in self.methods)]
+        self.comparisons = {measure: [self._compare(*pair, measure) for pair in pairs] for measure in MEASURES}
+        self.common_kl = min((method.points[-1].kl for method in self.methods), default=0.0)
 
     # Points.
 
-    def point(self, cells: list[Result]) -> Policy:
-        evaluations = [cell.evaluation for cell in cells if cell.evaluation is not None]
-        draws = self.measured(evaluations, self.resampling.weights(len(cells)))
+    def _point(self, cells: list[Result]) -> Policy:
+        draws = self._measured([cell.evaluation for cell in cells])
         for measure in MEASURES:
-            draws |= self.against_the_limit(measure, draws["kl"], draws[measure])
+            draws |= self._against_the_limit(measure, draws["kl"], draws[measure])
         # Rewards of Best-of-N rise with N, up to errors of estimation.
-        matches = (self.bon["reward"].cummax(dim=-1).values <= draws["reward"].unsqueeze(-1)).sum(dim=-1)
+        matches = (self._bon["reward"].cummax(dim=-1).values <= draws["reward"].unsqueeze(-1)).sum(dim=-1)
         first = cells[0]
         return Policy(
             method=first.method,
@@ -223,22 +189,17 @@ class _Summariser:
             draws={key: draws[key] for key in ("kl", *MEASURES)},
         )
 
-    def reference(self) -> Policy:
-        reference = self.results.reference
-        draws = self.measured([reference.evaluation], self.resampling.weights(1))
-        estimates = {key: Estimate.of(values) for key, values in draws.items()}
-        return Policy("", "reference", {}, (), reference.examples, estimates)
-
-    def measured(self, evaluations: list[Measured], seeds: Tensor) -> dict[str, Tensor]:
-        """Draws of what the evaluations hold, over seeds and prompts."""
+    def _measured(self, evaluations: list[Measured]) -> dict[str, Tensor]:
+        """Draws of what the evaluations of a policy's seeds hold, over seeds and prompts."""
+        seeds = self._resampling.weights(len(evaluations))
 
         def pooled(values: list[Tensor]) -> Tensor:
-            return self.resampling.mean(torch.stack(values), seeds)
+            return self._resampling.mean(torch.stack(values), seeds)
 
         draws = {key: pooled([getattr(one, key) for one in evaluations]) for key in PER_PROMPT}
         for name in ("backward_kl", "forward_kl", "pass_at"):
             tables = [getattr(one, name) for one in evaluations]
-            for n in sorted(set.intersection(*(set(table) for table in tables))):
+            for n in sorted(set.intersection(*map(set, tables))):
                 draws[f"{name}_{n}"] = pooled([table[n] for table in tables])
         for key in ("distinct_1", "distinct_2"):
             draws[key] = seeds @ torch.tensor([getattr(one, key) for one in evaluations], dtype=torch.float64)
@@ -246,25 +207,20 @@ class _Summariser:
 
     # Against Best-of-N and the limit.
 
-    def best_of_n_at(self, measure: str, kl: Tensor) -> Tensor:
-        """Best-of-N's value at ``[B + 1, G]`` KLs, linear in the root of the KL between two N (as Best-of-n
-        would be for n in between); NaN beyond the last N."""
-        return _on_curve(kl, self.bon["kl"], self.bon[measure])
-
-    def limit_at(self, measure: str, kl: Tensor) -> Tensor:
+    def _limit_at(self, measure: str, kl: Tensor) -> Tensor:
         """The limit at ``[B + 1, G]`` KLs, its bias taken off; NaN where :meth:`Front.at` does not know it either."""
-        found_kl, value, _ = self.front[measure]
-        limit = self.uncorrected[measure]
+        found_kl, value, _ = self._front[measure]
+        limit = self._uncorrected[measure]
         bias = limits.over_root(kl, *(part.expand(len(kl), -1) for part in (limit.kl, limit.bias)))
         found = limits.over_root(kl, found_kl, value) - bias
         known = (kl <= found_kl[:, -1:]) | limit.supported[-1]
         return torch.where(known, found, math.nan)
 
-    def against_the_limit(self, measure: str, kl: Tensor, value: Tensor) -> dict[str, Tensor]:
+    def _against_the_limit(self, measure: str, kl: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Draws ``[B + 1]`` of the shares of the limit and the distance to the Best-of-N curve."""
-        base = self.bon[measure][:, 0]
-        bon = self.best_of_n_at(measure, kl.unsqueeze(-1)).squeeze(-1)
-        room = self.limit_at(measure, kl.unsqueeze(-1)).squeeze(-1) - base
+        base = self._bon[measure][:, 0]
+        bon = _on_curve(kl.unsqueeze(-1), self._bon["kl"], self._bon[measure]).squeeze(-1)
+        room = self._limit_at(measure, kl.unsqueeze(-1)).squeeze(-1) - base
         room = torch.where(room > 1e-12, room, math.nan)  # nothing to gain at a KL of 0
         return {
             f"{measure}_gain": value - base,
@@ -273,60 +229,52 @@ class _Summariser:
             f"{measure}_above_bon": value - bon,
         }
 
-    def tilted_share(self, kl: Tensor) -> Tensor:
-        """Draws ``[B + 1]`` of what the reference tilted by its reward has of the limit of the win rate."""
-        found_kl, _, win_rate = self.front["reward"]
-        found = _on_curve(kl.unsqueeze(-1), found_kl, win_rate).squeeze(-1)
-        return self.against_the_limit("win_rate", kl, found)["win_rate_share"]
-
-    def best_of(self, n: int) -> dict[str, Estimate]:
+    def _best_of(self, n: int) -> dict[str, Estimate]:
         """Best-of-N itself, as estimates."""
-        column = {key: self.bon[key][:, n - 1] for key in ("kl", *MEASURES)}
+        column = {key: self._bon[key][:, n - 1] for key in ("kl", *MEASURES)}
         for measure in MEASURES:
-            column |= self.against_the_limit(measure, column["kl"], column[measure])
-        column["win_rate_tilted_share"] = self.tilted_share(column["kl"])
+            column |= self._against_the_limit(measure, column["kl"], column[measure])
+        kl, _, win_rate = self._front["reward"]
+        tilted = _on_curve(column["kl"].unsqueeze(-1), kl, win_rate).squeeze(-1)
+        shares = self._against_the_limit("win_rate", column["kl"], tilted)
+        column["win_rate_tilted_share"] = shares["win_rate_share"]
         own = [key for key in column if not key.endswith(("_bon_share", "_above_bon"))]  # compared with itself
         return {key: Estimate.of(column[key]) for key in own}
 
     # Fronts.
 
-    def pareto(self, points: list[Policy], measure: str) -> dict[str, float]:
+    def _pareto(self, measure: str) -> dict[str, float]:
         """Method to its mean share of the Pareto front; fills in ``on_front`` of the points."""
-        if not points:
+        if not self.points:
             return {}
-        kl = torch.stack([point.draws["kl"] for point in points], dim=-1)
-        value = torch.stack([point.draws[measure] for point in points], dim=-1)
-        on = torch.stack(
-            [limits.pareto_front(*row) for row in zip(kl[1:], value[1:], strict=True)]
-        ).double()  # [B, points]
+        kl, value = (torch.stack([p.draws[key][1:] for p in self.points], dim=-1) for key in ("kl", measure))
+        on = torch.stack([limits.pareto_front(*row) for row in zip(kl, value, strict=True)]).double()  # [B, points]
         of_all = (on / on.sum(dim=-1, keepdim=True)).mean(dim=0)
         shares: dict[str, float] = {}
-        for point, often, share in zip(points, on.mean(dim=0).tolist(), of_all.tolist(), strict=True):
+        for point, often, share in zip(self.points, on.mean(dim=0).tolist(), of_all.tolist(), strict=True):
             point.on_front[measure] = often
             shares[point.method] = shares.get(point.method, 0.0) + share
         return shares
 
-    def method_front(self, points: Sequence[Policy], measure: str, kl: Tensor) -> Tensor:
+    def _method_front(self, points: Sequence[Policy], measure: str, kl: Tensor) -> Tensor:
         """The front of a method at ``[B + 1, G]`` KLs: the envelope of its points and the reference."""
-        base = self.bon[measure][:, :1]
+        base = self._bon[measure][:, :1]
         kls = torch.stack([point.draws["kl"].clamp(min=0) for point in points], dim=-1)
         values = torch.stack([point.draws[measure] for point in points], dim=-1)
         zero = torch.zeros_like(base)
         return envelope(kl, torch.cat([zero, kls], dim=-1), torch.cat([base, values], dim=-1))
 
-    def area(self, points: Sequence[Policy], measure: str, up_to: float) -> Tensor:
+    def _area(self, points: Sequence[Policy], measure: str) -> Tensor:
         """Draws of the area between base and front, as a share of that between base and limit."""
-        base = self.bon[measure][:, :1]
-        grid = (up_to * torch.linspace(0, 1, _GRID, dtype=torch.float64) ** 2).expand(len(base), -1)
-        reached = torch.trapezoid(self.method_front(points, measure, grid) - base, grid)
-        possible = torch.trapezoid(self.limit_at(measure, grid) - base, grid)
+        base = self._bon[measure][:, :1]
+        grid = (self.area_up_to[measure] * torch.linspace(0, 1, _GRID, dtype=torch.float64) ** 2).expand(
+            len(base), -1
+        )
+        reached = torch.trapezoid(self._method_front(points, measure, grid) - base, grid)
+        possible = torch.trapezoid(self._limit_at(measure, grid) - base, grid)
         return torch.where(possible > 1e-12, reached / possible, math.nan)
 
-    def comparisons(self, methods: list[Method], measure: str) -> list[Comparison]:
-        found = [self.compare(first, second, measure) for first, second in itertools.combinations(methods, 2)]
-        return found + [self.compare(method, None, measure) for method in methods]
-
-    def compare(self, first: Method, second: Method | None, measure: str) -> Comparison:
+    def _compare(self, first: Method, second: Method | None, measure: str) -> Comparison:
         """``second=None`` stands for Best-of-N.
 
         In each resample on the KLs from the larger of both methods' smallest to the smaller of their largest there:
@@ -336,7 +284,7 @@ class _Summariser:
 
         def ends(method: Method | None) -> tuple[Tensor, Tensor]:
             if method is None:
-                return self.bon["kl"][:, 0], self.bon["kl"][:, -1]
+                return self._bon["kl"][:, 0], self._bon["kl"][:, -1]
             kls = torch.stack([point.draws["kl"].clamp(min=0) for point in method.points])
             return kls.amin(dim=0), kls.amax(dim=0)
 
@@ -344,8 +292,11 @@ class _Summariser:
         low, high = torch.maximum(start, other_start), torch.minimum(end, other_end)
         shared = low <= high
         grid = torch.lerp(low.unsqueeze(-1), high.unsqueeze(-1), torch.linspace(0, 1, _GRID, dtype=torch.float64))
-        above = self.method_front(first.points, measure, grid)
-        below = self.method_front(second.points, measure, grid) if second else self.best_of_n_at(measure, grid)
+        above = self._method_front(first.points, measure, grid)
+        if second is None:
+            below = _on_curve(grid, self._bon["kl"], self._bon[measure])
+        else:
+            below = self._method_front(second.points, measure, grid)
         said = shared & (shared.double().mean() >= 0.5)
         gap, low, high = (torch.where(said, values, math.nan) for values in ((above - below).mean(dim=-1), low, high))
         label = BEST_OF_N if second is None else second.label
@@ -353,5 +304,6 @@ class _Summariser:
 
 
 def _on_curve(kl: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Values of a curve at ``[B + 1, G]`` KLs, linear in the root of the KL; NaN beyond its end."""
+    """Values of a curve at ``[B + 1, G]`` KLs, linear in the root of the KL (as Best-of-n would be for n between two
+    whole ones); NaN beyond its end."""
     return torch.where(kl <= known[:, -1:], limits.over_root(kl, known, values), math.nan)

@@ -6,18 +6,18 @@ average over samples.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bond_plugin.bench.measure import sample
 from bond_plugin.bench.resampling import Estimate, Resampling
 from bond_plugin.bestofn.distribution import bon_kl_bound
 from bond_plugin.bestofn.estimates import expected_max
@@ -32,29 +32,6 @@ BEST_OF = (2, 4, 8, 16)
 _SPOT_CHECKS = 4
 _EXAMPLES = 4
 
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How both models are sampled.
-
-    Attributes:
-        samples: a prompt from each model, at least 1.
-        max_new_tokens: the length at which responses are cut off.
-        temperature: of the sampling, and of the distributions whose KL is computed.
-        kl_samples: samples a prompt of ``after`` on which the KL is computed, 1 to ``samples``.
-        seed: of the sampling; ``after`` is sampled with ``seed + 1``, so that the two are independent.
-        max_len: tokens of prompt and response together, as in training; ``None`` cuts no prompt.
-    """
-
-    samples: int = 16
-    max_new_tokens: int = 32
-    temperature: float = 1.0
-    kl_samples: int = 2
-    seed: int = 0
-    max_len: int | None = None
-
 
 @dataclass(frozen=True)
 class BeforeAfter:
@@ -63,7 +40,6 @@ class BeforeAfter:
     Attributes:
         before, after: the two models' folders.
         prompts: how many.
-        sampling: what both were sampled with.
         reward_before, reward_after: mean reward.
         gain: reward of ``after`` minus reward of ``before``, prompt by prompt.
         win_rate: share of the pairs of samples of a prompt in which ``after`` has the higher reward, a tie
@@ -72,12 +48,12 @@ class BeforeAfter:
         best_of: N to the mean reward of Best-of-N of ``before``.
         length_before, length_after: mean response length in tokens, EOS included.
         examples: a few prompts, each with one sample of either model and their rewards.
+        sampling: how both were sampled.
     """
 
     before: str
     after: str
     prompts: int
-    sampling: Sampling
     reward_before: Estimate
     reward_after: Estimate
     gain: Estimate
@@ -87,6 +63,7 @@ class BeforeAfter:
     length_before: float
     length_after: float
     examples: list[dict[str, Any]]
+    sampling: dict[str, Any]
 
     def to_json(self) -> str:
         """The result as a JSON object, indented; the keys of ``best_of`` become strings."""
@@ -95,7 +72,7 @@ class BeforeAfter:
             return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
 
         found = dict(vars(self))
-        return json.dumps(found | asdict(found.pop("sampling")), indent=2, ensure_ascii=False, default=plain)
+        return json.dumps(found | found.pop("sampling"), indent=2, ensure_ascii=False, default=plain)
 
 
 @dataclass(frozen=True)
@@ -105,23 +82,25 @@ class Evaluation:
     Attributes:
         pairs: held-out prompts, templates applied, and a label each.
         score: the reward.
-        reward: its :func:`~bond_plugin.offline.scoring.identity`.
-        sampling: how.
+        args: the host's arguments, as the training has them.
+        samples: a prompt from each model, at least 1.
+        kl_samples: samples a prompt of ``after`` on which the KL is computed, 1 to ``samples``.
+        seed: of the sampling; ``after`` is sampled with ``seed + 1``, so that the two are independent.
         cache: folder where samples and rewards are kept, so that a second call with the same models and settings
             reuses them.
         say: takes progress messages.
-        engines: vLLM engines that sample side by side.
-        tensor_parallel_size: GPUs of each.
+        engines: vLLM engines that sample side by side, by default as many as there are GPUs for.
     """
 
     pairs: Pairs
     score: scoring.Score
-    reward: Any
-    sampling: Sampling
+    args: SimpleNamespace
+    samples: int
+    kl_samples: int
+    seed: int
     cache: Path
-    say: Say
-    engines: int = 1
-    tensor_parallel_size: int = 1
+    say: Callable[[str], None]
+    engines: int | None = None
 
     def of(self, before: str | Path, after: str | Path) -> BeforeAfter:
         """Sample both models on the same prompts, score the samples, and compute the KL between the models.
@@ -135,38 +114,35 @@ class Evaluation:
             RewardError: the reward failed.
             SamplingError: vLLM failed.
         """
-        pairs, sampling = self.pairs, self.sampling
+        pairs, count = self.pairs, self.samples
         self.cache.mkdir(parents=True, exist_ok=True)
-        first = self.scored("before", before, sampling.seed)
-        second = self.scored("after", after, sampling.seed + 1)
-        self.say(f"KL: {len(pairs) * sampling.kl_samples} responses of the trained policy under both models")
+        first, second = self.scored("before", before, self.seed), self.scored("after", after, self.seed + 1)
+        self.say(f"KL: {len(pairs) * self.kl_samples} responses of the trained policy under both models")
         found = measure(
             likelihood.load(after, before),
             second,
             first,
-            samples=sampling.samples,
-            quantile_samples=sampling.samples,
-            kl_samples=sampling.kl_samples,
-            temperature=sampling.temperature,
+            samples=count,
+            quantile_samples=count,
+            kl_samples=self.kl_samples,
+            temperature=self.args.rollout.temperature,
             progress=engine.ticker(self.say, "KL"),
         )
-        resampling, levels = Resampling(len(pairs)), [n for n in BEST_OF if n <= sampling.samples]
+        resampling, reward_before = Resampling(len(pairs)), first.rewards.mean(dim=-1)
 
         def estimate(values: Tensor) -> Estimate:
-            return Estimate.of(resampling.mean(values.unsqueeze(-1)).squeeze(-1))
+            return Estimate.of(resampling.mean(values))
 
-        reward_before = first.rewards.mean(dim=-1)
         return BeforeAfter(
-            before=os.fspath(before),
-            after=os.fspath(after),
+            before=str(before),
+            after=str(after),
             prompts=len(pairs),
-            sampling=sampling,
             reward_before=estimate(reward_before),
             reward_after=estimate(found["reward"]),
             gain=estimate(found["reward"] - reward_before),
             win_rate=estimate(found["win_rate"]),
             kl=estimate(found["kl"]),
-            best_of={n: estimate(expected_max(first.rewards, n)) for n in levels},
+            best_of={n: estimate(expected_max(first.rewards, n)) for n in BEST_OF if n <= count},
             length_before=sum(len(ids) for one in first.samples for ids in one.response_ids) / first.rewards.numel(),
             length_after=found["length"].mean().item(),
             examples=[
@@ -179,42 +155,34 @@ class Evaluation:
                 }
                 for i in range(min(_EXAMPLES, len(pairs)))
             ],
+            sampling=self.sampling() | {"kl_samples": self.kl_samples, "seed": self.seed},
         )
+
+    def sampling(self) -> dict[str, Any]:
+        """What both models are sampled with."""
+        run = self.args.rollout
+        settings = {"max_new_tokens": run.max_new_tokens, "temperature": run.temperature}
+        return {"samples": self.samples, **settings, "max_len": self.args.data.max_len}
 
     def scored(self, name: str, model: str | Path, seed: int) -> Scored:
-        settings = {**asdict(self.sampling), "kl_samples": None, "seed": seed}
-        key: list[Any] = [fingerprints.of_model(model), fingerprints.of_tokenizer(model), settings]
+        """Samples of a model and their rewards, each kept under the hash of what it depends on."""
+        key: list[Any] = [fingerprints.of_model(model), fingerprints.of_tokenizer(model), self.sampling(), seed]
         key.append([prompt for prompt, _ in self.pairs])
-        samples = self.samples(name, model, self.cache / f"samples-{name}-{fingerprints.of_value(key)}.json", seed)
-        key += [self.reward, self.pairs]
-        return Scored(
-            samples, self.rewards(name, samples, self.cache / f"rewards-{name}-{fingerprints.of_value(key)}.json")
-        )
+        samples = self.drawn(name, model, self.cache / f"samples-{name}-{fingerprints.of_value(key)}.json", seed)
+        key += [scoring.identity(self.args), self.pairs]
+        rewards = self.cache / f"rewards-{name}-{fingerprints.of_value(key)}.json"
+        return Scored(samples, self.rewards(name, samples, rewards))
 
-    def samples(self, name: str, model: str | Path, path: Path, seed: int) -> list[engine.PromptSamples]:
+    def drawn(self, name: str, model: str | Path, path: Path, seed: int) -> list[engine.PromptSamples]:
         kept = read_samples(path)
         if kept is not None:
             self.say(f"{name}: samples reused from {path}")
             return kept[0]
-        prompts, count = [prompt for prompt, _ in self.pairs], self.sampling.samples
-        by = f" by {self.engines} engines" if self.engines > 1 else ""
-        self.say(f"{name}: sampling {len(prompts)} prompts x {count} from {model}{by} (vLLM starts first)")
-        started = time.monotonic()
-        how = {key: getattr(self.sampling, key) for key in ("max_new_tokens", "max_len", "temperature")}
-        drawn = engine.sample(
-            model,
-            prompts,
-            count,
-            seed=seed,
-            engines=self.engines,
-            tensor_parallel_size=self.tensor_parallel_size,
-            engine=scoring.room_beside(self.score, self.engines * self.tensor_parallel_size),
-            progress=engine.ticker(self.say, name),
-            **how,
-        )
-        tokens = sum(len(ids) for one in drawn for ids in one.response_ids)
-        seconds = time.monotonic() - started
-        self.say(f"{name}: {len(prompts) * count} responses, {tokens:,} tokens in {seconds:.0f} s")
+        self.say(f"{name}: sampling {len(self.pairs)} prompts x {self.samples} from {model} (vLLM starts first)")
+        started, tick = time.monotonic(), engine.ticker(self.say, name)
+        drawn = sample(self.args, model, self.pairs, self.score, self.samples, seed, self.engines, tick)
+        tokens, seconds = sum(len(ids) for one in drawn for ids in one.response_ids), time.monotonic() - started
+        self.say(f"{name}: {len(drawn) * self.samples} responses, {tokens:,} tokens in {seconds:.0f} s")
         save_samples(path, drawn)
         return drawn
 
@@ -222,10 +190,18 @@ class Evaluation:
         """``[P, K]``. Kept rewards are used if they still hold for a few queries.
 
         A reward's content is part of the key; what it reads itself (a classifier, a server) cannot be.
+
+        Raises:
+            ContentError: what was kept is something else.
         """
         kept = read_json(path, list)
         if kept is not None:
-            values = self.kept(kept, path)
+            try:
+                values = torch.tensor(kept, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                values = torch.tensor(0.0)
+            if values.shape != (len(self.pairs), self.samples) or not values.isfinite().all():
+                raise ContentError(f"{path} has no {self.samples} finite rewards for each prompt; remove it")
             if self.still_hold(values, samples):
                 self.say(f"{name}: rewards reused from {path}")
                 return values
@@ -236,18 +212,6 @@ class Evaluation:
         self.say(f"{name}: {values.numel()} rewards in {seconds:.0f} s, mean {values.mean().item():.3f}")
         write_json(path, values.tolist())
         return values
-
-    def kept(self, values: list[Any], path: Path) -> Tensor:
-        """``[P, K]`` of what was kept.
-
-        Raises:
-            ContentError: it is something else.
-        """
-        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
-            found = torch.tensor(values, dtype=torch.float64)
-            if found.shape == (len(self.pairs), self.sampling.samples) and found.isfinite().all():
-                return found
-        raise ContentError(f"{path} has no {self.sampling.samples} finite rewards for each prompt; remove it")
 
     def still_hold(self, values: Tensor, samples: list[engine.PromptSamples]) -> bool:
         for place in range(0, values.numel(), max(1, values.numel() // _SPOT_CHECKS)):
@@ -276,8 +240,8 @@ def format_table(result: BeforeAfter) -> str:
     ]
     return "\n".join(
         [
-            f"{result.prompts} held-out prompts x {how.samples} samples, "
-            f"at most {how.max_new_tokens} new tokens, temperature {how.temperature:g}",
+            f"{result.prompts} held-out prompts x {how['samples']} samples, "
+            f"at most {how['max_new_tokens']} new tokens, temperature {how['temperature']:g}",
             "",
             f"{'':<18}{'reward':>9}   {'95 % interval':<20}{'KL to initial, nats':<22}{'tokens':>6}",
             row("initial policy", result.reward_before, "0", f"{result.length_before:.1f}"),

@@ -9,8 +9,9 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from bond_plugin import options
 from bond_plugin.bench import matrix
-from bond_plugin.files import unwritable, write_whole
+from bond_plugin.files import ContentError, unwritable, write_whole
 
 _DESCRIPTION = """\
 Compare algorithms by what they reach: reward and win rate against KL to the reference, on the same model, prompts,
@@ -30,7 +31,7 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    """Compare. Returns the exit status: 2 for an unusable matrix, 1 if cells failed, 130 if stopped."""
+    """Compare. Returns the exit status: 2 for an unusable matrix or folder, 1 if cells failed, 130 if stopped."""
     args = build_parser().parse_args(argv)
     from bond_plugin.bench import runner
 
@@ -39,41 +40,40 @@ def main(argv: list[str]) -> int:
     def say(message: str) -> None:
         print(f"[{timedelta(seconds=int(time.monotonic() - started))}] {message}", flush=True)
 
+    failed = 0
     try:
         wanted = matrix.read(args.matrix).only(args.only)
-        if args.report:
-            return _report(args.output_dir)
-        output, command = args.output_dir.resolve(), shlex.join(["bond", "bench", *argv])
-        if problem := unwritable(output):
-            raise runner.BenchError(f"--output-dir {problem}; name another folder")
-        output.mkdir(parents=True, exist_ok=True)
-        options = runner.Options(output, args.parallel, args.keep_policies, command)
-        with runner.opened(wanted, options, say) as bench:
-            bench.check()
-            if args.check:
-                print("\n".join(cell.name for cell in wanted.cells))
-                return 0
-            write_whole(output / "matrix.yaml", args.matrix.read_bytes())
-            failed = bench.run()
-    except (matrix.MatrixError, runner.BenchError) as error:
-        return _unusable(error)
+        if not args.report:
+            output, command = args.output_dir.resolve(), shlex.join(["bond", "bench", *argv])
+            if problem := unwritable(output):
+                raise runner.BenchError(f"--output-dir {problem}; name another folder")
+            output.mkdir(parents=True, exist_ok=True)
+            how = {"parallel": args.parallel, "keep_policies": args.keep_policies, "command": command}
+            with runner.opened(wanted, output, say, **how) as bench:
+                bench.check()
+                if args.check:
+                    print("\n".join(cell.name for cell in wanted.cells))
+                    return 0
+                write_whole(output / "matrix.yaml", args.matrix.read_bytes())
+                failed = bench.run()
+        from bond_plugin.bench import report
+
+        written = report.write_report(args.output_dir)
+    except (matrix.MatrixError, runner.BenchError, ContentError) as error:
+        print(f"bond bench: error: {error}", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         print("\nbond bench: stopped. Finished cells are kept; the same command goes on", file=sys.stderr)
         return 130
-    status = _report(args.output_dir)
+    print(f"written: {', '.join(map(str, written))}", flush=True)
     if failed:
         print(f"bond bench: {failed} cells failed; the same command tries them again", file=sys.stderr)
-    return 1 if failed else status
+    return 1 if failed else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="bond bench",
-        description=_DESCRIPTION,
-        epilog=f"{matrix.__doc__}{_EPILOG}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("bench", _DESCRIPTION, f"{matrix.__doc__}{_EPILOG}")
     parser.add_argument("matrix", type=Path, metavar="FILE.yaml", help="what is compared; see below")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
     parser.add_argument(
@@ -102,19 +102,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def _report(output: Path) -> int:
-    from bond_plugin.bench import report, results
-
-    try:
-        written = report.write_report(output)
-    except results.ResultsError as error:
-        return _unusable(error)
-    print(f"written: {', '.join(map(str, written))}", flush=True)
-    return 0
-
-
-def _unusable(error: Exception) -> int:
-    print(f"bond bench: error: {error}", file=sys.stderr, flush=True)
-    return 2

@@ -8,20 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, create_model
 
-from bond_plugin import recipe
+from bond_plugin import options, recipe
 from bond_plugin.files import ContentError, read_json, unwritable, write_whole
 from bond_plugin.offline.prompts import CONFIGURATION, template_problem
-from bond_plugin.options import at_least
 from bond_plugin.schema import Open, read_model
-from bond_plugin.words import reason
+from bond_plugin.words import reason, timed
 
 _DESCRIPTION = """\
 Sample two models on the same held-out prompts, score the samples with the reward of the training, and report
@@ -45,42 +43,32 @@ example:
 """
 
 
-class _Data(Open):
-    apply_chat_template: bool = False
-    input_template: str | None = None
-    disable_fast_tokenizer: bool = False
-    max_len: PositiveInt | None = None
+def _group(**fields: Any) -> tuple[type[Open], Open]:
+    model = create_model("Group", __base__=Open, **fields)
+    return model, model()
 
 
-class _Reward(Open):
-    normalize_enable: bool = False
-
-
-class _Ds(Open):
-    attn_implementation: str = "sdpa"
-    experts_implementation: str | None = None
-    param_dtype: str = "bf16"
-    load_in_4bit: bool = False
-    value_head_prefix: str = "score"
-
-
-class _Rollout(Open):
-    micro_batch_size: PositiveInt = 8
-
-
-class _VLLM(Open):
-    tensor_parallel_size: PositiveInt = 1
-
-
-class _Run(Open):
-    """What the host's code asks of a run's arguments, and what stands where the trained folder does not say."""
-
-    data: _Data = _Data()
-    reward: _Reward = _Reward()
-    ds: _Ds = _Ds()
-    rollout: _Rollout = _Rollout()
-    vllm: _VLLM = _VLLM()
-
+#: What the host's code asks of a run's arguments, with what stands where the trained folder does not say.
+_Run = create_model(
+    "_Run",
+    __base__=Open,
+    data=_group(
+        apply_chat_template=(bool, False),
+        input_template=(str | None, None),
+        disable_fast_tokenizer=(bool, False),
+        max_len=(PositiveInt | None, None),
+    ),
+    reward=_group(normalize_enable=(bool, False)),
+    ds=_group(
+        attn_implementation=(str, "sdpa"),
+        experts_implementation=(str | None, None),
+        param_dtype=(str, "bf16"),
+        load_in_4bit=(bool, False),
+        value_head_prefix=(str, "score"),
+    ),
+    rollout=_group(micro_batch_size=(PositiveInt, 8)),
+    vllm=_group(tensor_parallel_size=(PositiveInt, 1)),
+)
 
 REWARD_HELP = (
     "a file with reward_func(queries, prompts, labels), a server's address or several with commas, or a reward "
@@ -103,52 +91,35 @@ def main(argv: list[str]) -> int:
     try:
         metrics = check(args)
         run = arguments(args, args.before, args.after)
-        pairs, score = inputs(args, run)
+        tokenizer, pairs = read_prompts(args, run)
+        score = load_reward(run, tokenizer, pairs[0])
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 2
 
-    from bond_plugin.bench import two
+    from bond_plugin.bench import figures, two
     from bond_plugin.host.rewards import RewardError
-    from bond_plugin.offline import engine, likelihood, measure, scoring
+    from bond_plugin.offline import engine, likelihood, measure
 
-    started = time.monotonic()
-
-    def say(message: str) -> None:
-        print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
-
-    how = {name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "kl_samples", "seed")}
-    sampling, cache = two.Sampling(**how, max_len=run.data.max_len), args.output_dir / "cache"
+    counts, cache = (args.samples, args.kl_samples, args.seed), args.output_dir / "cache"
     try:
-        width = min(run.vllm.tensor_parallel_size, len(engine.gpus()) or 1)
-        engines = engine.count(width, args.engines)
-        evaluation = two.Evaluation(pairs, score, scoring.identity(run), sampling, cache, say, engines, width)
-        result = evaluation.of(args.before, args.after)
+        result = two.Evaluation(pairs, score, run, *counts, cache, timed(), args.engines).of(args.before, args.after)
     except (engine.SamplingError, RewardError, likelihood.VocabularyError, measure.TokenizerError) as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 1
-    written = [args.output_dir / "evaluation.json"]
-    write_whole(written[0], result.to_json() + "\n")
+    files = {args.output_dir / "evaluation.json": result.to_json() + "\n"}
     if metrics is not None:
-        from bond_plugin.bench import figures
-
-        written.append(args.output_dir / "curves.png")
-        write_whole(written[1], figures.png(figures.run_curves(metrics, result)))
-    print(f"\n{two.format_table(result)}\n")
-    print(f"written: {', '.join(map(str, written))}", flush=True)
+        files[args.output_dir / "curves.png"] = figures.png(figures.run_curves(metrics, result))
+    for path, content in files.items():
+        write_whole(path, content)
+    print(f"\n{two.format_table(result)}\n\nwritten: {', '.join(map(str, files))}", flush=True)
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="bond evaluate",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
+    parser = options.parser("evaluate", _DESCRIPTION, _EPILOG)
     models = parser.add_argument_group("what to compare").add_argument
     models("--before", metavar="DIR", type=Path, required=True, help="initial policy: weights and tokenizer")
     models("--after", metavar="DIR", type=Path, required=True, help="trained policy, with the same tokenizer")
@@ -195,7 +166,7 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
         ValueError: the first problem found.
     """
     check_sampling(args, _NUMBERS)
-    at_least(vars(args), {"engines": 1})
+    options.at_least(vars(args), {"engines": 1})
     if args.kl_samples > args.samples:
         raise ValueError(f"--kl-samples must be at most --samples = {args.samples}, got {args.kl_samples}")
     sizes = [vocabulary("--before", args.before), vocabulary("--after", args.after)]
@@ -214,11 +185,9 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
     try:
         return metrics.read(args.metrics)
-    except OSError as error:
-        problem = f"{args.metrics}: {reason(error)}"
-    except ContentError as error:
-        problem = str(error)
-    raise ValueError(f"--metrics {problem}. It is the file in the run's output folder")
+    except (OSError, ContentError) as error:
+        problem = f"{args.metrics}: {reason(error)}" if isinstance(error, OSError) else error
+        raise ValueError(f"--metrics {problem}. It is the file in the run's output folder") from error
 
 
 def check_sampling(args: argparse.Namespace, numbers: dict[str, tuple[Any, int, str, str]]) -> None:
@@ -227,7 +196,7 @@ def check_sampling(args: argparse.Namespace, numbers: dict[str, tuple[Any, int, 
     Raises:
         ValueError: the first problem found.
     """
-    at_least(vars(args), {name: least for name, (_, least, _, _) in numbers.items()})
+    options.at_least(vars(args), {name: least for name, (_, least, _, _) in numbers.items()})
     if not 0 < args.temperature < float("inf"):
         raise ValueError(f"--temperature must be above 0, got {args.temperature}")
     if args.input_template is not None and (problem := template_problem(args.input_template)):
@@ -273,34 +242,10 @@ def arguments(args: argparse.Namespace, policy: Path | None, trained_in: Path | 
     for url in urls:
         if problem := next(reward_problems(url), None):
             raise ValueError(f"--reward {url}: {problem}")
-    found["reward"]["remote_url"] = urls or None
-    found["reward"]["model_name_or_path"] = reward
+    found["reward"] |= {"remote_url": urls or None, "model_name_or_path": reward}
+    found["rollout"] |= {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     found["actor"] = {"model_name_or_path": str(policy or reward)}
     return recipe.namespace(found)
-
-
-def inputs(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
-    """The prompts with their labels, and the reward, after it was tried on the first prompt.
-
-    Raises:
-        ValueError: either is of no use.
-    """
-    check_files({"--before": args.before, "--after": args.after})
-    tokenizer, pairs = read_prompts(args, run)
-    return pairs, load_reward(run, tokenizer, pairs[0])
-
-
-def check_files(folders: dict[str, Path]) -> None:
-    """Whether policies, by their flags, are whole.
-
-    Raises:
-        ValueError: one is not.
-    """
-    from bond_plugin.host import models
-
-    for flag, folder in folders.items():
-        if problem := next(models.files(folder, policy=True), None):
-            raise ValueError(f"{flag} {folder}: {problem}")
 
 
 def read_prompts(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
@@ -340,19 +285,19 @@ def load_reward(run: SimpleNamespace, tokenizer: Any, pair: tuple[str, Any]) -> 
 
 
 def vocabulary(flag: str, folder: Path) -> int | None:
-    """The size of a model's vocabulary by its configuration, after a look at whether its files are there."""
+    """The size of a policy's vocabulary by its configuration, after a look at whether its files are whole.
+
+    Raises:
+        ValueError: they are not.
+    """
+    from bond_plugin.host import models
+
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: no such folder. It names a model's folder, not a hub's model name")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{flag} {folder} has no config.json: name the folder that holds the model itself")
-    if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        raise ValueError(f"{flag} {folder} has no weights (*.safetensors): was the model saved completely?")
+    if problem := next(models.files(folder, policy=True), None):
+        raise ValueError(f"{flag} {folder}: {problem}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"{flag} {folder} has no tokenizer: copy tokenizer* from the initial policy's folder")
-    try:
-        content = read_json(config) or {}
-    except ContentError as error:
-        raise ValueError(f"{flag} {error}: was the model saved completely?") from error
+    content = read_json(folder / "config.json")
     inner = content.get("text_config")
     return content.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

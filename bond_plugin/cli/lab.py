@@ -6,14 +6,13 @@ import argparse
 import json
 import math
 import sys
-import time
-from dataclasses import Field, asdict, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bond_plugin import options
 from bond_plugin.files import unwritable, write_whole
-from bond_plugin.options import add_flag, last_value
-from bond_plugin.words import did_you_mean
+from bond_plugin.words import did_you_mean, timed
 
 if TYPE_CHECKING:
     from bond_plugin.lab.learner import Training
@@ -71,9 +70,9 @@ def main(argv: list[str]) -> int:
     """Run the laboratory. Returns the exit status: 2 for unusable flags, 1 if a method breaks its contract."""
     from bond_plugin.registry import RegistryError
 
-    started = time.monotonic()
+    say = timed()
     parser = build_parser()
-    name = last_value(argv, "--algorithm")
+    name = options.last_value(argv, "--algorithm")
     method = training = None
     try:
         if name is not None:
@@ -95,9 +94,6 @@ def main(argv: list[str]) -> int:
     from bond_plugin.algorithms.assemble import ContractError
     from bond_plugin.algorithms.base import DataError
     from bond_plugin.lab import plots, programme, tables
-
-    def say(message: str) -> None:
-        print(f"[{time.monotonic() - started:5.1f} s] {message}", flush=True)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are small: more threads are slower, and could change the last digit
@@ -128,13 +124,7 @@ def main(argv: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags that do not depend on the algorithm."""
-    parser = argparse.ArgumentParser(
-        prog="bond lab",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = options.parser("lab", _DESCRIPTION, _EPILOG, allow_abbrev=False)
     parser.add_argument("--output-dir", type=Path, default=Path("lab"), metavar="DIR", help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of all sampling (default %(default)s)")
     one = parser.add_argument_group("one algorithm")
@@ -170,10 +160,7 @@ def check(args: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("policy", "reward", *_NUMBERS) if getattr(args, name) is not None]
     if args.algorithm is None and given:
         raise ValueError(f"{given[0]} needs --algorithm NAME: without it every method has settings that suit it")
-    for name, least in (("seed", 0), *((name, least) for name, (_, least, _) in _NUMBERS.items())):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    options.at_least(vars(args), {"seed": 0} | {name: least for name, (_, least, _) in _NUMBERS.items()})
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be above 0, got {args.lr}")
     if args.seed > 2**40:
@@ -228,14 +215,14 @@ def _add_method_flags(parser: argparse.ArgumentParser, name: str, found: type[Me
                 "default": CACHE if prefix != "bond" else "",  # a transform cannot do without
                 "help": f"'{CACHE}': quantiles come from --cached rewards that the laboratory draws before training",
             }
-        add_flag(group, dotted, f, **changes)
+        options.add_flag(group, dotted, f, **changes)
 
 
-def _of_the_host() -> dict[str, Field]:
+def _of_the_host() -> set[str]:
     """The settings that every algorithm has."""
     from bond_plugin.algorithms import Config
 
-    return {f.name: f for f in fields(Config)}
+    return {f.name for f in fields(Config)}
 
 
 def _explain(unknown: list[str], parser: argparse.ArgumentParser, name: str | None) -> str:

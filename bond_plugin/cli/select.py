@@ -188,7 +188,6 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     tokenizer, given, count = None, None, args.samples
     if args.model is not None:
-        evaluate.check_files({"--model": args.model})
         settings["--model"] = {"name": str(args.model), "sha256": fingerprints.of_model(args.model)}
     if args.responses is None:
         tokenizer, pairs = evaluate.read_prompts(args, run)

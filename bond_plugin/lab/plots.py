@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bond_plugin.lab.problem import Point
@@ -23,7 +22,6 @@ def draw(report: Report) -> bytes:
     everything = "full" in report.tables
     panels = (_front, _directions, _convergence, _sensitivity) if everything else (_front, _both_directions)
     figure = Figure(figsize=(8, 6 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(len(panels), 1), panels, strict=True):
         panel(axes, report)
         axes.title.set_fontsize(14)
@@ -39,6 +37,10 @@ def draw(report: Report) -> bytes:
 
 def _line(axes: Axes, points: list[Point], of: Callable[[Point], tuple[float, float]], **style: Any) -> None:
     axes.plot(*zip(*map(of, points), strict=True), **style)
+
+
+def _marker(marker: str) -> dict[str, str]:
+    return {"marker": marker} if marker == "x" else {"marker": marker, "markerfacecolor": "none"}
 
 
 #: Row of the table "full": colour, marker, line style.
@@ -85,9 +87,8 @@ def _front(axes: Axes, report: Report) -> None:
     _line(inset, [p for _, p in report.curve], of, color=_GREY, linewidth=5, alpha=0.4)
     shown = [rows[name].point for name in _STYLES]
     for name, (colour, marker, _) in _STYLES.items():
-        filled = {} if marker in "x+" else {"markerfacecolor": "none"}
-        inset.plot(*of(rows[name].point), marker, color=colour, markersize=9, markeredgewidth=1.8, **filled,
-                   label=name)  # fmt: skip
+        look = {"color": colour, "linestyle": "none", **_marker(marker)}
+        inset.plot(*of(rows[name].point), markersize=9, markeredgewidth=1.8, label=name, **look)
     xs, ys = [p.kl_ref for p in shown], [p.reward for p in shown]
     inset.set_xlim(min(xs) - 0.04, max(xs) + 0.27)
     inset.set_ylim(min(ys) - 0.1, max(ys) + 0.15)
@@ -119,21 +120,16 @@ def _directions(axes: Axes, report: Report) -> None:
 def _convergence(axes: Axes, report: Report) -> None:
     """KL(pi || BoN) over the steps."""
     table = report.tables["full"]
-    chosen = {**_STYLES, "jbond pooled, eta 0.01": (_AMBER, "", "-")}
-    for name, (colour, marker, line) in chosen.items():
-        (trajectory,) = (row.trajectory for row in table.rows if row.name == name)
-        axes.plot(
-            [p.step for p in trajectory],
-            [p.kl_to_bon for p in trajectory],
-            color=colour,
-            linestyle=line,
-            marker=marker or None,
-            markevery=8,
-            markersize=7,
-            markerfacecolor="none" if marker not in ("x", "") else None,
-            linewidth=1.8 if marker else 2.2,
-            label=name if marker else "jbond pooled, eta 0.01 (goes on to larger N)",
-        )
+    rows = {row.name: row.trajectory for row in table.rows}
+
+    def of(p: Point) -> tuple[float, float]:
+        return p.step, p.kl_to_bon
+
+    for name, (colour, marker, line) in _STYLES.items():
+        look = {"color": colour, "linestyle": line, "linewidth": 1.8, **_marker(marker)}
+        _line(axes, rows[name], of, markevery=8, markersize=7, label=name, **look)
+    name = "jbond pooled, eta 0.01"
+    _line(axes, rows[name], of, color=_AMBER, linewidth=2.2, label=f"{name} (goes on to larger N)")
     axes.set_yscale("log")
     axes.set_ylim(top=30)
     axes.set(title=f"Convergence to Best-of-{table.n}", xlabel="step", ylabel="KL(pi || BoN), nats")

@@ -196,9 +196,9 @@ class Problem:
                 jeffreys=(backward + forward) / 2,
             )
 
-    def curve(self, largest: float, points: int = 60) -> list[tuple[float, Point]]:
+    def curve(self, largest: float) -> list[tuple[float, Point]]:
         """(N, Best-of-N) for real N from 1 to ``largest``, evenly spaced in log N."""
-        ns = [largest ** (i / (points - 1)) for i in range(points)]
+        ns = [largest ** (i / 59) for i in range(60)]
         return [(n, self.measure(self.best_of(n), n)) for n in ns]
 
     def worth(self, point: Point) -> tuple[float, float]:

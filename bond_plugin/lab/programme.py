@@ -169,14 +169,14 @@ def programme(seed: int, say: Say) -> Report:
         "jbond paper, ties textbook": paper(ties="textbook"),
         "jbond pooled": build("jbond", eta=0.01),
     }
-    plan = {
-        "full": ("A policy that can be any distribution", strict, "full", "strict", full),
-        "restricted": ("A policy with two parameters: Best-of-N is out of reach", strict, "restricted", "strict",
-                       restricted),
-        "tied": ("Rewards 0 and 1: most samples tie", tied, "full", "tied", binary),
-    }  # fmt: skip
+    plan = (
+        ("full", "A policy that can be any distribution", "full", "strict", full),
+        ("restricted", "A policy with two parameters: Best-of-N is out of reach", "restricted", "strict", restricted),
+        ("tied", "Rewards 0 and 1: most samples tie", "full", "tied", binary),
+    )
     tables, rounds, draw = {}, [], seed * 1000
-    for key, (title, problem, kind, rewards, methods) in plan.items():
+    for key, title, kind, rewards, methods in plan:
+        problem = {"strict": strict, "tied": tied}[rewards]
         rows = _levels(problem, N)
         for name, method in methods.items():
             draw += 1
@@ -291,8 +291,7 @@ def _compared(
 ) -> list[Estimator]:
     """A method's gradient beside those of ``targets``, names and objectives; from half as many samples as a step."""
     training = training_of(method, seed)
-    samples = max(training.samples // 2, method.needs().least)
-    training = replace(training, samples=samples, cached=cached)
+    training = replace(training, samples=max(training.samples // 2, method.needs().least), cached=cached)
     gradients = draw_gradients(problem, method, policy, training)
     return [
         Estimator(name, against, gradient_error(gradients, exact_gradient(policy, objective)))
@@ -308,11 +307,8 @@ def _levels(problem: Problem, n: Goal) -> list[Row]:
 
 
 def _rounds(problem: Problem, base: int, run: Run) -> list[Round]:
-    found = []
-    for m, point in enumerate(run.rounds, start=1):
-        n = base**m
-        found.append(Round(n, point, problem.measure(problem.best_of(n), n), *problem.worth(point)))
-    return found
+    ends = [(base**m, point) for m, point in enumerate(run.rounds, start=1)]
+    return [Round(n, point, problem.measure(problem.best_of(n), n), *problem.worth(point)) for n, point in ends]
 
 
 def _estimators(problem: Problem, methods: dict[str, Method], seed: int, say: Say) -> list[Estimator]:
