@@ -49,9 +49,14 @@ LAYOUTS = {
 def bond_cache(dry: Any, tmp_path: Path) -> Callable[..., Any]:
     """``bond_cache(rows, output, **flags)``: all of ``bond cache`` in this process."""
 
-    def run(rows: list[dict[str, Any]], output: Path, **flags: Any) -> Any:
-        data = tmp_path / "data.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def run(rows: list[dict[str, Any]], output: Path, kind: str = "data.jsonl", **flags: Any) -> Any:
+        from datasets import Dataset
+
+        data = tmp_path / kind
+        if data.suffix == ".parquet":
+            Dataset.from_list(rows).to_parquet(data)
+        else:
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         given = {**QRPO, **KEYS, "data.prompt_dataset": data, "cache.output": output, **flags}
         return dry({name: value for name, value in given.items() if value}, command="cache", dry_run=False)
 
@@ -83,6 +88,14 @@ def test_each_layout_becomes_the_same_cache(layout: str, bond_cache: Any, tiny: 
     for prompt in FIT:
         for one in found.stored(prompt):
             assert one.log_probs == pytest.approx(log_probs(tiny, prompt, one.tokens), abs=1e-5)
+
+
+def test_a_table_gives_the_same(bond_cache: Any, tmp_path: Path) -> None:
+    for layout, kind in (("a line a prompt", "data.jsonl"), ("published with QRPO", "data.parquet")):
+        assert bond_cache(LAYOUTS[layout], tmp_path / f"{kind}.cache", kind).status == 0
+    first, second = (tmp_path / f"{kind}.cache" for kind in ("data.jsonl", "data.parquet"))
+    assert '"tokens"' not in first.read_text()
+    assert first.read_text().splitlines()[1:] == second.read_text().splitlines()[1:]
 
 
 def test_it_goes_on_where_it_was_and_training_takes_it(bond_cache: Any, dry: Any, tmp_path: Path) -> None:

@@ -43,11 +43,14 @@ class Scored:
     """
 
     def __init__(self, args: SimpleNamespace, tokenizer: Any) -> None:
+        from tqdm import tqdm
+
         self._args, self._tokenizer = args, tokenizer
         self._rows, data = self._read(), args.data.prompt_dataset
         fitting = f"--rollout.max_new_tokens {args.rollout.max_new_tokens} with their EOS"
         every, longer, short = 0, 0, []
-        for prompt, (texts, rewards) in self._rows.items():
+        rows = tqdm(self._rows.items(), desc="bond cache: lengths", unit="prompt", mininterval=5.0, delay=5.0)
+        for prompt, (texts, rewards) in rows:
             room = self._prompt(prompt)[1]
             fits = [j for j, ids in enumerate(self._tokens(texts)) if room is None or len(ids) <= room]
             every, longer = every + len(texts), longer + len(texts) - len(fits)
