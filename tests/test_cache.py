@@ -198,7 +198,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
                 samplers.append(found)
             return found
 
-        args.cache = one(output=str(path), samples=3, seed=0, chunk=6, responses=True, log_probs=False)
+        args.cache = one(
+            output=str(path), samples=3, seed=0, chunk=6, responses=True, log_probs=False, responses_key=None
+        )
         monkeypatch.setattr(engine, "stream", stream)
         monkeypatch.setattr(scoring, "scorer", lambda *_: score)
         for name, value in (("tokenizer_of", None), ("training_prompts", PROMPTS), ("record_of", RECORD)):
@@ -452,7 +454,7 @@ def test_missing_prompts_too_few_samples_and_nan_stop_before_ray(run: Callable, 
     path.write_text(whole)
     done = dry({**base, "data.max_samples": 22})
     assert done.status == 2
-    assert "has no rewards of the prompt 'knqt' (and of 1 others). This samples what is missing:" in done.text
+    assert "has no rewards of the prompt 'knqt' (and of 1 others). This adds what is missing:" in done.text
     assert "--cache.samples=4" in done.text
     done = dry({**base, "bond.cache_samples": 5})
     assert done.status == 2
@@ -665,7 +667,9 @@ def test_a_failing_reward_stops_with_its_traceback_and_loses_nothing(
     )
     args = run({"reward.remote_url": reward, "data.max_samples": 5})
     path = tmp_path / "r.jsonl"
-    args.cache = SimpleNamespace(output=str(path), samples=2, seed=5, responses=False, log_probs=False, chunk=3)
+    args.cache = SimpleNamespace(
+        output=str(path), samples=2, seed=5, responses=False, log_probs=False, chunk=3, responses_key=None
+    )
 
     monkeypatch.setenv("BAD", "hknq")
     assert make_cache.make(args) == 1

@@ -38,10 +38,34 @@ def rewards_of(path: Path) -> torch.Tensor:
     return torch.tensor([json.loads(line)["rewards"] for line in lines]).double()
 
 
+def published(stored: Path, folder: Path) -> Path:
+    """The texts and rewards of a cache in the layout of the sets that QRPO's authors published."""
+    data = folder / "published.jsonl"
+    with data.open("w") as file:
+        for line in stored.read_text().splitlines()[1:]:
+            item = json.loads(line)
+            user = {"role": "user", "content": item["prompt"]}
+            answer = {"role": "assistant", "content": json.dumps(item["responses"])}
+            row = {"input": item["prompt"], "ref_completions": [user, answer], "ref_rewards": item["rewards"]}
+            file.write(json.dumps(row) + "\n")
+    return data
+
+
 @pytest.mark.e2e
-def test_qrpo_on_stored_responses(bond: Callable[..., Run], stored: Path, tmp_path: Path) -> None:
-    """Each step has all responses of the cache, twice: what its first loss is follows from their rewards."""
-    flags = {**QRPO, **SIZES, "bond.offline": True, "bond.reward_cache": str(stored)}
+def test_qrpo_on_published_responses(
+    bond: Callable[..., Run], dry: Callable[..., Any], stored: Path, tmp_path: Path
+) -> None:
+    """Each step has all responses of the set, twice: what its first loss is follows from their rewards.
+
+    The texts of responses that were cut off get an EOS, so one more token must fit.
+    """
+    flags = {**QRPO, **SIZES, "data.prompt_dataset": str(published(stored, tmp_path)), "rollout.max_new_tokens": 11}
+    path = tmp_path / "cache.jsonl"
+    keys = {"cache.responses_key": "ref_completions", "cache.rewards_key": "ref_rewards", "cache.log_probs": True}
+    made = dry({**flags, **keys, "cache.output": str(path)}, command="cache", dry_run=False)
+    assert made.status == 0, made.text
+    assert rewards_of(path).equal(rewards_of(stored))
+    flags |= {"bond.offline": True, "bond.reward_cache": str(path)}
     done = bond(
         tmp_path,
         {

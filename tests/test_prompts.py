@@ -129,7 +129,13 @@ def test_prompts_are_the_same_tokens_in_training_cache_evaluate_and_bench(
         return [engine.prompt_tokens(tokenizer, prompt, *room)[0] for prompt in prompts]
 
     args.cache = SimpleNamespace(
-        output=str(tmp_path / "r.jsonl"), samples=2, seed=0, responses=False, log_probs=False, chunk=0
+        output=str(tmp_path / "r.jsonl"),
+        samples=2,
+        seed=0,
+        responses=False,
+        log_probs=False,
+        chunk=0,
+        responses_key=None,
     )
     with pytest.raises(Sampled):
         make_cache.make(args)

@@ -395,6 +395,15 @@ CACHE_FLAGS: dict[str, dict[str, Any]] = {
         "help": "write each response's tokens and their log-probabilities too, for algorithms that train on stored "
         "responses (default: no)",
     },
+    "--cache.responses_key": {
+        "metavar": "COLUMN",
+        "help": "sample nothing: take the responses from this column of the prompt data, a list of texts (or one); of "
+        "those that fit --rollout.max_new_tokens the first M a prompt",
+    },
+    "--cache.rewards_key": {
+        "metavar": "COLUMN",
+        "help": "score nothing: take the rewards of those responses from this column, a list as long (or one number)",
+    },
     "--cache.chunk": {
         "type": int,
         "default": 0,
@@ -420,6 +429,8 @@ def _settle_output(values: dict[str, Any]) -> None:
         raise ValueError(f"--{output} is missing: the file to write, for {REWARD_CACHE} of the training run")
     if read in values:
         values[read] = values[read] or values[output]
+    if bool(values["cache.responses_key"]) != bool(values["cache.rewards_key"]):
+        raise ValueError("--cache.responses_key and --cache.rewards_key go together: give both, or neither")
     at_least(values, {"cache.samples": 1, "cache.seed": 0, "cache.chunk": 0})
     if values["cache.seed"] >= 2**32:
         raise ValueError(f"--cache.seed must be below 2^32, got {values['cache.seed']}")

@@ -30,11 +30,13 @@ class Likelihood:
             vocabulary; zero where there is one model. Over responses of π_0 its mean is KL(π_0 || π_1) of whole
             responses (Rao-Blackwellised: same mean as log π_0(y) - log π_1(y), less variance, never negative).
         entropy: ``[P, s]``, likewise the entropy of π_0's next-token distributions, summed.
+        by_token: [P][s] of ``[tokens]``, log π_0(y_t | x, y_<t).
     """
 
     log_probs: Tensor
     kl: Tensor
     entropy: Tensor
+    by_token: list[list[Tensor]]
 
 
 def load(*paths: str | Path) -> list[Any]:
@@ -89,16 +91,23 @@ def measure(
     longest = max(len(response) for _, response in pairs)
     rows = min(_ROWS_AT_A_TIME, max(1, _LOGITS_AT_A_TIME // (max(1, longest) * _vocabulary(models[0]))))
     found: list[Tensor] = []
+    by_token: list[Tensor] = []
     for start in range(0, len(pairs), rows):
-        found.append(_batch(models, pairs[start : start + rows], temperature))
+        terms = _batch(models, pairs[start : start + rows], temperature)
+        found.append(terms.sum(dim=-1))
+        by_token += [row[: len(pairs[start + i][1])].clone() for i, row in enumerate(terms[0])]
         if progress is not None:
             progress(min(start + rows, len(pairs)), len(pairs))
     every = torch.cat(found, dim=-1).reshape(len(models) + 2, len(prompt_ids), count)
-    return Likelihood(log_probs=every[:-2], kl=every[-2], entropy=every[-1])
+    nested = [by_token[start : start + count] for start in range(0, len(pairs), count)]
+    return Likelihood(log_probs=every[:-2], kl=every[-2], entropy=every[-1], by_token=nested)
 
 
 def _batch(models: Sequence[Any], pairs: list[tuple[list[int], list[int]]], temperature: float) -> Tensor:
-    """``[models + 2, len(pairs)]`` float64: log-probabilities, KL, entropy. Prompts padded left, responses right."""
+    """``[models + 2, len(pairs), tokens]`` float64: log-probabilities, KL, entropy; 0 where a response has ended.
+
+    Prompts are padded left, responses right.
+    """
     import torch
 
     device = models[0].device
@@ -129,4 +138,4 @@ def _batch(models: Sequence[Any], pairs: list[tuple[list[int], list[int]]], temp
         own = logs[0].exp()
         by_token.append((own * (logs[0] - logs[1])).sum(dim=-1) if len(logs) > 1 else torch.zeros_like(by_token[0]))
         by_token.append(-(own * logs[0]).sum(dim=-1))
-    return (torch.stack(by_token).double().cpu() * mask[:, width:]).sum(dim=-1)
+    return torch.stack(by_token).double().cpu() * mask[:, width:]

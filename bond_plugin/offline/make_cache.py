@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,13 @@ from typing import Any
 from bond_plugin.files import Busy, ContentError, unwritable
 from bond_plugin.host import flags, plan
 from bond_plugin.host.rewards import RewardError
-from bond_plugin.offline import engine, fingerprints, reward_cache, scoring
+from bond_plugin.offline import columns, engine, fingerprints, reward_cache, scoring
+from bond_plugin.offline.engine import PromptSamples
 from bond_plugin.offline.prompts import DataError, Pairs, label_text, tokenizer_of, training_prompts
 from bond_plugin.words import shorten
 
 _WITH_TOKENS = "with bond cache --cache.log_probs"
+_COLUMN = "column"  # the kind of reward of a cache that was made of the data's own
 
 _read = functools.cache(reward_cache.read_cache)
 
@@ -138,7 +141,15 @@ def _differences(found: reward_cache.Cache, args: SimpleNamespace, tokenizer: An
             flush=True,
         )
         return []
-    listed = reward_cache.differences(found.record, record_of(args, tokenizer))
+    compared = dict(reward_cache.COMPARED)
+    if plan.of(args).needs.offline and (rewards := _column_of(found.record)):
+        del compared["reward"]  # all that training has are the cache's
+        print(
+            f"bond: note: rewards of training are those of the column '{rewards}' that {found.path} was made of; "
+            "--reward.* is for evaluation alone",
+            flush=True,
+        )
+    listed = reward_cache.differences(found.record, record_of(args, tokenizer), compared)
     for prompt, label in pairs:
         if prompt in found and found[prompt].label != label_text(label):
             listed.append(
@@ -149,12 +160,21 @@ def _differences(found: reward_cache.Cache, args: SimpleNamespace, tokenizer: An
     return listed
 
 
+def _column_of(record: reward_cache.Record) -> str | None:
+    """The column that the rewards of a cache come from, if it was not this run's reward that made them."""
+    reward = record.get("reward")
+    return reward.get("name") if isinstance(reward, dict) and reward.get("kind") == _COLUMN else None
+
+
 def _remedy(found: reward_cache.Cache, prompts: list[str], samples: int) -> str:
     """What to do about prompts that are missing or have too few samples."""
     there = [prompt for prompt in prompts if prompt in found]
     if len(there) < len(prompts) and found.record is not None:
-        kept = [f"--cache.{key}={found.record[key]}" for key in ("samples", "seed") if key in found.record]
-        return f"This samples what is missing: {_command(*kept)}"
+        known = {key: found.record.get(key) for key in ("samples", "seed", "responses_key")}
+        known["rewards_key"] = _column_of(found.record)
+        kept = [f"--cache.{key}={value}" for key, value in known.items() if value is not None]
+        kept += ["--cache.log_probs"] if found.record.get("log_probs") else []
+        return f"This adds what is missing: {_command(*kept)}"
     fewer = f"Use --bond.cache_samples {found.samples(there)}, or make" if len(there) == len(prompts) else "Make"
     asked = [f"--cache.samples={samples}"] if samples else []
     return f"{fewer} another: {_command(*asked, '--cache.output=ANOTHER_FILE')}"
@@ -178,9 +198,14 @@ def make(args: SimpleNamespace) -> int:
         record = {**record_of(args, tokenizer), "samples": args.cache.samples, "seed": args.cache.seed}
         if args.cache.log_probs:
             record["log_probs"] = True
+        scored = None
+        if args.cache.responses_key:
+            record["responses_key"] = args.cache.responses_key
+            record["reward"] = {"kind": _COLUMN, "name": args.cache.rewards_key, "data": args.data.prompt_dataset}
+            scored = columns.Scored(args, tokenizer)
         with reward_cache.Writer(os.path.expanduser(path), record) as writer:
             try:
-                _fill(args, writer, pairs, tokenizer)
+                _fill(args, writer, pairs, tokenizer, scored)
             except KeyboardInterrupt:
                 there = sum(prompt in writer.cache for prompt, _ in pairs)
                 print(
@@ -208,26 +233,27 @@ def _one_label_each(pairs: Pairs) -> None:
         labels[prompt] = label
 
 
-def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, tokenizer: Any) -> None:
+def _fill(
+    args: SimpleNamespace,
+    writer: reward_cache.Writer,
+    pairs: Pairs,
+    tokenizer: Any,
+    scored: columns.Scored | None,
+) -> None:
     from tqdm import tqdm
 
     there = sum(prompt in writer.cache for prompt, _ in pairs)
-    width = args.vllm.tensor_parallel_size
-    engines = engine.count(width, args.vllm.num_engines)
+    engines = 1 if scored else engine.count(args.vllm.tensor_parallel_size, args.vllm.num_engines)
+    what = scored.what if scored else f"{args.cache.samples} samples of {args.actor.model_name_or_path}"
     print(
-        f"bond cache: {len(pairs)} prompts x {args.cache.samples} samples of {args.actor.model_name_or_path} into "
-        f"{writer.path}"
+        f"bond cache: {len(pairs)} prompts x {what} into {writer.path}"
         + (f", by {engines} engines" if engines > 1 else "")
         + (f"; {there} prompts are there already" if there else ""),
         flush=True,
     )
     if there == len(pairs):
         return
-    if (most := engine.count(width)) > engines:
-        print(f"bond cache: --vllm.num_engines {most} would use all {len(engine.gpus())} GPUs", flush=True)
-    share = -(-len(pairs) * args.cache.samples // engines)  # no engine without a chunk
-    chunk = engine.chunk_of(args.cache.samples, args.cache.chunk, share)
-    score = scoring.scorer(args, tokenizer)
+    draw, score, chunk = (scored.draw, scored.score, 1) if scored else _sampler(args, pairs, tokenizer, engines)
     interactive = sys.stderr.isatty()
     total, count, progress = 0.0, 0, ""
     with tqdm(
@@ -239,31 +265,15 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
         smoothing=0,  # prompts come in chunks: only the average over all of them says how long it takes
     ) as bar:
 
-        def sampled(done: int, wanted: int) -> None:
+        def told(done: int, wanted: int) -> None:
             nonlocal progress
             if not progress:
                 bar.unpause()  # the time left is of sampling, not of starting vLLM
-            progress = f"{done}/{wanted} responses sampled"
+            progress = f"{done}/{wanted} responses {'read' if scored else 'sampled'}"
             bar.set_postfix_str(progress, refresh=interactive)
 
-        draw = functools.partial(
-            engine.stream,
-            args.actor.model_name_or_path,
-            n=args.cache.samples,
-            max_new_tokens=args.rollout.max_new_tokens,
-            max_len=args.data.max_len,
-            temperature=args.rollout.temperature,
-            min_new_tokens=_min_new_tokens(args),
-            seed=args.cache.seed,
-            chunk=chunk,
-            use_fast_tokenizer=not args.data.disable_fast_tokenizer,
-            log_probs=args.cache.log_probs,
-            engines=engines,
-            tensor_parallel_size=width,
-            engine=scoring.room_beside(score, engines * width),
-            progress=sampled,
-        )
         prompts = [prompt for prompt, _ in pairs]
+        draw = functools.partial(draw, progress=told)
         rest = engine.remaining(prompts, lambda i: prompts[i] in writer.cache, draw, chunk)
         with contextlib.closing(rest):
             for i, samples in rest:
@@ -274,3 +284,32 @@ def _fill(args: SimpleNamespace, writer: reward_cache.Writer, pairs: Pairs, toke
                 total, count = total + sum(rewards), count + len(rewards)
                 bar.set_postfix_str(f"{progress}, mean reward {total / count:.4g}", refresh=False)
                 bar.update()
+
+
+def _sampler(
+    args: SimpleNamespace, pairs: Pairs, tokenizer: Any, engines: int
+) -> tuple[Callable[..., Generator[list[PromptSamples]]], scoring.Score, int]:
+    """What samples the initial policy, what scores that, and how many prompts at a time."""
+    width = args.vllm.tensor_parallel_size
+    if (most := engine.count(width)) > engines:
+        print(f"bond cache: --vllm.num_engines {most} would use all {len(engine.gpus())} GPUs", flush=True)
+    share = -(-len(pairs) * args.cache.samples // engines)  # no engine without a chunk
+    chunk = engine.chunk_of(args.cache.samples, args.cache.chunk, share)
+    score = scoring.scorer(args, tokenizer)
+    draw = functools.partial(
+        engine.stream,
+        args.actor.model_name_or_path,
+        n=args.cache.samples,
+        max_new_tokens=args.rollout.max_new_tokens,
+        max_len=args.data.max_len,
+        temperature=args.rollout.temperature,
+        min_new_tokens=_min_new_tokens(args),
+        seed=args.cache.seed,
+        chunk=chunk,
+        use_fast_tokenizer=not args.data.disable_fast_tokenizer,
+        log_probs=args.cache.log_probs,
+        engines=engines,
+        tensor_parallel_size=width,
+        engine=scoring.room_beside(score, engines * width),
+    )
+    return draw, score, chunk

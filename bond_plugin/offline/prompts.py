@@ -47,8 +47,21 @@ def _tokenizer(name: str, fast: bool, stamps: tuple) -> Any:
 def training_prompts(args: SimpleNamespace, tokenizer: Any) -> Pairs:
     """The pairs of a run, each once, in the order of its data.
 
+    Raises:
+        DataError: as :func:`column`.
+    """
+    pairs = column(args, tokenizer, args.data.label_key, "--data.label_key")
+    return list({(prompt, label_text(label)): (prompt, label) for prompt, label in pairs}.values())
+
+
+def column(args: SimpleNamespace, tokenizer: Any, key: str | None, flag: str) -> Pairs:
+    """The prompt of each row of a run's data, in its order, and what the row has under ``key``, "" without a key.
+
     They come from the host's own function, so they are the strings that training looks up. Its data loader, which
     would need Ray, is left out.
+
+    Args:
+        flag: what names the key, for the message.
 
     Raises:
         DataError: a prompt that is no text, or data without the key that should hold it.
@@ -57,17 +70,16 @@ def training_prompts(args: SimpleNamespace, tokenizer: Any) -> Pairs:
 
     run = copy.copy(args)
     run.eval = SimpleNamespace(**{**vars(args.eval), "dataset": None})
+    run.data = SimpleNamespace(**{**vars(args.data), "label_key": key})
     strategy = _strategy(run)
     strategy.setup_dataloader = lambda dataset, *settings, **more: dataset
     try:
         dataset, _, _ = prepare_datasets(strategy, tokenizer)
     except KeyError as error:
         raise DataError(
-            f"--data.prompt_dataset {args.data.prompt_dataset} has no key {error}: set --data.input_key or "
-            "--data.label_key"
+            f"--data.prompt_dataset {args.data.prompt_dataset} has no key {error}: set --data.input_key or {flag}"
         ) from error
-    pairs = _texts(dataset, "--data.apply_chat_template")
-    return list({(prompt, label_text(label)): (prompt, label) for prompt, label in pairs}.values())
+    return _texts(dataset, "--data.apply_chat_template")
 
 
 def held_out(rows: list[dict[str, Any]], data: SimpleNamespace, tokenizer: Any, chat_flag: str) -> Pairs:

@@ -387,7 +387,7 @@ class Writer(LineFile):
         if cache.record is None:  # new, or stopped in its first line
             self.write(record)
             return Cache(self.path, record)
-        made = {key: f"--cache.{key}" for key in ("samples", "seed", "log_probs")}
+        made = {key: f"--cache.{key}" for key in ("samples", "seed", "log_probs", "responses_key")}
         found = differences(cache.record, record)
         found += differences(cache.record, record, made, ("in the file", "now"))
         if found:
