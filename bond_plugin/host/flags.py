@@ -397,8 +397,8 @@ CACHE_FLAGS: dict[str, dict[str, Any]] = {
     },
     "--cache.responses_key": {
         "metavar": "COLUMN",
-        "help": "sample nothing: take the responses from this column of the prompt data, a list of texts (or one); of "
-        "those that fit --rollout.max_new_tokens the first M a prompt",
+        "help": "sample nothing: take the responses from this column of the prompt data, a list of texts (or one); "
+        "of those that fit --rollout.max_new_tokens the first M a prompt",
     },
     "--cache.rewards_key": {
         "metavar": "COLUMN",
