@@ -289,6 +289,22 @@ def torch_has_gpu() -> bool:
 
 
 @pytest.fixture(scope="session")
+def bond_command(forks: dict[str, str]) -> Callable[..., Run]:
+    """``bond_command(folder, "cache", *argv)``: run a ``bond`` command that samples with vLLM.
+
+    It and its engines are copies, as the processes of :func:`bond` are.
+    """
+
+    def run(folder: Path, *argv: object, **environment: str) -> Run:
+        command = [python_of(forks), "-m", "bond_plugin", *map(str, argv)]
+        done = execute(command, folder, **{"OMP_NUM_THREADS": "1", **environment, **forks})
+        assert done.status == 0, f"bond {argv[0]} failed ({done.seconds:.0f} s):\n{done.output[-4000:]}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
     """``bond(folder, **flags)``: run ``bond train`` on the tiny model; flags with dots are given as a dict.
 
@@ -349,12 +365,10 @@ def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="session")
-def reward_cache(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reward_cache(tiny: Tiny, bond_command: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``bond cache`` makes for vBoN on the tiny model: 64 samples for each prompt."""
     folder = tmp_path_factory.mktemp("cache")
     vbon = {"algo.advantage.estimator": "reinforce", "reward.transform": "vbon"}
     cached = {"cache.output": str(folder / "rewards.jsonl"), "cache.samples": 64}
-    wanted = with_flags(recipe_for(tiny), {**vbon, **cached})
-    done = execute([sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted)], folder)
-    assert done.status == 0, done.output[-4000:]
+    bond_command(folder, "cache", *to_argv(with_flags(recipe_for(tiny), {**vbon, **cached})))
     return folder / "rewards.jsonl"
