@@ -329,6 +329,27 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
     return run
 
 
+#: Of a run that others are compared with. Three steps an episode.
+STEPS = 18
+SAME = {"data.max_samples": 48, "actor.adam.lr": 4e-3, "bond.eta": 0.1}
+
+
+@pytest.fixture(scope="session")
+def trained(bond: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that others are compared with: 18 steps, checkpoints every 8, the anchor saved."""
+    folder = tmp_path_factory.mktemp("trained")
+    kept = {"ckpt.save_steps": 8, "bond.save_anchor": True, "logger.tensorboard_dir": str(folder / "tensorboard")}
+    return bond(folder, {**SAME, "train.num_episodes": STEPS // 3, **kept})
+
+
+def goes_on_as(steps: list[dict[str, Any]], undisturbed: list[dict[str, Any]]) -> None:
+    """Hold the steps of a resumed run of Algorithm 2 to those of one that was not disturbed."""
+    for mine, theirs in zip(steps, undisturbed, strict=True):
+        for name in ("reward/policy", "reward/anchor", "bond/loss", "bond/kl_anchor", "bond/anchor_distance",
+                     "actor_grad_norm", "bond/kl_ref", "bond/win_rate"):  # fmt: skip
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+
+
 @pytest.fixture
 def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """``dry(flags, extra)``: ``bond train --dry-run`` in this process; returns (status, printed).

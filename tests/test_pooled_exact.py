@@ -1,8 +1,8 @@
 """The pooled form on a policy small enough to enumerate: its expected gradient is that of its objective.
 
 Two tokens of two letters after one another, four responses; all batches of two prompts with two or three samples each
-are summed over, in float64, through what training runs: ``advantages`` and the host's own loss. The order of a batch is
-of no matter, as one test shows; so each is computed in one of its orders.
+are summed over, in float64, through what training runs: ``advantages`` and the host's own loss. The order of a batch
+is of no matter, as one test shows; so each is computed in one of its orders.
 """
 
 from __future__ import annotations
