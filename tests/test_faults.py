@@ -28,9 +28,9 @@ def test_a_killed_process_ends_the_run_and_leaves_nothing(tiny: Tiny, tmp_path: 
 
 
 @contextmanager
-def training(tiny: Tiny, folder: Path, flags: dict[str, Any]) -> Iterator[Running]:
+def training(tiny: Tiny, folder: Path, flags: dict[str, Any], forks: dict[str, str]) -> Iterator[Running]:
     """A run that saves when it is stopped, and has made three steps."""
-    with Running(tiny, folder, {"ckpt.save_on_stop": True, "ckpt.save_steps": -1, **flags}) as run:
+    with Running(tiny, folder, {"ckpt.save_on_stop": True, "ckpt.save_steps": -1, **flags}, forks) as run:
         run.wait_for(lambda: run.steps >= 3, 300, "no three steps were made")
         yield run
 
@@ -50,11 +50,11 @@ def saved_step(run: Running) -> int:
 
 @pytest.mark.e2e
 def test_saved_on_stop_and_resumed_as_if_undisturbed(
-    tiny: Tiny, bond: Callable[..., Run], trained: Run, tmp_path: Path
+    tiny: Tiny, bond: Callable[..., Run], trained: Run, forks: dict[str, str], tmp_path: Path
 ) -> None:
     """Algorithm 2, whose samples a resumed run draws again; twelve steps."""
     flags = {**SAME, "train.num_episodes": 4}
-    with training(tiny, tmp_path, flags) as run:
+    with training(tiny, tmp_path, flags, forks) as run:
         os.kill(run.find("driver"), signal.SIGTERM)
         ended(run, 143)
         step = saved_step(run)
@@ -67,9 +67,10 @@ def test_saved_on_stop_and_resumed_as_if_undisturbed(
 
 
 @pytest.mark.e2e
-def test_ctrl_c_saves_an_asynchronous_run(tiny: Tiny, tmp_path: Path) -> None:
+def test_ctrl_c_saves_an_asynchronous_run(tiny: Tiny, forks: dict[str, str], tmp_path: Path) -> None:
     """Which a terminal sends to every process of the group."""
-    with training(tiny, tmp_path, {**POOLED, "train.async_enable": True, "train.num_episodes": 1000}) as run:
+    flags = {**POOLED, "train.async_enable": True, "train.num_episodes": 1000}
+    with training(tiny, tmp_path, flags, forks) as run:
         os.killpg(run.process.pid, signal.SIGINT)
         ended(run, 130)
         saved_step(run)
@@ -90,11 +91,11 @@ def reward_func(queries, prompts, labels):
 
 
 @pytest.mark.e2e
-def test_a_second_signal_ends_at_once(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(tiny: Tiny, forks: dict[str, str], tmp_path: Path) -> None:
     wait, reward = tmp_path / "wait", tmp_path / "reward.py"
     reward.write_text(SLOW.format(wait=str(wait)))
     flags = {**POOLED, "reward.remote_url": str(reward), "train.num_episodes": 1000}
-    with training(tiny, tmp_path, flags) as run:
+    with training(tiny, tmp_path, flags, forks) as run:
         wait.touch()  # from here on no step ends
         command = run.find("driver")
         time.sleep(2)
