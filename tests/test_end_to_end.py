@@ -205,7 +205,9 @@ def test_two_ranks_give_the_losses_of_one(
     assert (two.folder / "out" / "anchor" / "model.safetensors").exists()
 
 
-def test_third_party_algorithm_is_one_file_and_one_entry_point(bond: Callable[..., Run], tmp_path: Path) -> None:
+def test_third_party_algorithm_is_one_file_and_one_entry_point(
+    bond: Callable[..., Run], forks: dict[str, str], tmp_path: Path
+) -> None:
     """The file that docs/authoring.md explains, installed as anybody would install it."""
     source = tmp_path / "plugin"
     source.mkdir()
@@ -225,6 +227,7 @@ def test_third_party_algorithm_is_one_file_and_one_entry_point(bond: Callable[..
         {"algo.advantage.estimator": "best_of_two", "bond.pull": 0.5, "data.max_samples": 32,
          "rollout.n_samples_per_prompt": 2, "train.batch_size": 32},
         PYTHONPATH=os.pathsep.join((str(tmp_path / "site"), os.environ.get("PYTHONPATH", ""))),
+        **forks,
     )  # fmt: skip
     assert len(done.metrics) == 2
     for step in done.metrics:

@@ -48,6 +48,12 @@ def test_files_and_modules_run_as_main(python: str, tmp_path: Path) -> None:
     assert run(python, "-m", "mine", "2", cwd=tmp_path).stdout == f"['2'] {path}\n"
 
 
+def test_folders_of_pythonpath_are_looked_into(python: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("said = 7\n")
+    done = run(python, "-c", "import mine; print(mine.said)", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.stdout == "7\n", done.stderr
+
+
 def test_what_a_copy_raises_is_said_and_is_status_one(python: str) -> None:
     done = run(python, "-c", "raise ValueError('this one')")
     assert done.returncode == 1
