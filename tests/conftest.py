@@ -309,7 +309,8 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
     """``bond(folder, **flags)``: run ``bond train`` on the tiny model; flags with dots are given as a dict.
 
     To save time its processes are copies of one that has the imports (benchmarks/prefork.py). Where they could not
-    be, with other packages on the path or in a cluster that is there already, they are started as users start them.
+    be, with other packages on the path or in a cluster that is there already, they are started as users start them;
+    a test that knows better gives it ``**forks``, and the workers are copies.
     """
 
     def run(folder: Path, flags: dict[str, Any] | None = None, check: bool = True, **environment: str) -> Run:
