@@ -292,8 +292,10 @@ def test_exception_in_the_reward_function_stops_the_run_with_its_traceback(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
-    """RAY_ADDRESS, and `ray job submit`, against one cluster."""
+def test_running_cluster_and_submitted_job(
+    bond: Callable[..., Run], tiny: Tiny, forks: dict[str, str], tmp_path: Path
+) -> None:
+    """RAY_ADDRESS, and `ray job submit`, against one cluster. Of its jobs the first may have copies for workers."""
     ports = []
     for _ in range(3):
         with socket.socket() as probe:
@@ -308,7 +310,7 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
              f"--dashboard-port={ports[1]}", "--include-dashboard=true", "--num-cpus=6", "--num-gpus=2",
              f"--dashboard-agent-listen-port={ports[2]}",  # its default is taken where another cluster runs
              f"--temp-dir={short}"],
-            env=clean_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=clean_environment(**forks), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
         deadline = time.time() + 90
@@ -322,7 +324,7 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
         # Attached: iterative BOND, whose anchor is a copy of the policy every second step.
         iterative = {"algo.advantage.estimator": "bond", "bond.anchor": "periodic", "bond.anchor_interval": 2,
                      "bond.n": 2, "bond.n_anchor_samples": 4, "train.num_episodes": 4}  # fmt: skip
-        done = bond(tmp_path / "attached", {**iterative, "bond.device": "cpu"}, RAY_ADDRESS=address)
+        done = bond(tmp_path / "attached", {**iterative, "bond.device": "cpu"}, RAY_ADDRESS=address, **forks)
         steps = done.metrics
         assert [step["bond/anchor_distance"] == 0 for step in steps] == [False, True] * 6
         assert all(abs(step["bond/kl_anchor"]) < 1e-3 for step in steps[::2])  # drawn right after a copy
