@@ -173,28 +173,15 @@ def test_patched_host_runs_natively(patched: Run, trained: Run) -> None:
         assert step["bond/engine_gap_anchor"] < 2e-2
 
 
-#: On two ranks, log-probabilities and weight sync in the host's own way, and in pieces.
-TWO_RANKS = {**GENTLE, "actor.num_gpus_per_node": 2, "train.micro_batch_size": 4, "bond.save_anchor": True}
-STAGE_2 = {**TWO_RANKS, "ds.zero_stage": 2, "bond.logits_mb": 0, "bond.sync_mb": 0}
-STAGE_3 = {**TWO_RANKS, "ds.zero_stage": 3, "bond.logits_mb": 0.001, "bond.sync_mb": 0.1}
-SAVED = {**STAGE_3, "train.num_episodes": 2, "ckpt.save_steps": 3}
-
-
-@pytest.fixture(scope="module")
-def saved(bond: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two ranks under ZeRO-3: six steps, with a checkpoint after the third."""
-    return bond(tmp_path_factory.mktemp("saved"), SAVED)
-
-
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_give_the_losses_of_one(
-    patched: Run, bond: Callable[..., Run], request: pytest.FixtureRequest, tmp_path: Path, stage: int
-) -> None:
+def test_two_ranks_give_the_losses_of_one(patched: Run, bond: Callable[..., Run], tmp_path: Path, stage: int) -> None:
     """And log-probabilities and weight sync in pieces, and in the host's own way, give those of the default."""
-    two = request.getfixturevalue("saved") if stage == 3 else bond(tmp_path, STAGE_2)
-    assert len(two.metrics) == (6 if stage == 3 else 3)
+    pieces = {2: {"bond.logits_mb": 0, "bond.sync_mb": 0}, 3: {"bond.logits_mb": 0.001, "bond.sync_mb": 0.1}}[stage]
+    flags = {**GENTLE, **pieces, "actor.num_gpus_per_node": 2, "ds.zero_stage": stage}
+    two = bond(tmp_path, {**flags, "train.micro_batch_size": 4, "bond.save_anchor": True})
+    assert len(two.metrics) == 3
     names = ("bond/loss", "bond/forward_nll", "actor_grad_norm", "reward/policy", "reward/anchor")
-    for mine, theirs in zip(two.metrics[:3], patched.metrics, strict=True):
+    for mine, theirs in zip(two.metrics, patched.metrics, strict=True):
         # Sums over ranks round differently, so from the second step on a token may be sampled differently here
         # and there, which changes one response of sixteen.
         tolerance = {"rel": 1e-2} if mine["step"] == 1 else {"rel": 5e-2, "abs": 3e-2}
@@ -202,7 +189,7 @@ def test_two_ranks_give_the_losses_of_one(
             assert mine[name] == pytest.approx(theirs[name], **tolerance), (mine["step"], name)
         assert mine["bond/anchor_distance"] == pytest.approx(theirs["bond/anchor_distance"], rel=2e-2)
         assert mine["bond/engine_gap_anchor"] < 2e-2
-    assert (two.folder / "out" / "anchor" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "anchor" / "model.safetensors").exists()
 
 
 def test_third_party_algorithm_is_one_file_and_one_entry_point(
@@ -362,14 +349,17 @@ def test_running_cluster_and_submitted_job(
 
 
 def test_what_two_ranks_saved_is_resumed_by_one(
-    saved: Run, bond: Callable[..., Run], forks: dict[str, str], tmp_path: Path
+    bond: Callable[..., Run], forks: dict[str, str], tmp_path: Path
 ) -> None:
     """By the commands that the run prints when it refuses: DeepSpeed's conversion, and our files copied."""
-    shutil.copytree(saved.folder / "ckpt", tmp_path / "ckpt")
+    flags = {**GENTLE, "train.num_episodes": 2, "ds.zero_stage": 3, "ckpt.save_steps": 3}
+    (tmp_path / "whole").mkdir()
+    whole = bond(tmp_path / "whole", {**flags, "actor.num_gpus_per_node": 2})
+    shutil.copytree(whole.folder / "ckpt", tmp_path / "ckpt")
     (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step3")
     (tmp_path / "out").mkdir()
-    shutil.copy(saved.folder / "out" / "metrics.jsonl", tmp_path / "out")
-    resuming = {**SAVED, "actor.num_gpus_per_node": 1, "ckpt.load_enable": True}
+    shutil.copy(whole.folder / "out" / "metrics.jsonl", tmp_path / "out")
+    resuming = {**flags, "ckpt.load_enable": True}
     refused = bond(tmp_path, resuming, check=False)
     assert refused.status == 2
     assert "was written by 2 ranks, and this run has 1: add --ds.use_universal_ckpt" in refused.output
@@ -378,8 +368,8 @@ def test_what_two_ranks_saved_is_resumed_by_one(
     subprocess.run(command, shell=True, check=True, env=clean_environment(**forks))
     resumed = bond(tmp_path, {**resuming, "ds.use_universal_ckpt": True})
     assert [step["step"] for step in resumed.metrics] == list(range(1, 7))
-    assert resumed.metrics[:3] == saved.metrics[:3]
-    for mine, theirs in zip(resumed.metrics[3:], saved.metrics[3:], strict=True):
+    assert resumed.metrics[:3] == whole.metrics[:3]
+    for mine, theirs in zip(resumed.metrics[3:], whole.metrics[3:], strict=True):
         # As above: the same weights draw the same, and after a step a token may be another.
         tolerance = {"rel": 1e-2, "abs": 1e-4} if mine["step"] == 4 else {"rel": 5e-2, "abs": 3e-2}
         for name in ("bond/loss", "bond/forward_nll", "actor_grad_norm", "reward/policy", "reward/anchor"):
