@@ -334,6 +334,8 @@ def _run(argv: list[str]) -> int:
     torch.set_num_threads(int(threads) if threads.isdigit() else os.cpu_count() or 1)
     if PYTHON_VARIABLE in os.environ:  # spawned children are copies too: vLLM's engine is one
         multiprocessing.spawn.set_executable(os.environ[PYTHON_VARIABLE])
+    folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path]  # what is imported already stays
     while argv and argv[0].startswith("-") and argv[0] not in ("-m", "-c"):
         if argv[0] in ("-X", "-W"):  # their value follows
             argv = argv[1:]

@@ -289,11 +289,28 @@ def torch_has_gpu() -> bool:
 
 
 @pytest.fixture(scope="session")
+def bond_command(forks: dict[str, str]) -> Callable[..., Run]:
+    """``bond_command(folder, "cache", *argv)``: run a ``bond`` command that samples with vLLM.
+
+    It and its engines are copies, as the processes of :func:`bond` are.
+    """
+
+    def run(folder: Path, *argv: object, **environment: str) -> Run:
+        command = [python_of(forks), "-m", "bond_plugin", *map(str, argv)]
+        done = execute(command, folder, **{"OMP_NUM_THREADS": "1", **environment, **forks})
+        assert done.status == 0, f"bond {argv[0]} failed ({done.seconds:.0f} s):\n{done.output[-4000:]}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
     """``bond(folder, **flags)``: run ``bond train`` on the tiny model; flags with dots are given as a dict.
 
     To save time its processes are copies of one that has the imports (benchmarks/prefork.py). Where they could not
-    be, with other packages on the path or in a cluster that is there already, they are started as users start them.
+    be, with other packages on the path or in a cluster that is there already, they are started as users start them;
+    a test that knows better gives it ``**forks``, and the workers are copies.
     """
 
     def run(folder: Path, flags: dict[str, Any] | None = None, check: bool = True, **environment: str) -> Run:
@@ -311,6 +328,27 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
         return done
 
     return run
+
+
+#: Of a run that others are compared with. Three steps an episode.
+STEPS = 18
+SAME = {"data.max_samples": 48, "actor.adam.lr": 4e-3, "bond.eta": 0.1}
+
+
+@pytest.fixture(scope="session")
+def trained(bond: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that others are compared with: 18 steps, checkpoints every 8, the anchor saved."""
+    folder = tmp_path_factory.mktemp("trained")
+    kept = {"ckpt.save_steps": 8, "bond.save_anchor": True, "logger.tensorboard_dir": str(folder / "tensorboard")}
+    return bond(folder, {**SAME, "train.num_episodes": STEPS // 3, **kept})
+
+
+def goes_on_as(steps: list[dict[str, Any]], undisturbed: list[dict[str, Any]]) -> None:
+    """Hold the steps of a resumed run of Algorithm 2 to those of one that was not disturbed."""
+    for mine, theirs in zip(steps, undisturbed, strict=True):
+        for name in ("reward/policy", "reward/anchor", "bond/loss", "bond/kl_anchor", "bond/anchor_distance",
+                     "actor_grad_norm", "bond/kl_ref", "bond/win_rate"):  # fmt: skip
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
 
 
 @pytest.fixture
@@ -349,12 +387,10 @@ def dry(tiny: Tiny, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="session")
-def reward_cache(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reward_cache(tiny: Tiny, bond_command: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``bond cache`` makes for vBoN on the tiny model: 64 samples for each prompt."""
     folder = tmp_path_factory.mktemp("cache")
     vbon = {"algo.advantage.estimator": "reinforce", "reward.transform": "vbon"}
     cached = {"cache.output": str(folder / "rewards.jsonl"), "cache.samples": 64}
-    wanted = with_flags(recipe_for(tiny), {**vbon, **cached})
-    done = execute([sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted)], folder)
-    assert done.status == 0, done.output[-4000:]
+    bond_command(folder, "cache", *to_argv(with_flags(recipe_for(tiny), {**vbon, **cached})))
     return folder / "rewards.jsonl"

@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import Tiny, clean_environment, recipe_for, to_argv, with_flags
+from conftest import Tiny, clean_environment, python_of, recipe_for, to_argv, with_flags
 
 #: Seconds within which a run ends after a fault.
 SOON = 60
@@ -142,10 +141,14 @@ def strike(run: Running, fault: Fault, moment: Moment) -> Ended:
 class Running:
     """``bond train`` on the tiny model, in the background, with ``flags`` over those of ``recipe_for``.
 
-    All its processes are found by a variable in their environment. Leaving the context kills what is left.
+    All its processes are found by a variable in their environment. Leaving the context kills what is left. With
+    ``forks`` (the fixture of that name) they are executables that wait for copies, and end with them: what is sent to
+    one is handed on to its copy.
     """
 
-    def __init__(self, tiny: Tiny, folder: Path, flags: dict[str, Any], **environment: str) -> None:
+    def __init__(
+        self, tiny: Tiny, folder: Path, flags: dict[str, Any], forks: dict[str, str] | None = None, **environment: str
+    ) -> None:
         self.mark, self.folder, self.started = uuid.uuid4().hex, folder, time.time()
         folders = {"ckpt.output_dir": str(folder / "out"), "ckpt.path": str(folder / "ckpt")}
         argv = to_argv(with_flags(recipe_for(tiny), folders | flags))
@@ -153,9 +156,11 @@ class Running:
         self.log = folder / "log.txt"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bond_plugin", "train", *argv],
+                [python_of(forks or {}), "-m", "bond_plugin", "train", *argv],
                 cwd=folder,
-                env=clean_environment(**{"OMP_NUM_THREADS": "1", "BOND_TEST_MARK": self.mark, **environment}),
+                env=clean_environment(
+                    **{"OMP_NUM_THREADS": "1", "BOND_TEST_MARK": self.mark, **(forks or {}), **environment}
+                ),
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

@@ -241,7 +241,9 @@ def test_rows_are_means_over_seeds_and_prompts(toy: Path) -> None:
         assert costs[name]["seeds"] == str(len(cells))
 
 
-def test_tokens_of_a_reward_cache_are_part_of_the_cost(tmp_path: Path) -> None:
+def test_tokens_of_a_reward_cache_are_part_of_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("svg", "png"):  # most of a report's time
+        monkeypatch.setattr(figures, kind, lambda figure: b"<svg/>")
     folder = write_toy(tmp_path / "toy", failed="")
     write_report(folder, 20)
     assert "reward cache" not in (folder / "report.md").read_text()

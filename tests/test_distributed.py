@@ -160,6 +160,7 @@ def test_the_anchor_follows_the_masters_and_takes_their_place(kept: dict[int, di
     print(found)
     assert (found["frozen"] > 0) == run.startswith("lora")
     assert (found["split"] > 0) == run.startswith("tp")
+    assert found["adam"] == "torch.optim.adamw.AdamW"  # DeepSpeed's own would be compiled first
     assert len(found["swaps"]) == (4 if run.startswith("sleep") else 1)  # awake, asleep, awake again, trained again
     for swap in found["swaps"]:
         assert swap["anchor"] < 1e-3

@@ -19,13 +19,24 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, Run, Tiny, clean_environment, execute, recipe_for, reward_server, to_argv, with_flags
+from conftest import (
+    REPOSITORY,
+    SAME,
+    STEPS,
+    Run,
+    Tiny,
+    clean_environment,
+    execute,
+    goes_on_as,
+    python_of,
+    recipe_for,
+    reward_server,
+    to_argv,
+    with_flags,
+)
 
 pytestmark = pytest.mark.e2e
 
-# Three steps an episode, six episodes.
-STEPS = 18
-SAME = {"data.max_samples": 48, "actor.adam.lr": 4e-3, "bond.eta": 0.1}
 DOCUMENTED = {
     "step", "reward/policy", "reward/anchor", "bond/win_rate", "bond/fire_rate", "bond/log_quantile",
     "bond/kl_anchor", "bond/kl_ref", "bond/forward_nll", "bond/anchor_distance", "bond/loss",
@@ -34,22 +45,6 @@ DOCUMENTED = {
     "timing/generate_anchor", "timing/sync_anchor", "timing/make_experience", "timing/ppo_train", "timing/broadcast",
     "timing/step_total",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(bond: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run that others are compared with: 18 steps, checkpoints every 8, the anchor saved."""
-    folder = tmp_path_factory.mktemp("trained")
-    return bond(
-        folder,
-        {
-            **SAME,
-            "train.num_episodes": STEPS // 3,
-            "ckpt.save_steps": 8,
-            "bond.save_anchor": True,
-            "logger.tensorboard_dir": str(folder / "tensorboard"),
-        },
-    )
 
 
 def test_reward_rises(trained: Run) -> None:
@@ -130,10 +125,7 @@ def test_resumed_run_continues_as_the_uninterrupted_one(
     resumed = bond(tmp_path, {**SAME, "train.num_episodes": STEPS // 3, "ckpt.load_enable": True})
     assert [step["step"] for step in resumed.metrics] == list(range(1, STEPS + 1))
     assert resumed.metrics[:8] == trained.metrics[:8]
-    for mine, theirs in zip(resumed.metrics[8:], trained.metrics[8:], strict=True):
-        for name in ("reward/policy", "reward/anchor", "bond/loss", "bond/kl_anchor", "bond/anchor_distance",
-                     "actor_grad_norm", "bond/kl_ref", "bond/win_rate"):  # fmt: skip
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+    goes_on_as(resumed.metrics[8:], trained.metrics[8:])
 
 
 # Steps small enough that the last bits of a sum over ranks do not change which tokens are sampled next.
@@ -200,7 +192,9 @@ def test_two_ranks_give_the_losses_of_one(patched: Run, bond: Callable[..., Run]
     assert (tmp_path / "out" / "anchor" / "model.safetensors").exists()
 
 
-def test_third_party_algorithm_is_one_file_and_one_entry_point(bond: Callable[..., Run], tmp_path: Path) -> None:
+def test_third_party_algorithm_is_one_file_and_one_entry_point(
+    bond: Callable[..., Run], forks: dict[str, str], tmp_path: Path
+) -> None:
     """The file that docs/authoring.md explains, installed as anybody would install it."""
     source = tmp_path / "plugin"
     source.mkdir()
@@ -220,6 +214,7 @@ def test_third_party_algorithm_is_one_file_and_one_entry_point(bond: Callable[..
         {"algo.advantage.estimator": "best_of_two", "bond.pull": 0.5, "data.max_samples": 32,
          "rollout.n_samples_per_prompt": 2, "train.batch_size": 32},
         PYTHONPATH=os.pathsep.join((str(tmp_path / "site"), os.environ.get("PYTHONPATH", ""))),
+        **forks,
     )  # fmt: skip
     assert len(done.metrics) == 2
     for step in done.metrics:
@@ -284,8 +279,10 @@ def test_exception_in_the_reward_function_stops_the_run_with_its_traceback(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
-    """RAY_ADDRESS, and `ray job submit`, against one cluster."""
+def test_running_cluster_and_submitted_job(
+    bond: Callable[..., Run], tiny: Tiny, forks: dict[str, str], tmp_path: Path
+) -> None:
+    """RAY_ADDRESS, and `ray job submit`, against one cluster. Of its jobs the first may have copies for workers."""
     ports = []
     for _ in range(3):
         with socket.socket() as probe:
@@ -300,7 +297,7 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
              f"--dashboard-port={ports[1]}", "--include-dashboard=true", "--num-cpus=6", "--num-gpus=2",
              f"--dashboard-agent-listen-port={ports[2]}",  # its default is taken where another cluster runs
              f"--temp-dir={short}"],
-            env=clean_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=clean_environment(**forks), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
         deadline = time.time() + 90
@@ -314,7 +311,7 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
         # Attached: iterative BOND, whose anchor is a copy of the policy every second step.
         iterative = {"algo.advantage.estimator": "bond", "bond.anchor": "periodic", "bond.anchor_interval": 2,
                      "bond.n": 2, "bond.n_anchor_samples": 4, "train.num_episodes": 4}  # fmt: skip
-        done = bond(tmp_path / "attached", {**iterative, "bond.device": "cpu"}, RAY_ADDRESS=address)
+        done = bond(tmp_path / "attached", {**iterative, "bond.device": "cpu"}, RAY_ADDRESS=address, **forks)
         steps = done.metrics
         assert [step["bond/anchor_distance"] == 0 for step in steps] == [False, True] * 6
         assert all(abs(step["bond/kl_anchor"]) < 1e-3 for step in steps[::2])  # drawn right after a copy
@@ -351,7 +348,9 @@ def test_running_cluster_and_submitted_job(bond: Callable[..., Run], tiny: Tiny,
         shutil.rmtree(short, ignore_errors=True)
 
 
-def test_what_two_ranks_saved_is_resumed_by_one(bond: Callable[..., Run], tmp_path: Path) -> None:
+def test_what_two_ranks_saved_is_resumed_by_one(
+    bond: Callable[..., Run], forks: dict[str, str], tmp_path: Path
+) -> None:
     """By the commands that the run prints when it refuses: DeepSpeed's conversion, and our files copied."""
     flags = {**GENTLE, "train.num_episodes": 2, "ds.zero_stage": 3, "ckpt.save_steps": 3}
     (tmp_path / "whole").mkdir()
@@ -365,7 +364,8 @@ def test_what_two_ranks_saved_is_resumed_by_one(bond: Callable[..., Run], tmp_pa
     assert refused.status == 2
     assert "was written by 2 ranks, and this run has 1: add --ds.use_universal_ckpt" in refused.output
     command = refused.output[refused.output.index("python -m deepspeed") :].splitlines()[0]
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, env=clean_environment())
+    command = command.replace("python", python_of(forks), 1)
+    subprocess.run(command, shell=True, check=True, env=clean_environment(**forks))
     resumed = bond(tmp_path, {**resuming, "ds.use_universal_ckpt": True})
     assert [step["step"] for step in resumed.metrics] == list(range(1, 7))
     assert resumed.metrics[:3] == whole.metrics[:3]

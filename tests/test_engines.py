@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Tiny, clean_environment, execute, recipe_for, to_argv, with_flags
+from conftest import Run, Tiny, clean_environment, recipe_for, to_argv, with_flags
 
 from bond_plugin.offline import engine, scoring
 
@@ -161,7 +162,9 @@ def engines_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.mark.e2e
-def test_two_engines_write_the_file_of_one_also_after_one_of_them_was_killed(tiny: Tiny, tmp_path: Path) -> None:
+def test_two_engines_write_the_file_of_one_also_after_one_of_them_was_killed(
+    tiny: Tiny, bond_command: Callable[..., Run], tmp_path: Path
+) -> None:
     slow = tmp_path / "reward.py"  # so that there is a middle
     slow.write_text(
         tiny.reward.read_text().replace(
@@ -173,15 +176,15 @@ def test_two_engines_write_the_file_of_one_also_after_one_of_them_was_killed(tin
         flags = {"algo.advantage.estimator": "bond", "reward.remote_url": slow, "vllm.num_engines": engines}
         cached = {"cache.output": output, "cache.samples": 24, "cache.chunk": 48, "cache.log_probs": True}
         wanted = with_flags(recipe_for(tiny), {**flags, **cached})
-        return [sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted)]
+        return ["cache", *to_argv(wanted)]
 
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    done = execute(command(one, 1), tmp_path / "one")
-    assert done.status == 0, done.output[-3000:]
+    bond_command(tmp_path / "one", *command(one, 1))
 
     with (tmp_path / "killed.log").open("w") as log:
-        environment = clean_environment(DELAY="0.02")
-        killed = subprocess.Popen(command(two, 2), env=environment, stdout=log, stderr=log)
+        environment = clean_environment(DELAY="0.02", OMP_NUM_THREADS="1")
+        asked = [sys.executable, "-m", "bond_plugin", *command(two, 2)]  # whose engines are its children
+        killed = subprocess.Popen(asked, env=environment, stdout=log, stderr=log)
         said = lambda: (tmp_path / "killed.log").read_text()  # noqa: E731
         deadline = time.monotonic() + 300
         while not two.exists() or two.read_bytes().count(b"\n") < 6:
@@ -201,8 +204,7 @@ def test_two_engines_write_the_file_of_one_also_after_one_of_them_was_killed(tin
 
     before = two.read_bytes()
     assert 6 <= before.count(b"\n") < 27
-    done = execute(command(two, 2), tmp_path / "two")
-    assert done.status == 0, done.output[-3000:]
+    done = bond_command(tmp_path / "two", *command(two, 2))
     assert "prompts are there already" in done.output
     assert two.read_bytes().startswith(before)
     assert two.read_bytes() == one.read_bytes()  # to the last bit of the log-probabilities

@@ -535,6 +535,7 @@ def test_whole_command_with_vllm_and_again_from_its_cache(
     tiny: Tiny,
     trained: Path,
     argv: Callable[..., list[str]],
+    forks: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -542,6 +543,8 @@ def test_whole_command_with_vllm_and_again_from_its_cache(
     for name in list(os.environ):
         if name not in clean_environment():
             monkeypatch.delenv(name)
+    for name, value in forks.items():
+        monkeypatch.setenv(name, value)
     metrics = write(tmp_path / "metrics.jsonl", '{"step": 1, "reward/policy": 0.2}\n')
     flags = {"samples": 64, "kl_samples": 64, "max_new_tokens": 8, "metrics": metrics}
     assert command.main(argv(**flags)) == 0, capsys.readouterr()

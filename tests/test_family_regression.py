@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Run, Tiny, execute, recipe_for, to_argv, with_flags
+from conftest import Run, Tiny, recipe_for, to_argv, with_flags
 
 PROMPTS, STORED = 16, 16
 QRPO = {"algo.advantage.estimator": "qrpo", "bond.beta": 0.3}
@@ -21,14 +20,12 @@ SIZES = {"data.max_samples": PROMPTS, "train.num_episodes": 5}
 
 
 @pytest.fixture(scope="module")
-def stored(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored(tiny: Tiny, bond_command: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The initial policy's responses with rewards, tokens and log-probabilities."""
     folder = tmp_path_factory.mktemp("stored")
     path = folder / "stored.jsonl"
     wanted = with_flags(recipe_for(tiny), {**QRPO, **SIZES, "cache.output": str(path), "cache.samples": STORED})
-    command = [sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted), "--cache.log_probs"]
-    made = execute(command, folder)
-    assert made.status == 0, made.output[-3000:]
+    bond_command(folder, "cache", *to_argv(wanted), "--cache.log_probs")
     return path
 
 

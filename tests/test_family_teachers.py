@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
 import pytest
-from conftest import Run, Tiny, execute, moved_model, recipe_for, to_argv, with_flags
+from conftest import Run, Tiny, moved_model, recipe_for, to_argv, with_flags
 
 pytestmark = pytest.mark.e2e
 
@@ -57,7 +56,11 @@ def test_kdrl_follows_its_teacher_and_anneals(
 
 
 def test_dph_holds_what_is_solved(
-    bond: Callable[..., Run], tiny: Tiny, judged: dict[str, object], tmp_path: Path
+    bond: Callable[..., Run],
+    bond_command: Callable[..., Run],
+    tiny: Tiny,
+    judged: dict[str, object],
+    tmp_path: Path,
 ) -> None:
     """The loss is eta times the divergence on D_pef times its share of the prompts."""
     cache = tmp_path / "stored.jsonl"
@@ -71,9 +74,7 @@ def test_dph_holds_what_is_solved(
         "data.max_samples": 64,
     }
     wanted = with_flags(recipe_for(tiny), {**flags, "cache.output": str(cache), "cache.samples": 4})
-    command = [sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted), "--cache.log_probs"]
-    made = execute(command, tmp_path)
-    assert made.status == 0, made.output[-3000:]
+    bond_command(tmp_path, "cache", *to_argv(wanted), "--cache.log_probs")
     steps = bond(tmp_path, {**flags, "bond.reward_cache": str(cache)}).metrics
     assert len(steps) == 4
     for step in steps:

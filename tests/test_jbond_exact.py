@@ -159,8 +159,7 @@ def test_ties_are_broken_at_random_and_not_by_position() -> None:
     assert torch.equal(chosen, JBOND(config).select(equal, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("baseline", ["none", "batch"])
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(("baseline", "n"), [("none", 2), ("batch", 1), ("batch", 2)])
 def test_monte_carlo_mean_agrees_within_its_error(baseline: str, n: int) -> None:
     """Batches as training draws them: 8 prompts, n policy samples and 2 anchor samples each."""
     config = paper(beta=0.5, gamma=0.5, baseline=baseline)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import POOLED, Run, Tiny, execute, recipe_for, to_argv, with_flags
+from conftest import POOLED, Run, Tiny, recipe_for, to_argv, with_flags
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.e2e
@@ -179,16 +178,16 @@ def test_a_loss_on_the_logits_of_a_teacher_of_another_size(
     assert "bond/kl_ref" in steps[0]
 
 
-def test_stored_responses_alone_and_beside_the_policys(bond: Callable[..., Run], tiny: Tiny, tmp_path: Path) -> None:
+def test_stored_responses_alone_and_beside_the_policys(
+    bond: Callable[..., Run], bond_command: Callable[..., Run], tiny: Tiny, tmp_path: Path
+) -> None:
     """Their tokens and log-probabilities are in their places: where they were drawn, the trainer finds the same."""
     shutil.copy(Path(__file__).with_name("squared.py"), tmp_path)
     cache = tmp_path / "stored.jsonl"
     offline = {"algo.advantage.estimator": "squared:Offline", "rollout.n_samples_per_prompt": 4}
     offline |= {"train.batch_size": 64, "data.max_samples": 48}
     wanted = with_flags(recipe_for(tiny), {**offline, "cache.output": str(cache), "cache.samples": 8})
-    command = [sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted), "--cache.log_probs"]
-    made = execute(command, tmp_path)
-    assert made.status == 0, made.output[-3000:]
+    bond_command(tmp_path, "cache", *to_argv(wanted), "--cache.log_probs")
 
     offline["bond.reward_cache"] = str(cache)
     steps = sound(bond(tmp_path, offline), 3)

@@ -1,13 +1,15 @@
 """The pooled form on a policy small enough to enumerate: its expected gradient is that of its objective.
 
 Two tokens of two letters after one another, four responses; all batches of two prompts with two or three samples each
-are summed over, in float64, through what training runs: ``advantages`` and the host's own loss.
+are summed over, in float64, through what training runs: ``advantages`` and the host's own loss. The order of a batch
+is of no matter, as one test shows; so each is computed in one of its orders.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -38,11 +40,19 @@ def table(seed: int, scale: float = 0.7) -> Tensor:
 POLICY, ANCHOR, INITIAL = table(1).requires_grad_(), table(2), table(3)
 
 
+def orders(items: tuple) -> int:
+    """In how many orders they may stand."""
+    return math.factorial(len(items)) // math.prod(map(math.factorial, Counter(items).values()))
+
+
 def batches(prompts: int, samples: int) -> tuple[Tensor, Tensor]:
-    """All batches ``[batches, P, S]`` and their probabilities under the policy."""
-    index = torch.cartesian_prod(*[torch.arange(4)] * (prompts * samples)).reshape(-1, prompts, samples)
+    """All batches ``[batches, P, S]``, each in one order, and their probabilities in any under the policy."""
+    rows = list(itertools.combinations_with_replacement(range(4), samples))
+    found = list(itertools.combinations_with_replacement(rows, prompts))
+    index = torch.tensor(found)
     log_pi = tokens_of(POLICY.detach()).sum(-1)
-    return index, log_pi[index].sum(dim=(1, 2)).exp()
+    counts = torch.tensor([orders(batch) * math.prod(map(orders, batch)) for batch in found])
+    return index, counts * log_pi[index].sum(dim=(1, 2)).exp()
 
 
 def inputs(index: Tensor, rewards: Tensor) -> AdvantageInputs:
@@ -109,13 +119,40 @@ def wanted(n: int, rewards: Tensor, samples: int, beta: float, gamma: float = 0.
     return torch.autograd.grad(value, POLICY)[0]
 
 
-@pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
-@pytest.mark.parametrize(
+TERMS = pytest.mark.parametrize(
     ("beta", "gamma", "gamma_ref"),
     [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.3, 2.0, 0.0), (0.5, 0.0, 0.7)],
     ids=["forward", "backward", "gamma", "gamma_ref"],
 )
-@pytest.mark.parametrize("baseline", ["batch", "none"])
+REWARDS = pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
+BASELINES = pytest.mark.parametrize("baseline", ["batch", "none"])
+
+
+@REWARDS
+@TERMS
+@BASELINES
+def test_prompts_and_samples_may_stand_in_any_order(
+    rewards: Tensor, beta: float, gamma: float, gamma_ref: float, baseline: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for algorithm in (
+        JBOND(JBONDConfig(n=3, beta=beta, gamma=gamma, gamma_ref=gamma_ref, baseline=baseline)),
+        JBOND(JBONDConfig(beta=beta, gamma=gamma, gamma_ref=gamma_ref, baseline=baseline, normalised=True)),
+        BOND(BONDConfig(n=3, n_anchor_samples=0, beta=beta, gamma_ref=gamma_ref, anchor="ema", baseline=baseline)),
+    ):
+        for prompts, samples in ((1, 3), (3, 4)):
+            index = torch.randint(4, (prompts, samples), generator=generator)
+            found = algorithm.advantages(inputs(index, rewards)).advantages.expand(prompts, samples, 2)
+            rows = torch.randperm(prompts, generator=generator)
+            places = torch.rand(prompts, samples, generator=generator).argsort(dim=-1)  # of each prompt's its own
+            moved = algorithm.advantages(inputs(index.gather(1, places)[rows], rewards)).advantages
+            wanted = found.gather(1, places.unsqueeze(-1).expand(-1, -1, 2))[rows]
+            torch.testing.assert_close(moved.expand_as(wanted), wanted, rtol=1e-10, atol=1e-12)
+
+
+@REWARDS
+@TERMS
+@BASELINES
 def test_expected_gradient_is_that_of_the_objective(
     rewards: Tensor, beta: float, gamma: float, gamma_ref: float, baseline: str
 ) -> None:
@@ -124,7 +161,7 @@ def test_expected_gradient_is_that_of_the_objective(
     torch.testing.assert_close(found, wanted(2, rewards, 2, beta, gamma, gamma_ref), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("rewards", [STRICT, TIED], ids=["strict", "tied"])
+@REWARDS
 @pytest.mark.parametrize("n", [2, 3])
 def test_more_samples_and_larger_n(n: int, rewards: Tensor) -> None:
     config = JBONDConfig(n=n, beta=0.5)
@@ -222,7 +259,7 @@ def test_no_sample_makes_up_a_step() -> None:
 def test_samples_of_an_earlier_policy_count_by_their_own_distribution() -> None:
     """mu drew the samples: others weigh pi_anchor / mu, and a sample's own pi / mu is left to the host."""
     log_mu = tokens_of(table(4)).sum(-1)
-    index, _ = batches(1, 2)
+    index = torch.cartesian_prod(*[torch.arange(4)] * 2).unsqueeze(1)
     policy = tokens_of(POLICY.detach())
     coefficient = torch.zeros(4, 2, dtype=torch.float64)
     for batch in index:

@@ -48,6 +48,12 @@ def test_files_and_modules_run_as_main(python: str, tmp_path: Path) -> None:
     assert run(python, "-m", "mine", "2", cwd=tmp_path).stdout == f"['2'] {path}\n"
 
 
+def test_folders_of_pythonpath_are_looked_into(python: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("said = 7\n")
+    done = run(python, "-c", "import mine; print(mine.said)", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.stdout == "7\n", done.stderr
+
+
 def test_what_a_copy_raises_is_said_and_is_status_one(python: str) -> None:
     done = run(python, "-c", "raise ValueError('this one')")
     assert done.returncode == 1
@@ -127,12 +133,24 @@ def test_bench_counts_the_memory_of_copies(python: str, tmp_path: Path, monkeypa
     assert peak is not None and 0.2 < peak < 2
 
 
-@pytest.mark.parametrize(("code", "status"), [("sys.exit(5)", 5), ("os.kill(os.getpid(), 15)", 143)])
-def test_a_command_runs_beside_a_server_of_its_own(code: str, status: int) -> None:
+def test_a_command_runs_beside_a_server_of_its_own() -> None:
     inner = "import sys; print('vllm' in sys.modules)"
-    outer = f"import os, subprocess, sys; subprocess.run([os.environ[{PYTHON_VARIABLE!r}], '-c', {inner!r}]); {code}"
+    outer = (
+        f"import os, subprocess, sys; subprocess.run([os.environ[{PYTHON_VARIABLE!r}], '-c', {inner!r}]); sys.exit(5)"
+    )
     prefork = [sys.executable, str(REPOSITORY / "benchmarks" / "prefork.py")]
     done = subprocess.run(
         [*prefork, sys.executable, "-c", outer], env=clean_environment(), capture_output=True, text=True, timeout=300
     )
-    assert (done.stdout.strip(), done.returncode) == ("True", status), done.stderr
+    assert (done.stdout.strip(), done.returncode) == ("True", 5), done.stderr
+
+
+def test_a_command_that_is_killed_has_a_shells_status() -> None:
+    """Beside a server that imports nothing."""
+    code = (
+        f"import contextlib, sys, types; sys.path.insert(0, {str(REPOSITORY / 'benchmarks')!r}); import prefork;"
+        "prefork.Server = lambda: contextlib.nullcontext(types.SimpleNamespace(python=sys.executable));"
+        "sys.exit(prefork.main([sys.executable, '-c', 'import os; os.kill(os.getpid(), 15)']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr

@@ -6,13 +6,13 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, execute, moved_model, to_argv
+from conftest import Run, Tiny, moved_model, to_argv
 
 from bond_plugin.bestofn.selectors import SELECTORS, expected, pick, vote
 from bond_plugin.cli.main import main
@@ -339,16 +339,15 @@ def test_sampled_responses_are_scored_selected_and_drawn_once(
 
 
 @pytest.mark.e2e
-def test_whole_command_with_vllm(tiny: Tiny, tmp_path: Path) -> None:
+def test_whole_command_with_vllm(tiny: Tiny, bond_command: Callable[..., Run], tmp_path: Path) -> None:
     model = moved_model(tiny.model, tmp_path / "model", 7, 0.05)
     # Long prompts, more than vLLM computes at once: one that it cut in two it could not sample on a CPU.
     texts = [*("abcd"[i:] for i in range(3)), *("abcdefghij"[i:] * 400 for i in range(3))]
     prompts = write(tmp_path / "p.jsonl", *({"input": text} for text in texts))
     path = tmp_path / "s.jsonl"
     flags = {"model": model, "prompts": prompts, "reward": tiny.reward, "samples": 8, "max-new-tokens": 8}
-    command = [sys.executable, "-m", "bond_plugin", "select", *to_argv({**flags, "output": path})]
-    done = execute([*command, "--keep-responses"], tmp_path / "run")
-    assert done.status == 0, done.output[-3000:]
+    argv = ["select", *to_argv({**flags, "output": path}), "--keep-responses"]
+    done = bond_command(tmp_path / "run", *argv)
     lines = read(path)
     assert [line["prompt"] for line in lines] == texts
     sys.path.insert(0, str(tiny.folder))
@@ -368,6 +367,5 @@ def test_whole_command_with_vllm(tiny: Tiny, tmp_path: Path) -> None:
     assert best[8] == pytest.approx(sum(line["reward"] for line in lines) / 6, abs=6e-4)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    done = execute([*command, "--keep-responses"], tmp_path / "again")
-    assert done.status == 0, done.output[-3000:]
+    bond_command(tmp_path / "again", *argv)
     assert path.read_bytes() == whole

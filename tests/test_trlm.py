@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LETTERS, REPOSITORY, Tiny, execute, load, recipe_for, to_argv, with_flags
+from conftest import LETTERS, REPOSITORY, Run, Tiny, execute, load, recipe_for, to_argv, with_flags
 
 from bond_plugin.rewards import calls, reverse, trlm
 
@@ -214,7 +214,7 @@ def shifted(text: str) -> str:
 
 @pytest.mark.e2e
 def test_the_host_trains_a_backward_model_and_its_reward_finds_the_response_of_each_query(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, bond_command: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the command of docs/rewards.md; then `bond cache` scores with it what this process does."""
     texts = list(dict.fromkeys(json.loads(line)["input"] for line in tiny.prompts.read_text().splitlines()))
@@ -255,11 +255,7 @@ def test_the_host_trains_a_backward_model_and_its_reward_finds_the_response_of_e
              "data.max_samples": 8}  # fmt: skip
     vbon = {"algo.advantage.estimator": "reinforce", "reward.transform": "vbon"}
     wanted = with_flags({**recipe_for(tiny), "reward.remote_url": str(RECIPE)}, {**vbon, **cache})
-    done = execute(
-        [sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted)], tmp_path / "cache", OMP_NUM_THREADS="1",
-        **settings,
-    )  # fmt: skip
-    assert done.status == 0, done.output[-4000:]
+    bond_command(tmp_path / "cache", "cache", *to_argv(wanted), **settings)
     lines = [json.loads(line) for line in (tmp_path / "cache.jsonl").read_text().splitlines()[1:]]
     assert len(lines) == 8
     for line in lines:

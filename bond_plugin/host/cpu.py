@@ -90,10 +90,13 @@ def flash_attn_stand_in() -> Iterator[None]:
 
 
 def torch_adam(original: Any, self: Any, optim_dict: Any = None, *, max_norm: Any = None) -> dict:
-    """DeepSpeed's configuration with torch's own fused Adam: its CPU Adam would be compiled first (minutes)."""
+    """DeepSpeed's configuration with torch's own fused Adam: its CPU Adam would be compiled first (minutes).
+
+    With Muon too, where Adam has what is no matrix.
+    """
     config = original(self, optim_dict, max_norm=max_norm)
     optimizer = config.get("optimizer")
-    if optimizer and optimizer["type"] == "AdamW":
+    if optimizer and optimizer["type"] in ("AdamW", "Muon"):
         optimizer["params"] = {**optimizer["params"], "torch_adam": True, "fused": True}
     return config
 

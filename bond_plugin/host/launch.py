@@ -151,8 +151,13 @@ def ray_init(original: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("num_gpus", total)
         kwargs.setdefault("num_cpus", total + 4)
         kwargs.setdefault("include_dashboard", False)
-        # Records of calls, which nobody sees without the dashboard: Ray keeps the last 100,000, of 3 kB each.
-        kwargs.setdefault("_system_config", {"task_events_report_interval_ms": 0})
+        settings = {
+            # Records of calls, which nobody sees without the dashboard: Ray keeps the last 100,000, of 3 kB each.
+            "task_events_report_interval_ms": 0,
+            # Workers that wait for calls: the host makes actors alone, each in a process of its own.
+            "prestart_worker_first_driver": False,
+        }
+        kwargs.setdefault("_system_config", settings)
     result = original(*args, **kwargs)
     watch.end_on_signals(run.args.ckpt.save_on_stop)
     watch.end_with_actors()

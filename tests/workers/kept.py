@@ -120,7 +120,9 @@ def run(what: str, stage: int) -> dict:
         }
 
     train(STEPS)
-    found = {"optimizer": type(engine.optimizer).__name__, "trained": len(params), "frozen": len(frozen)}
+    found = {"trained": len(params), "frozen": len(frozen)}
+    adam = getattr(engine.basic_optimizer, "aux_optimizer", engine.basic_optimizer)  # Muon has one for the rest
+    found["adam"] = f"{type(adam).__module__}.{type(adam).__name__}"
     found["swaps"] = [swaps()]
     if what == "sleep":
         offload_deepspeed_states(engine)
