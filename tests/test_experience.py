@@ -89,9 +89,9 @@ def given(monkeypatch: pytest.MonkeyPatch, maker: SimpleNamespace) -> set[str]:
     """Under which weights the algorithm is given log-probabilities."""
     under: set[str] = set()
 
-    def made(_algorithm: Any, rewards: torch.Tensor, _source: Any, there: dict, *_: Any, **__: Any) -> Any:
-        under.update(there)
-        return SimpleNamespace(advantages=there["policy"] * 0, metrics={}, classifier_targets=None)
+    def made(_algorithm: Any, inputs: Any) -> Any:
+        under.update(inputs.under)
+        return SimpleNamespace(advantages=inputs.under["policy"] * 0, metrics={}, classifier_targets=None)
 
     monkeypatch.setattr(assemble, "advantages", made)
     monkeypatch.setattr(advantages, "for_training", lambda *_: None)

@@ -80,7 +80,8 @@ class Line(Open):
         values = {name: getattr(self, name) for name in type(self).model_fields if name != "label"}
         lists = {name: value for name, value in values.items() if isinstance(value, list)}
         if len(set(map(len, lists.values()))) > 1:
-            raise ValueError(f"{' and '.join(map(repr, lists))} differ in length")
+            lengths = " and ".join(str(len(value)) for value in lists.values())
+            raise ValueError(f"{' and '.join(map(repr, lists))} differ in length: {lengths}")
         return self
 
 
