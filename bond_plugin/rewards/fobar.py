@@ -25,6 +25,7 @@ import os
 import re
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ URL, MODEL, ALPHA = "BOND_FOBAR_URL", "BOND_FOBAR_MODEL", "BOND_FOBAR_ALPHA"
 CHAINS, TOKENS, TEMPERATURE = "BOND_FOBAR_CHAINS", "BOND_FOBAR_TOKENS", "BOND_FOBAR_TEMPERATURE"
 BACKWARD_QUESTION = "{masked}\nThe answer to the question above is {answer}. What is the value of the unknown x?"
 EPSILON = 1e-8
+_AT_ONCE = 32  # answers that are scored at the same time, as many as the host scores
 
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d)")
 _making = threading.Lock()
@@ -90,22 +92,27 @@ class Asked:
 
     def __init__(self, question: str, forward: Sequence[Answer | None] | None = None) -> None:
         self._question, self._forward, self._lock = question, forward, threading.Lock()
-        self.known: list[tuple[Answer, float]] = []
+        self.known: list[tuple[Answer, Future[float]]] = []
 
     def score(self, answer: Answer | None, server: Server) -> float:
-        """0 without an answer."""
+        """0 without an answer. Different answers may be scored at the same time; an equal one waits for the first."""
         if answer is None:
             return 0.0
         with self._lock:
-            for known, value in self.known:
-                if same(known, answer):
-                    return value
             if self._forward is None:
                 self._forward = server.answers(self._question) if server.alpha > 0 else []
+            found = next((value for known, value in self.known if same(known, answer)), None)
+            if found is None:
+                self.known.append((answer, mine := Future()))
+        if found is not None:
+            return found.result()
+        try:
             agree = sum(end is not None and same(answer, end) for end in self._forward)
             back = server.backward(self._question, answer) if server.alpha < 1 else (0, 0)
-            self.known.append((answer, score(agree / max(1, len(self._forward)), *back, server.alpha)))
-            return self.known[-1][1]
+            mine.set_result(score(agree / max(1, len(self._forward)), *back, server.alpha))
+        except BaseException as error:
+            mine.set_exception(error)
+        return mine.result()
 
 
 _server = functools.cache(Server)
@@ -122,8 +129,9 @@ def weigh(question: str, responses: Sequence[str]) -> list[float]:
         server = _server()
     answers = [read(response) for response in responses]
     asked = Asked(question, answers)
-    scores = [asked.score(answer, server) for answer in answers]
-    total = sum(value for _, value in asked.known)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        scores = list(pool.map(lambda answer: asked.score(answer, server), answers))
+    total = sum(value.result() for _, value in asked.known)
     return [value / total if total else 0.0 for value in scores]
 
 
