@@ -72,7 +72,7 @@ def test_cells_are_trained_and_measured_and_a_failed_one_stops_no_other(first: R
     assert first.status == 1, first.output[-3000:]
     found = results(first)
     assert [cell["status"] for cell in found.values()] == ["done", "failed", "done"]
-    assert "status 1: bond_plugin.host.experience.EngineGapError: " in found["broken"]["error"]
+    assert "status 1: bond_plugin.host.advantages.EngineGapError: " in found["broken"]["error"]
     assert "2/3 broken seed=1: FAILED" in first.output
     for method in ("jbond", "rloo"):
         values = found[method]["evaluation"]
