@@ -22,7 +22,7 @@ NEEDS_PYTHON = test -n "$(PYTHON)" || \
 help:
 	@echo "make train   train SmolLM2-135M with J-BOND on movie reviews (CPU), and show before and after"
 	@echo "make test    run all tests"
-	@echo "make bench   what a step, log-probabilities, the anchor, the estimators and the controller cost: an hour"
+	@echo "make bench   what a step, the start, log-probabilities, the anchor, estimators and controller cost: half an hour"
 	@echo "make faults  kill processes of COUNT runs (50) at random moments, resume, and compare: two minutes each"
 	@echo "make soak    train for STEPS steps (2000) and show what grows"
 	@echo "make env     make the environment in $(VENV) (both others do it when it is missing)"
@@ -65,10 +65,11 @@ test: $(READY)
 # The tables of docs/performance.md.
 bench: $(READY) $(DEMO)/prepared.json
 	$(BIN)/python benchmarks/mathematics.py
+	$(BIN)/python benchmarks/startup.py --rounds 3
 	$(BIN)/python benchmarks/controller.py
 	$(BIN)/python benchmarks/anchor.py
 	$(BIN)/python benchmarks/log_probs.py --vocabulary 32768 131072 --length 2048 --rounds 2
-	$(BIN)/python benchmarks/step_time.py --rounds 2 --steps 4 --only "the same under bond train" J-BOND
+	$(BIN)/python benchmarks/step_time.py --rounds 2 --steps 4 --only J-BOND
 
 # Goes on where an earlier call stopped: each seed is done once.
 faults: $(READY)
