@@ -27,7 +27,10 @@ import psutil
 
 HOST = ["--algo.advantage.estimator", "reinforce_baseline", "--algo.kl.init_coef", "0.01"]
 RLOO = ["--algo.advantage.estimator", "rloo", "--algo.kl.init_coef", "0.01"]
-THREE = ["--rollout.n_samples_per_prompt", "3", "--train.batch_size", "{batch}"]
+THREE = [
+    *("--rollout.n_samples_per_prompt", "3", "--rollout.micro_batch_size", "{batch}"),
+    *("--train.batch_size", "{batch}", "--train.micro_batch_size", "{batch}"),
+]
 AS_IT_IS = ["--bond.logits_mb", "0", "--bond.sync_mb", "0"]
 OURS = ["--algo.advantage.estimator", "jbond", "--bond.eta", "0.1"]
 VBON = ["--reward.transform", "vbon", "--vbon.n", "4", "--bond.reward_cache", "{cache}"]
