@@ -115,21 +115,8 @@ def sample(
         SamplingError: vLLM failed.
     """
     width = min(args.vllm.tensor_parallel_size, len(engine.gpus()) or 1)
-    engines = engine.count(width, engines)
-    return engine.sample(
-        model,
-        [prompt for prompt, _ in pairs],
-        count,
-        max_new_tokens=args.rollout.max_new_tokens,
-        max_len=args.data.max_len,
-        temperature=args.rollout.temperature,
-        seed=seed,
-        use_fast_tokenizer=not args.data.disable_fast_tokenizer,
-        engines=engines,
-        tensor_parallel_size=width,
-        engine=scoring.room_beside(score, engines * width),
-        progress=progress,
-    )
+    how = scoring.sampling(args, score, engine.count(width, engines), width)
+    return engine.sample(model, [prompt for prompt, _ in pairs], count, seed=seed, progress=progress, **how)
 
 
 def numbers(job: Job, policy: Scored, reference: Scored) -> dict[str, Any]:

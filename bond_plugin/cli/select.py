@@ -230,21 +230,15 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         if given is not None:
             left = enumerate(given[first:], first)
             return ((i, scoring.of_texts(line.prompt, line.responses[:count], tokenizer)) for i, line in left)
-        engines = engine.count(args.tensor_parallel_size)
+        width = args.tensor_parallel_size
         draw = functools.partial(
             engine.stream,
             args.model,
             n=count,
-            max_new_tokens=args.max_new_tokens,
-            max_len=run.data.max_len,
-            temperature=args.temperature,
             seed=args.seed,
             chunk=engine.chunk_of(count),
-            use_fast_tokenizer=not run.data.disable_fast_tokenizer,
-            engines=engines,
-            tensor_parallel_size=args.tensor_parallel_size,
-            engine=scoring.room_beside(score, engines * args.tensor_parallel_size),
             progress=progress,
+            **scoring.sampling(run, score, engine.count(width), width),
         )
         return engine.remaining([prompt for prompt, _ in pairs], lambda i: i < first, draw, engine.chunk_of(count))
 

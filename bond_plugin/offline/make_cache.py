@@ -300,16 +300,10 @@ def _sampler(
         engine.stream,
         args.actor.model_name_or_path,
         n=args.cache.samples,
-        max_new_tokens=args.rollout.max_new_tokens,
-        max_len=args.data.max_len,
-        temperature=args.rollout.temperature,
         min_new_tokens=_min_new_tokens(args),
         seed=args.cache.seed,
         chunk=chunk,
-        use_fast_tokenizer=not args.data.disable_fast_tokenizer,
         log_probs=args.cache.log_probs,
-        engines=engines,
-        tensor_parallel_size=width,
-        engine=scoring.room_beside(score, engines * width),
+        **scoring.sampling(args, score, engines, width),
     )
     return draw, score, chunk

@@ -102,6 +102,22 @@ def room_beside(score: Score, gpus: int) -> dict[str, Any]:
     return {"gpu_memory_utilization": round(min(0.9, free / total - 0.1), 2)}
 
 
+def sampling(args: SimpleNamespace, score: Score, engines: int, width: int) -> dict[str, Any]:
+    """Arguments of :func:`~bond_plugin.offline.engine.stream`: to sample as a training with the host's ``args`` does.
+
+    ``engines`` of ``width`` GPUs each sample side by side, and the reward has its place beside them.
+    """
+    return {
+        "max_new_tokens": args.rollout.max_new_tokens,
+        "max_len": args.data.max_len,
+        "temperature": args.rollout.temperature,
+        "use_fast_tokenizer": not args.data.disable_fast_tokenizer,
+        "engines": engines,
+        "tensor_parallel_size": width,
+        "engine": room_beside(score, engines * width),
+    }
+
+
 def remote_score(urls: list[str]) -> Score:
     """Rewards of ``--reward.remote_url``, through the host's own calls of it, one query each.
 
