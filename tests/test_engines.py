@@ -147,6 +147,18 @@ def test_a_reward_model_has_its_place_where_an_engine_uses_its_gpu(monkeypatch: 
     assert scoring.room_beside(SimpleNamespace(), 4) == {}
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_a_training_samples_with_is_taken_from_its_flags(slow: bool) -> None:
+    args = SimpleNamespace(
+        rollout=SimpleNamespace(max_new_tokens=7, temperature=0.5),
+        data=SimpleNamespace(max_len=19, disable_fast_tokenizer=slow),
+    )
+    how = {"max_new_tokens": 7, "max_len": 19, "temperature": 0.5, "use_fast_tokenizer": not slow}
+    assert scoring.sampling(args, SimpleNamespace(), 3, 2) == {
+        **how, "engines": 3, "tensor_parallel_size": 2, "engine": {},
+    }  # fmt: skip
+
+
 def test_a_prompt_that_is_there_again_has_other_seeds() -> None:
     first, other, again = engine._seeds(0, ["a", "b", "a"], 4)
     assert len({*first, *other, *again}) == 12
