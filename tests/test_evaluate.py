@@ -231,6 +231,18 @@ def test_kl_is_the_sum_of_the_exact_next_token_kl(tiny: Tiny, trained: Path) -> 
         assert found[i, j].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_log_probs_alone_are_those_beside_kl_and_entropy(tiny: Tiny, trained: Path) -> None:
+    models = likelihood.load(trained, tiny.model)
+    prompts, responses = [[5, 6, 7], [8]], [[[3, 4, EOS], [9]], [[2], [7, 3, 6, EOS]]]
+    whole = likelihood.measure(models, prompts, responses, 0.7)
+    alone = likelihood.measure(models, prompts, responses, 0.7, distributions=False)
+    assert torch.equal(alone.log_probs, whole.log_probs)
+    for one, other in zip(alone.by_token, whole.by_token, strict=True):
+        assert all(map(torch.equal, one, other))
+    assert whole.kl.amin() > 0 and whole.entropy.amin() > 0
+    assert not alone.kl.any() and not alone.entropy.any()
+
+
 def test_kl_does_not_depend_on_the_batch_with_absolute_positions(tmp_path: Path) -> None:
     # Rotary positions would not notice the padding on the left; GPT-2's do.
     from transformers import GPT2Config, GPT2LMHeadModel

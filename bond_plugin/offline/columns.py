@@ -80,7 +80,8 @@ class Scored:
             texts, log_probs = self._rows[prompt][0], None
             before, ids = self._prompt(prompt)[0], self._tokens(texts)
             if models:
-                (found,) = likelihood.measure(models, [before], [ids], args.rollout.temperature).by_token
+                made = likelihood.measure(models, [before], [ids], args.rollout.temperature, distributions=False)
+                (found,) = made.by_token
                 log_probs = [one.tolist() for one in found]
             done += len(texts)
             if progress is not None:

@@ -71,6 +71,7 @@ def measure(
     response_ids: Sequence[Sequence[Sequence[int]]],
     temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
+    distributions: bool = True,
 ) -> Likelihood:
     """Run the models over the responses.
 
@@ -80,6 +81,8 @@ def measure(
         response_ids: [P][s][tokens], EOS included; as many for each prompt.
         temperature: divides the logits of all.
         progress: called with (responses done, responses in all).
+        distributions: whether KL and entropy are wanted, which take longer than log-probabilities alone; else they
+            are zero.
 
     Returns:
         :class:`Likelihood`. Logits are float32.
@@ -93,7 +96,7 @@ def measure(
     found: list[Tensor] = []
     by_token: list[Tensor] = []
     for start in range(0, len(pairs), rows):
-        terms = _batch(models, pairs[start : start + rows], temperature)
+        terms = _batch(models, pairs[start : start + rows], temperature, distributions)
         found.append(terms.sum(dim=-1))
         by_token += [row[: len(pairs[start + i][1])].clone() for i, row in enumerate(terms[0])]
         if progress is not None:
@@ -103,7 +106,9 @@ def measure(
     return Likelihood(log_probs=every[:-2], kl=every[-2], entropy=every[-1], by_token=nested)
 
 
-def _batch(models: Sequence[Any], pairs: list[tuple[list[int], list[int]]], temperature: float) -> Tensor:
+def _batch(
+    models: Sequence[Any], pairs: list[tuple[list[int], list[int]]], temperature: float, distributions: bool
+) -> Tensor:
     """``[models + 2, len(pairs), tokens]`` float64: log-probabilities, KL, entropy; 0 where a response has ended.
 
     Prompts are padded left, responses right.
@@ -135,7 +140,11 @@ def _batch(models: Sequence[Any], pairs: list[tuple[list[int], list[int]]], temp
             for model in models
         ]
         by_token = [log.gather(-1, targets)[..., 0] for log in logs]
-        own = logs[0].exp()
-        by_token.append((own * (logs[0] - logs[1])).sum(dim=-1) if len(logs) > 1 else torch.zeros_like(by_token[0]))
-        by_token.append(-(own * logs[0]).sum(dim=-1))
+        none = torch.zeros_like(by_token[0])
+        if distributions:
+            own = logs[0].exp()
+            by_token.append((own * (logs[0] - logs[1])).sum(dim=-1) if len(logs) > 1 else none)
+            by_token.append(-(own * logs[0]).sum(dim=-1))
+        else:
+            by_token += [none, none]
     return torch.stack(by_token).double().cpu() * mask[:, width:]

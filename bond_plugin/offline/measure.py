@@ -149,7 +149,7 @@ def measure(
         best = [
             [one.response_ids[j] for j in row] for one, row in zip(reference.samples, places.tolist(), strict=True)
         ]
-        logs = likelihood.measure(models, prompt_ids, best, temperature).log_probs
+        logs = likelihood.measure(models, prompt_ids, best, temperature, distributions=False).log_probs
         b_lt, b_le = quantiles(against.gather(-1, places), among, include_self=True)
         found["forward_kl"][n] = (log_bon_ratio(b_lt, b_le, n) + logs[-1] - logs[0]).mean(-1)
     if ((policy.rewards == 0) | (policy.rewards == 1)).all():

@@ -55,12 +55,13 @@ def mean_log_probs(model: Any, rows: Sequence[Row]) -> Tensor:
     Raises:
         ValueError: a row has more tokens than the model has positions.
     """
-    longest = max(len(given) + len(asked) for given, asked in rows)
+    given, asked = zip(*rows, strict=True)
+    longest = max(len(one) + len(other) for one, other in rows)
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and longest > most:
         raise ValueError(f"query and response are {longest} tokens, {model.config.name_or_path} takes {most}")
-    found = likelihood.measure([model], [given for given, _ in rows], [[asked] for _, asked in rows])
-    return (found.log_probs[0, :, 0] / torch.tensor([len(asked) for _, asked in rows])).float()
+    found = likelihood.measure([model], given, [[one] for one in asked], distributions=False)
+    return (found.log_probs[0, :, 0] / torch.tensor(list(map(len, asked)))).float()
 
 
 @functools.cache
