@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+import re
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, Algorithm, LossInputs, Needs, assemble
 from bond_plugin.algorithms.assemble import ContractError, Rows
+from bond_plugin.algorithms.base import Config, flag
 from bond_plugin.algorithms.jbond import policy_loss
 
 PROMPTS, N, DRAWN, SELECTED, TOKENS = 3, 4, 5, 2, 6
@@ -129,3 +132,29 @@ def test_samples_that_are_not_there_cannot_be_selected() -> None:
     algorithm.select = lambda rewards, generator: rewards.argmax(-1)
     with pytest.raises(ContractError, match=r"select's indices must be a tensor of shape \(3, 2\), got \(3,\)"):
         assemble.select(algorithm, N, SOURCE_REWARDS, torch.Generator())
+
+
+@dataclass(frozen=True)
+class Bounded(Config):
+    above: float = flag(1.0, "a number", gt=0)
+    least: int = flag(1, "a number", ge=0)
+    share: float = flag(0.5, "a number", gt=0, le=1)
+    closed: float = flag(0.5, "a number", ge=0, le=1)
+
+
+@pytest.mark.parametrize(("name", "right", "wrong", "says"), [
+    ("above", [1e-9, 1e300], [0, -1, math.inf, math.nan], "be above 0"),
+    ("least", [0, 7], [-1, math.inf], "be at least 0"),
+    ("share", [1e-9, 1], [0, 1.001, math.nan], "lie in (0, 1]"),
+    ("closed", [0, 1], [-0.001, 1.001], "lie in [0, 1]"),
+])  # fmt: skip
+def test_a_flags_bounds_are_in_its_help_and_in_its_error(
+    name: str, right: list[float], wrong: list[float], says: str
+) -> None:
+    bounds = says.partition(" ")[2]
+    assert Bounded.options("bond")[f"bond.{name}"].metadata["help"] == f"a number; {bounds}"
+    for value in right:
+        assert getattr(Bounded.from_flags({f"bond.{name}": value}, "bond"), name) == value
+    for value in wrong:
+        with pytest.raises(ValueError, match=re.escape(f"--bond.{name} must {says}, got {value}")):
+            Bounded(**{name: value})
