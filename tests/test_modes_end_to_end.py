@@ -94,7 +94,7 @@ def test_two_ranks_with_several_steps_and_epochs_filtering_and_evaluation(
             "ds.zero_stage": 3,
             "vllm.num_engines": 2,
             "algo.dynamic_filtering_enable": True,
-            "algo.dynamic_filtering_range": [0.1, 0.3],
+            "algo.dynamic_filtering_range": [0.12, 0.28],  # half of the prompts: 16 in turn are too rare to be met
             "eval.dataset": str(evaluated),
             "eval.steps": 2,
             "eval.n_samples_per_prompt": 2,
