@@ -316,9 +316,9 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "type": float,
         "default": 256.0,
         "metavar": "MIB",
-        "help": "of the policy and the reference only the logits of response tokens are computed, so many MiB of "
-        "them (in fp32) at a time: the same numbers, faster and from less memory, for every estimator. 0: the host's "
-        "own way, all tokens at once (default: %(default)g)",
+        "help": "of the policy and the reference only the logits of response tokens are computed, at most so many "
+        "MiB of them in fp32 at a time: the same numbers, faster and from less memory, for every estimator. 0: the "
+        "host's own way, all tokens at once (default: %(default)g)",
     },
     "--bond.sync_mb": {
         "type": float,

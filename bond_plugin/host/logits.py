@@ -3,8 +3,8 @@
 The host's ``Actor`` multiplies every hidden state, those of prompts and of padding too, by the output layer, and
 holds ``[tokens, vocabulary]`` numbers in fp32, more than once for the gradient. Here the output layer itself, for
 the time of one call, gives back the log-probability (and entropy) of each response token: only their logits are
-made, and in fp32 ``--bond.logits_mb`` of them at a time. Everything before and after is the host's: positions,
-packing, the mask. The reference model's worker and a teacher's do the same.
+made, and in fp32 a piece of them at a time, at most ``--bond.logits_mb``. Everything before and after is the host's:
+positions, packing, the mask. The reference model's worker and a teacher's do the same.
 (A fused kernel would not do: those that are kept, liger-kernel's among them, want the loss to be linear in the
 log-probabilities, or one of their own losses.)
 
@@ -76,9 +76,8 @@ class _Call:
         if len(flat) != len(self.kept):
             raise _NotHandedOn
         flat = flat[self.kept]
-        size = max(1, _limit // (4 * layer.weight.shape[0]))
-        keep = torch.is_grad_enabled()
-        made = _Pieces.apply(flat, layer.weight, layer.bias, self.labels, self.temperature, self.entropy, size, keep)
+        how = (self.temperature, self.entropy, _limit, torch.is_grad_enabled())
+        made = _Pieces.apply(flat, layer.weight, layer.bias, self.labels, *how)
         losses = None if self.beside is None else self.beside.at(layer, flat, self.temperature)
         losses = torch.zeros_like(made[:, 0]) if losses is None else losses.float()
         empty = flat.new_zeros(len(self.kept), 4, dtype=torch.float32)
@@ -144,52 +143,60 @@ def take_layer(worker: Any, layer: tuple[Tensor | None, ...]) -> None:
 
 
 class _Pieces(torch.autograd.Function):
-    """Log-probability and entropy of each label, ``[K, 2]`` fp32, ``size`` positions at a time.
+    """Log-probability and entropy of each label, ``[K, 2]`` fp32, with no more than pieces of the logits in fp32.
 
     For the gradient logits are kept as the output layer gives them (in 16 bits, if that is what the model has).
+    Forward a piece is some tokens with all words, as the host sums them up; backward it is some words of all tokens,
+    so that each weight's gradient is one product, rounded once.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float,
-                entropy: bool, size: int, keep: bool) -> Tensor:  # fmt: skip
+                entropy: bool, limit: int, keep: bool) -> Tensor:  # fmt: skip
         found = hidden.new_zeros(len(hidden), 3, dtype=torch.float32)  # log-probability, entropy, log of the sum
-        kept = []
-        for rows, of, out in zip(hidden.split(size), labels.split(size), found.split(size), strict=True):
-            raw = nn.functional.linear(rows, weight, bias)
-            logits = _scaled(raw, temperature)
+        kept = nn.functional.linear(hidden, weight, bias) if keep else None
+        size = _at_a_time(limit, len(hidden), len(weight)) if keep else max(1, limit // (4 * len(weight)))
+        source = hidden if kept is None else kept
+        for rows, of, out in zip(source.split(size), labels.split(size), found.split(size), strict=True):
+            logits = _scaled(nn.functional.linear(rows, weight, bias) if kept is None else rows, temperature)
             out[:, 2] = logits.logsumexp(dim=-1)
             out[:, 0] = logits.gather(-1, of.unsqueeze(-1)).squeeze(-1) - out[:, 2]
             if entropy:
                 out[:, 1] = out[:, 2] - (logits.softmax(dim=-1) * logits).sum(dim=-1)
-            if keep:
-                kept.append(raw)
-        ctx.temperature, ctx.entropy, ctx.size = temperature, entropy, size
-        ctx.save_for_backward(hidden, weight, bias, labels, found, *kept)
+        ctx.temperature, ctx.entropy, ctx.limit = temperature, entropy, limit
+        ctx.save_for_backward(hidden, weight, bias, labels, found, kept)
         return found[:, :2].clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of z = logits / temperature: (onehot - p) for the log-probability, -p (z - sum p z) for the entropy."""
-        hidden, weight, bias, labels, found, *kept = ctx.saved_tensors
-        of_hidden, of_weight, of_bias = torch.empty_like(hidden), None, None
-        parts = (part.split(ctx.size) for part in (hidden, labels, found, gradient, of_hidden))
-        for raw, rows, of, known, given, out in zip(kept, *parts, strict=True):
-            logits = _scaled(raw, ctx.temperature)
-            total, log_prob = known[:, 2:], given[:, :1]
+        hidden, weight, bias, labels, found, kept = ctx.saved_tensors
+        of_hidden, of_weight = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(weight)
+        of_bias = None if bias is None else torch.empty_like(bias)
+        total, log_prob = found[:, 2:], gradient[:, :1]
+        size = _at_a_time(ctx.limit, len(weight), len(hidden))
+        for start in range(0, len(weight), size):
+            words = slice(start, start + size)
+            logits = _scaled(kept[:, words], ctx.temperature)
             shares = (logits - total).exp_()
             if ctx.entropy:
-                mean = total - known[:, 1:2]
-                shares.mul_(logits.sub_(mean).mul_(given[:, 1:]).add_(log_prob)).neg_()
+                mean = total - found[:, 1:2]
+                shares.mul_(logits.sub_(mean).mul_(gradient[:, 1:]).add_(log_prob)).neg_()
             else:
                 shares.mul_(-log_prob)
-            shares.scatter_add_(-1, of.unsqueeze(-1), log_prob)
-            each = shares.div_(ctx.temperature).to(raw.dtype)
-            out.copy_(nn.functional.linear(each, weight.t()))
-            part = nn.functional.linear(each.t(), rows.t())
-            of_weight = part if of_weight is None else of_weight.add_(part)
-            if bias is not None:
-                of_bias = each.sum(dim=0) if of_bias is None else of_bias.add_(each.sum(dim=0))
-        return of_hidden, of_weight, of_bias, *[None] * 5
+            rows = ((labels >= start) & (labels < start + size)).nonzero().flatten()
+            shares[rows, labels[rows] - start] += log_prob[rows, 0]
+            each = shares.div_(ctx.temperature).to(kept.dtype)
+            of_hidden += nn.functional.linear(each, weight[words].t())
+            torch.mm(each.t(), hidden, out=of_weight[words])
+            if of_bias is not None:
+                torch.sum(each, dim=0, out=of_bias[words])
+        return of_hidden.to(hidden.dtype), of_weight, of_bias, *[None] * 5
+
+
+def _at_a_time(limit: int, count: int, others: int) -> int:
+    """Of ``count`` words or tokens, with ``others`` numbers in fp32 each: a sixteenth, but no piece below 4 MiB."""
+    return max(1, min(limit // (4 * others), max(-(-count // 16), 2**20 // others)))
 
 
 def _scaled(raw: Tensor, temperature: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 For each tensor the host makes a call of Ray and one of the engine, sends it and waits until it is loaded. Here its
 loop runs as it is, gathering included; what it hands over is collected, and goes out ``--bond.sync_mb`` at a time:
-one call, one broadcast, one loading (an engine takes but one type). With CUDA IPC (``--train.colocate_all``) and
-with Ray's collectives the host's own way is taken.
+one call, one broadcast, one loading (an engine takes but one type), while the next are collected. With CUDA IPC
+(``--train.colocate_all``) and with Ray's collectives the host's own way is taken.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Parcel:
         self._real, self._group, self._capacity = engines, group, capacity
         self.engines = [_Engine(engine, self._note) for engine in engines]
         self._done = ray.put(None)  # of the host's calls, which have nothing to wait for
+        self._loading: list[Any] = []  # the engines' calls for what was sent last
         self._noted: tuple[str, bool] = ("", False)
         self._held: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         self._end = 0  # of what is held, in numbers
@@ -63,12 +64,14 @@ class Parcel:
 
     def _send(self, data: torch.Tensor, stream: Any, last: bool) -> None:
         names, dtypes, shapes = map(list, zip(*self._held, strict=True))
-        refs = [
+        ray.get(self._loading)  # one parcel, while the next was packed
+        self._loading = [
             engine.update_weight.remote(names, dtype=dtypes, shape=shapes, empty_cache=last) for engine in self._real
         ]
         self._group.broadcast(data[: self._end], src=0, stream=stream)
         self._held, self._end = [], 0
-        ray.get(refs)
+        if last:
+            ray.get(self._loading)
 
 
 class _Engine:
