@@ -298,6 +298,8 @@ def vocabulary(flag: str, folder: Path) -> int | None:
         raise ValueError(f"{flag} {folder}: {problem}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"{flag} {folder} has no tokenizer: copy tokenizer* from the initial policy's folder")
+    if problem := next(models.unloadable(folder, language=True), None):
+        raise ValueError(f"{flag} {folder}: {problem}")
     content = read_json(folder / "config.json")
     inner = content.get("text_config")
     return content.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

@@ -108,6 +108,13 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     tokenizer = None
     if not found and os.path.isdir(args.actor.model_name_or_path or ""):
         tokenizer, found = models.policy(args)
+    if not found:
+        folders = {dest: Path(name) for dest, name in models.named(args).items() if os.path.isdir(name)}
+        for dest, folder in folders.items():
+            wrong = models.unloadable(folder, language=dest.startswith(("actor", "ref")))
+            found += [f"--{dest} {folder}: {line}" for line in wrong]
+            if folder.resolve() == Path(args.ckpt.output_dir).resolve():
+                found.append(f"--ckpt.output_dir {folder}: the trained policy would replace --{dest}: give another")
     template = chat_template(tokenizer) if args.data.apply_chat_template and tokenizer and not found else None
     found += [*_data_sets(args), *_code(args)]
     for dest in ("data.prompt_dataset", "eval.dataset"):
