@@ -22,7 +22,7 @@ from typing import Any
 
 from bond_plugin.files import open_file, unwritable
 from bond_plugin.host import models
-from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem
+from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem, whole_table
 from bond_plugin.words import did_you_mean, reason
 
 #: Flags, most of them the host's, by what each of their numbers must be.
@@ -87,6 +87,7 @@ _UNLIMITED = (
 )
 _MOST_BYTES = 2**28  # of a file of prompts that are read
 _MOST_ROWS = 1_000_000  # the same of a table
+_BLOCK = 10 * 2**20  # bytes of JSON of which the host's reader makes a table at a time
 _SHOWN = 5  # faulty lines of a file that are named
 
 
@@ -283,6 +284,8 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
                 wrong.append(row)
             else:
                 seen[hash(json.dumps(row["input"]))] += 1
+        if not wrong and _BLOCK < path.stat().st_size <= _MOST_BYTES:
+            wrong += whole_table(path)
         more = [f"{path}: and {len(wrong) - _SHOWN} more lines"] if len(wrong) > _SHOWN else []
         found += [f"--{dest} {line}" for line in wrong[:_SHOWN] + more]
         twice = sum(times > 1 for times in seen.values())
