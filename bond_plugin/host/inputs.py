@@ -162,10 +162,12 @@ def _missing(name: str) -> bool:
 def _code(args: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the files of an agent or a reward, or the addresses of servers."""
     if agent := args.train.agent_func_path:
-        if _missing(agent):
-            yield f"--train.agent_func_path {agent}: no such file or folder"
         if not agent.endswith(".py"):
             yield f"--train.agent_func_path {agent}: name a Python file (.py)"
+        elif isinstance(nodes := _outermost(agent), str):
+            yield f"--train.agent_func_path {agent}: {nodes}"
+        elif not _may_bind(nodes, "AgentExecutor"):
+            yield f"--train.agent_func_path {agent}: it defines no class AgentExecutor"
         return
     urls = args.reward.remote_url or []
     yield from (f"--reward.remote_url {url}: {problem}" for url in urls for problem in reward(url))
@@ -354,29 +356,47 @@ def reward(url: str) -> Iterator[str]:
         elif problem := _address(url):
             yield problem
         return
-    try:
-        tree = ast.parse(Path(url).read_bytes(), filename=url)  # bytes: a BOM and a coding line are Python's to read
-    except OSError as error:
-        yield reason(error)
+    if isinstance(nodes := _outermost(url), str):
+        yield nodes
         return
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        yield str(error) or repr(error)
-        return
-    nodes = list(ast.walk(tree))
-    own = [node for node in nodes if getattr(node, "name", None) == _FUNCTION and isinstance(node, _DEFINITIONS)]
-    for node in own:
-        if isinstance(node, ast.AsyncFunctionDef):
+    for node in nodes:
+        assigned = isinstance(node, ast.Assign) and [getattr(one, "id", None) for one in node.targets] == [_FUNCTION]
+        own = node.value if assigned else node
+        if not assigned and (getattr(node, "name", None) != _FUNCTION or getattr(node, "decorator_list", None)):
+            continue  # or a decorator, which may make anything of it
+        if isinstance(own, ast.AsyncFunctionDef):
             yield f"{_FUNCTION} is async; the host calls it in a thread and awaits nothing: define it without async"
-        elif isinstance(node, ast.FunctionDef) and not _takes_three(node.args):
+        elif isinstance(own, ast.FunctionDef | ast.Lambda) and not _takes_three(own.args):
             yield f"{_FUNCTION} must take three arguments (queries, prompts, labels)"
-    imported = {
-        alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    mentioned = {node.id for node in nodes if isinstance(node, ast.Name)} | {
-        node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    if not own and not {_FUNCTION, "*"} & imported and _FUNCTION not in mentioned:
+        elif isinstance(own, ast.FunctionDef) and any(isinstance(one, ast.Yield) for one in _outside(own)):
+            yield f"{_FUNCTION} is a generator: let it return, not yield"
+    if not _may_bind(nodes, _FUNCTION):
         yield f"it defines no {_FUNCTION}(queries, prompts, labels)"
+
+
+def _outermost(file: str) -> list[ast.AST] | str:
+    """What a Python file has outside of functions and classes, and all texts in it; or why it is no Python."""
+    try:
+        tree = ast.parse(Path(file).read_bytes(), file)  # bytes: a BOM and a coding line are Python's to read
+    except OSError as error:
+        return reason(error)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return str(error) or repr(error)
+    return [*_outside(tree), *(node for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.Global))]
+
+
+def _outside(node: ast.AST) -> Iterator[ast.AST]:
+    for one in ast.iter_child_nodes(node):
+        yield one
+        if not isinstance(one, (*_DEFINITIONS, ast.Lambda)):
+            yield from _outside(one)
+
+
+def _may_bind(nodes: list[ast.AST], name: str) -> bool:
+    """Whether a file may have something of this name: a definition, an import, a variable, or a text that says it."""
+    words = [getattr(node, key, None) for node in nodes for key in ("name", "asname", "id", "value")]
+    words += [word for node in nodes if isinstance(node, ast.Global) for word in node.names]
+    return name in words or "*" in words
 
 
 def _address(url: str) -> str | None:
