@@ -61,6 +61,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         "reward.overlong_buffer_len",
     ),
     "be above 1": (lambda number: number > 1, "actor.dual_clip"),
+    "be at least 0.01, the least that vLLM takes": (lambda number: number >= 0.01, "rollout.temperature"),
     "be at least 1, or -1 for never": (lambda number: number >= 1 or number == -1, "eval.steps ckpt.save_steps"),
     "lie in [0, 1)": (
         lambda number: 0 <= number < 1,
@@ -223,7 +224,9 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
                 yield f"--{dest} must {must}, got {' '.join(map(str, values))}"
     for dest, low in _PAIRS.items():
         values = _numbers(args, dest)
-        if values and (not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values))):
+        if values == [low]:  # a single value is HIGH
+            yield f"--{dest} must be above {low:g}, got {low}"
+        elif values and (not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values))):
             yield f"--{dest} takes LOW and HIGH, LOW below HIGH, got {' '.join(map(str, values))}"
     for dest in sorted(given):
         values = [one for one in _numbers(args, dest) if isinstance(one, int | float)]
@@ -233,6 +236,9 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
             yield f"--{dest} is too large: {value(args, dest)}"
     new = args.rollout.max_new_tokens
     buffer = args.reward.overlong_buffer_len
+    batch, drawn = args.rollout.batch_size, args.rollout.vllm_generate_batch_size or math.inf
+    if drawn < batch:
+        yield f"--rollout.vllm_generate_batch_size {drawn} is less than the --rollout.batch_size {batch} of a step"
     if None not in (new, buffer) and buffer > new:
         yield f"--reward.overlong_buffer_len {buffer:g} is more than --rollout.max_new_tokens {new}"
     if new is not None and args.data.max_len <= new:
@@ -253,6 +259,10 @@ def stumbles(args: SimpleNamespace) -> Iterator[str]:
             "no reward: give --reward.remote_url (a Python file with reward_func, or a server), or "
             "--reward.model_name_or_path"
         )
+    if not (args.reward.remote_url or args.train.agent_func_path):
+        for dest in ("eval.dataset", "algo.dynamic_filtering_enable"):
+            if value(args, dest):
+                yield f"--{dest} needs --reward.remote_url or an agent: the host asks no reward model there"
     if args.data.input_template and (problem := template_problem(args.data.input_template)):
         yield f"--data.input_template {problem}"
     if not args.ds.value_head_prefix:
