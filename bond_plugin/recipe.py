@@ -89,6 +89,8 @@ def flatten(node: dict, flat: dict[str, Any], prefix: str = "") -> None:
             flatten(value, flat, f"{name}.")
         elif name in flat:
             raise RecipeError(f"'{name}' is given twice")
+        elif len(flat) >= _MOST:  # by aliases of aliases
+            raise RecipeError(f"it has more than {_MOST:,} flags")
         else:
             flat[name] = value
 
@@ -134,6 +136,8 @@ def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -
             raise RecipeError(f"--recipe {path}: '{name}' is one value, not a list")
         elif not all(isinstance(one, str) for one in value):
             raise RecipeError(f"--recipe {path}: the values of '{name}' are texts or numbers, not null or a list")
+        elif isinstance(action.nargs, int) and len(value) != action.nargs:
+            raise RecipeError(f"--recipe {path}: '{name}' takes {action.nargs} values, got {len(value)}")
         else:
             argv += [option, *value]
     return argv
@@ -192,6 +196,7 @@ def said(option: str, argv: list[str], flat: dict[str, Any]) -> str | None:
 # The file.
 
 _LARGEST = 2**20  # bytes
+_MOST = 10_000  # names
 _DEEPEST = 50  # mappings and lists in one another
 
 #: What is a number or a boolean where types are wanted: first characters, the whole, and how it is read.

@@ -84,9 +84,12 @@ def model_without(tiny: Tiny, folder: Path, pattern: str) -> Path:
 
 
 def other_vocabulary(tiny: Tiny, folder: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
     shutil.copytree(tiny.model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 33}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(33)
+    model.save_pretrained(folder)
     return folder
 
 

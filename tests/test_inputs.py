@@ -236,6 +236,8 @@ REWARDS = {
     "by name": (b"globals()['reward_func'] = print\n", None),
     "a class": (b"class reward_func:\n    def __new__(cls, q, p, l): ...\n", None),
     "defaults": (b"def reward_func(q, p, l, scale=1.0): ...\n", None),
+    "decorated": (b"@one_by_one\ndef reward_func(query, label): ...\n", None),
+    "set from inside": (b"def make():\n    global reward_func\n    def reward_func(q, p, l): ...\nmake()\n", None),
     "async": (b"async def reward_func(q, p, l): ...\n", "reward_func is async"),
     "two arguments": (b"def reward_func(queries, prompts): ...\n", "must take three arguments"),
     "four arguments": (b"def reward_func(q, p, l, more): ...\n", "must take three arguments"),

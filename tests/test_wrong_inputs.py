@@ -51,11 +51,19 @@ FILES: dict[str, str | bytes] = {
     "labels.jsonl": f'{{"input": "a", "label": {DATE}}}\n' * 2,
     "mixed.jsonl": '{"input": "a", "label": 1}\n{"input": "b", "label": "1"}\n',
     "good.jsonl": '{"input": "a"}\n',
+    "times.jsonl": f'{{"input": "a", "label": {{"when": [{DATE}], "who": "b"}}}}\n' * 2,
+    "large.jsonl": ('{"input": "' + "a" * 10_000 + '"}\n') * 1100 + '{"input": "a", "label": "b"}\n',
+    "human.jsonl": '{"input": [{"role": "human", "content": "hello"}]}\n',
     "prompts.txt": "a\n",
     "prompts.json": '{"input": "a"}\n{"input": 1}\n',
     "async.py": "async def reward_func(q, p, l): ...\n",
     "one.py": "def reward_func(q): ...\n",
     "no.py": "x = 1\n",
+    "lambda.py": "reward_func = lambda q: 1\n",
+    "yields.py": "def reward_func(q, p, l):\n    yield 1\n",
+    "inner.py": "def make():\n    def reward_func(q, p, l): ...\n    return reward_func\n",
+    "complex.py": "import torch\ndef reward_func(q, p, l):\n    return {'rewards': torch.ones(1) * 1j}\n",
+    "exits.py": "import sys\nsys.exit(3)\ndef reward_func(q, p, l): ...\n",
     "syntax.py": "def reward_func(q, p, l)\n",
     "tab.py": "def reward_func(q, p, l):\n\treturn 1\n        return 2\n",
     "raises.py": "def reward_func(q, p, l):\n    raise KeyError('x')\n",
@@ -73,6 +81,9 @@ FILES: dict[str, str | bytes] = {
     "switch.yaml": "train: {colocate_all: 2}\n",
     "many.yaml": "train: {seed: [1, 2]}\n",
     "none.yaml": "",
+    "three.yaml": "actor: {adam: {betas: [0.9, 0.9, 0.9]}}\n",
+    "bomb.yaml": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{n}: &a{n} {{{', '.join(f'k{i}: *a{n - 1}' for i in range(9))}}}\n" for n in range(1, 9)),
     "tag.yaml": "a: !!python/name:os.system x\n",
     "cache-text.jsonl": "x\n",
     "cache-nan.jsonl": '{"prompt": "a", "rewards": [NaN]}\n',
@@ -114,6 +125,19 @@ def tokenizer(name: str, **changes: Any) -> Callable[[Path], Any]:
     return change
 
 
+def tensors(change: Callable[[str, Any], tuple[str, Any]], **changes: Any) -> Callable[[Path], Any]:
+    """What changes each tensor of a model, its name or its numbers, and the configuration."""
+
+    def changed(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = folder / "model.safetensors"
+        save_file(dict(change(*one) for one in load_file(path).items()), path, metadata={"format": "pt"})
+        config(**changes)(folder)
+
+    return changed
+
+
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 #: Copies of the tiny model that a case names as {folder}/NAME.
 MODELS: dict[str, Callable[[Path], Any]] = {
@@ -135,6 +159,15 @@ MODELS: dict[str, Callable[[Path], Any]] = {
     "m-embeddings": config(vocab_size=1),
     "m-positions": config(max_position_embeddings=31),
     "m-few": config(vocab_size=20),
+    "m-small": tensors(lambda name, one: (name, one[:20].clone() if "embed" in name else one), vocab_size=20),
+    "m-renamed": tensors(lambda name, one: (f"policy.{name}", one)),
+    "m-encoder": config(model_type="bert", architectures=["BertModel"]),
+    "m-t5": config(model_type="t5"),
+    "m-adapter": written("adapter_config.json", b"{}"),
+    "m-parts": lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+    "m-roles": written(
+        "chat_template.jinja", b"{% for m in messages if m.role == 'user' %}<u>{{ m.content }}{% endfor %}<a>"
+    ),
     "m-words": other_words,
 }
 

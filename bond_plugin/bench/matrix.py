@@ -222,6 +222,9 @@ def parse(content: Any) -> Matrix:
         given = _File.model_validate(content)
     except ValidationError as error:
         raise MatrixError(explain(error, _File)) from error
+    labels = [method.label or key for key, method in given.methods.items()]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise MatrixError(f"methods: two have the label '{twice}', by which the report tells them apart")
     rounds: list[tuple[int, Cell]] = []
     for key, method in given.methods.items():
         for point, (place, seed) in itertools.product(method.strength, enumerate(method.seeds or given.seeds)):

@@ -242,6 +242,8 @@ def arguments(args: argparse.Namespace, policy: Path | None, trained_in: Path | 
     for url in urls:
         if problem := next(reward_problems(url), None):
             raise ValueError(f"--reward {url}: {problem}")
+    if len(urls) > 1 and any(url.endswith(".py") for url in urls):
+        raise ValueError(f"--reward {reward}: of several the host takes servers alone; give one file")
     found["reward"] |= {"remote_url": urls or None, "model_name_or_path": reward}
     found["rollout"] |= {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     found["actor"] = {"model_name_or_path": str(policy or reward)}
@@ -298,6 +300,8 @@ def vocabulary(flag: str, folder: Path) -> int | None:
         raise ValueError(f"{flag} {folder}: {problem}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"{flag} {folder} has no tokenizer: copy tokenizer* from the initial policy's folder")
+    if problem := next(models.unloadable(folder, language=True), None):
+        raise ValueError(f"{flag} {folder}: {problem}")
     content = read_json(folder / "config.json")
     inner = content.get("text_config")
     return content.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

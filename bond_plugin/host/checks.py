@@ -298,6 +298,8 @@ def problems(args: SimpleNamespace) -> Iterator[str]:
         )
     if args.ckpt.save_on_stop and args.ckpt.disable_ds:
         yield "--ckpt.save_on_stop cannot be used with --ckpt.disable_ds, which saves no checkpoints"
+    if args.ckpt.disable_ds and args.ckpt.save_steps > 0 and not args.ckpt.save_hf:
+        yield "--ckpt.save_steps saves nothing with --ckpt.disable_ds: drop one of them, or add --ckpt.save_hf"
     run = plan.of(args)
     loss = args.actor.policy_loss_type
     if loss not in HOST_LOSSES:
@@ -315,8 +317,9 @@ def problems(args: SimpleNamespace) -> Iterator[str]:
         yield from _moving_reference(args, run)
     if run.needs.logits:
         yield from _refused(args, _ON_LOGITS, args.algo.advantage.estimator)
-        if not args.bond.logits_mb:
-            yield f"--bond.logits_mb 0 cannot be used with {args.algo.advantage.estimator}: {_PIECES}"
+        if not plan.in_bytes(args, "logits_mb"):
+            mib, name = args.bond.logits_mb, args.algo.advantage.estimator
+            yield f"--bond.logits_mb {mib:g} cannot be used with {name}: {_PIECES}"
     yield from _other_reference(args, run)
 
 

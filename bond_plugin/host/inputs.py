@@ -22,7 +22,7 @@ from typing import Any
 
 from bond_plugin.files import open_file, unwritable
 from bond_plugin.host import models
-from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem
+from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem, whole_table
 from bond_plugin.words import did_you_mean, reason
 
 #: Flags, most of them the host's, by what each of their numbers must be.
@@ -61,6 +61,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         "reward.overlong_buffer_len",
     ),
     "be above 1": (lambda number: number > 1, "actor.dual_clip"),
+    "be at least 0.01, the least that vLLM takes": (lambda number: number >= 0.01, "rollout.temperature"),
     "be at least 1, or -1 for never": (lambda number: number >= 1 or number == -1, "eval.steps ckpt.save_steps"),
     "lie in [0, 1)": (
         lambda number: 0 <= number < 1,
@@ -87,6 +88,7 @@ _UNLIMITED = (
 )
 _MOST_BYTES = 2**28  # of a file of prompts that are read
 _MOST_ROWS = 1_000_000  # the same of a table
+_BLOCK = 10 * 2**20  # bytes of JSON of which the host's reader makes a table at a time
 _SHOWN = 5  # faulty lines of a file that are named
 
 
@@ -108,6 +110,13 @@ def problems(args: SimpleNamespace) -> tuple[list[str], list[str]]:
     tokenizer = None
     if not found and os.path.isdir(args.actor.model_name_or_path or ""):
         tokenizer, found = models.policy(args)
+    if not found:
+        folders = {dest: Path(name) for dest, name in models.named(args).items() if os.path.isdir(name)}
+        for dest, folder in folders.items():
+            wrong = models.unloadable(folder, language=dest.startswith(("actor", "ref")))
+            found += [f"--{dest} {folder}: {line}" for line in wrong]
+            if folder.resolve() == Path(args.ckpt.output_dir).resolve():
+                found.append(f"--ckpt.output_dir {folder}: the trained policy would replace --{dest}: give another")
     template = chat_template(tokenizer) if args.data.apply_chat_template and tokenizer and not found else None
     found += [*_data_sets(args), *_code(args)]
     for dest in ("data.prompt_dataset", "eval.dataset"):
@@ -154,10 +163,12 @@ def _missing(name: str) -> bool:
 def _code(args: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the files of an agent or a reward, or the addresses of servers."""
     if agent := args.train.agent_func_path:
-        if _missing(agent):
-            yield f"--train.agent_func_path {agent}: no such file or folder"
         if not agent.endswith(".py"):
             yield f"--train.agent_func_path {agent}: name a Python file (.py)"
+        elif isinstance(nodes := _outermost(agent), str):
+            yield f"--train.agent_func_path {agent}: {nodes}"
+        elif not _may_bind(nodes, "AgentExecutor"):
+            yield f"--train.agent_func_path {agent}: it defines no class AgentExecutor"
         return
     urls = args.reward.remote_url or []
     yield from (f"--reward.remote_url {url}: {problem}" for url in urls for problem in reward(url))
@@ -213,7 +224,9 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
                 yield f"--{dest} must {must}, got {' '.join(map(str, values))}"
     for dest, low in _PAIRS.items():
         values = _numbers(args, dest)
-        if values and (not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values))):
+        if values == [low]:  # a single value is HIGH
+            yield f"--{dest} must be above {low:g}, got {low}"
+        elif values and (not low <= values[0] or any(one >= other for one, other in itertools.pairwise(values))):
             yield f"--{dest} takes LOW and HIGH, LOW below HIGH, got {' '.join(map(str, values))}"
     for dest in sorted(given):
         values = [one for one in _numbers(args, dest) if isinstance(one, int | float)]
@@ -223,6 +236,9 @@ def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
             yield f"--{dest} is too large: {value(args, dest)}"
     new = args.rollout.max_new_tokens
     buffer = args.reward.overlong_buffer_len
+    batch, drawn = args.rollout.batch_size, args.rollout.vllm_generate_batch_size or math.inf
+    if drawn < batch:
+        yield f"--rollout.vllm_generate_batch_size {drawn} is less than the --rollout.batch_size {batch} of a step"
     if None not in (new, buffer) and buffer > new:
         yield f"--reward.overlong_buffer_len {buffer:g} is more than --rollout.max_new_tokens {new}"
     if new is not None and args.data.max_len <= new:
@@ -243,6 +259,10 @@ def stumbles(args: SimpleNamespace) -> Iterator[str]:
             "no reward: give --reward.remote_url (a Python file with reward_func, or a server), or "
             "--reward.model_name_or_path"
         )
+    if not (args.reward.remote_url or args.train.agent_func_path):
+        for dest in ("eval.dataset", "algo.dynamic_filtering_enable"):
+            if value(args, dest):
+                yield f"--{dest} needs --reward.remote_url or an agent: the host asks no reward model there"
     if args.data.input_template and (problem := template_problem(args.data.input_template)):
         yield f"--data.input_template {problem}"
     if not args.ds.value_head_prefix:
@@ -276,6 +296,8 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
                 wrong.append(row)
             else:
                 seen[hash(json.dumps(row["input"]))] += 1
+        if not wrong and _BLOCK < path.stat().st_size <= _MOST_BYTES:
+            wrong += whole_table(path)
         more = [f"{path}: and {len(wrong) - _SHOWN} more lines"] if len(wrong) > _SHOWN else []
         found += [f"--{dest} {line}" for line in wrong[:_SHOWN] + more]
         twice = sum(times > 1 for times in seen.values())
@@ -344,29 +366,47 @@ def reward(url: str) -> Iterator[str]:
         elif problem := _address(url):
             yield problem
         return
-    try:
-        tree = ast.parse(Path(url).read_bytes(), filename=url)  # bytes: a BOM and a coding line are Python's to read
-    except OSError as error:
-        yield reason(error)
+    if isinstance(nodes := _outermost(url), str):
+        yield nodes
         return
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        yield str(error) or repr(error)
-        return
-    nodes = list(ast.walk(tree))
-    own = [node for node in nodes if getattr(node, "name", None) == _FUNCTION and isinstance(node, _DEFINITIONS)]
-    for node in own:
-        if isinstance(node, ast.AsyncFunctionDef):
+    for node in nodes:
+        assigned = isinstance(node, ast.Assign) and [getattr(one, "id", None) for one in node.targets] == [_FUNCTION]
+        own = node.value if assigned else node
+        if not assigned and (getattr(node, "name", None) != _FUNCTION or getattr(node, "decorator_list", None)):
+            continue  # or a decorator, which may make anything of it
+        if isinstance(own, ast.AsyncFunctionDef):
             yield f"{_FUNCTION} is async; the host calls it in a thread and awaits nothing: define it without async"
-        elif isinstance(node, ast.FunctionDef) and not _takes_three(node.args):
+        elif isinstance(own, ast.FunctionDef | ast.Lambda) and not _takes_three(own.args):
             yield f"{_FUNCTION} must take three arguments (queries, prompts, labels)"
-    imported = {
-        alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    mentioned = {node.id for node in nodes if isinstance(node, ast.Name)} | {
-        node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    if not own and not {_FUNCTION, "*"} & imported and _FUNCTION not in mentioned:
+        elif isinstance(own, ast.FunctionDef) and any(isinstance(one, ast.Yield) for one in _outside(own)):
+            yield f"{_FUNCTION} is a generator: let it return, not yield"
+    if not _may_bind(nodes, _FUNCTION):
         yield f"it defines no {_FUNCTION}(queries, prompts, labels)"
+
+
+def _outermost(file: str) -> list[ast.AST] | str:
+    """What a Python file has outside of functions and classes, and all texts in it; or why it is no Python."""
+    try:
+        tree = ast.parse(Path(file).read_bytes(), file)  # bytes: a BOM and a coding line are Python's to read
+    except OSError as error:
+        return reason(error)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return str(error) or repr(error)
+    return [*_outside(tree), *(node for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.Global))]
+
+
+def _outside(node: ast.AST) -> Iterator[ast.AST]:
+    for one in ast.iter_child_nodes(node):
+        yield one
+        if not isinstance(one, (*_DEFINITIONS, ast.Lambda)):
+            yield from _outside(one)
+
+
+def _may_bind(nodes: list[ast.AST], name: str) -> bool:
+    """Whether a file may have something of this name: a definition, an import, a variable, or a text that says it."""
+    words = [getattr(node, key, None) for node in nodes for key in ("name", "asname", "id", "value")]
+    words += [word for node in nodes if isinstance(node, ast.Global) for word in node.names]
+    return name in words or "*" in words
 
 
 def _address(url: str) -> str | None:

@@ -24,6 +24,9 @@ def named(args: SimpleNamespace) -> dict[str, str]:
 
 def files(folder: Path, policy: bool) -> Iterator[str]:
     """What is wrong with the files of a model, which is the policy or another one."""
+    if (folder / "adapter_config.json").is_file():
+        yield "it is a LoRA adapter: merge it into its model (merge_and_unload of peft), and name that folder"
+        return
     config = _json(folder / "config.json")
     if isinstance(config, str):
         yield config
@@ -63,6 +66,33 @@ def _known(config: dict[str, Any], folder: Path, policy: bool) -> Iterator[str]:
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     if policy and names and all(name.endswith(_NO_LANGUAGE) for name in names):
         yield f"it is a {names[0]} by its config.json, and no language model"
+
+
+def unloadable(folder: Path, language: bool) -> Iterator[str]:
+    """What transformers finds when it loads a model as the host does, but for the numbers: it reads headers alone.
+
+    Nothing of one with code of its own, quantised, or with images, which are loaded otherwise.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    if {"auto_map", "quantization_config", "vision_config"} & _json(folder / "config.json").keys():
+        return
+    kind = transformers.AutoModelForCausalLM if language else transformers.AutoModel
+    loud, how = logging.get_verbosity(), {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        _, found = kind.from_pretrained(folder, device_map="meta", **how)
+        for name, there, wanted in sorted(found["mismatched_keys"])[:1]:
+            yield f"{name} is {[*there]} in its files and {[*wanted]} by its config.json"
+        if missing := sorted(found["missing_keys"]):
+            yield f"its files lack {len(missing)} weights, such as {missing[0]}: the host would make random ones"
+    except Exception as error:  # of any model's class
+        yield f"transformers cannot load it: {_first(error)[:200]}"
+    finally:
+        logging.set_verbosity(loud)
+        logging.enable_progress_bar()
 
 
 _NO_LANGUAGE = ("Classification", "ForMaskedLM", "ForQuestionAnswering", "ForMultipleChoice")

@@ -218,6 +218,8 @@ def number(value: Any, what: str) -> float:
         RewardError: it is none.
     """
     try:
+        if "complex" in str(getattr(value, "dtype", "")):  # whose other half would be dropped
+            raise TypeError
         (found,) = torch.as_tensor(value, dtype=torch.float32).flatten().tolist()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         found = math.nan

@@ -138,7 +138,8 @@ class Lines:
         self._columns, self._template, self._table = columns, template, table
         self._kinds: dict[str, tuple[str, str]] = {}  # of each column: the kind of its values, and where it was seen
         self._roles: set[tuple[str, ...]] = set()  # orders of roles that were put into the template
-        self._no_dates: set[str] = set()  # columns with a text that the host does not take for a date
+        self._dates: dict[str, str] = {}  # where a text was seen that the host takes for a date, by its place
+        self._no_dates: set[str] = set()  # places with others, too
 
     def read(self, path: Path, most: float = math.inf) -> Iterator[dict[str, Any] | str]:
         """Of each line the row, ``input`` and ``label`` ("" without a key for it); or what is wrong with it.
@@ -191,13 +192,11 @@ class Lines:
 
     def dates(self) -> Iterator[str]:
         """After all files: columns of prompts or labels whose texts are all dates, which the host makes times of."""
-        for key in {self._columns.prompt, self._columns.label} & self._kinds.keys() - self._no_dates:
-            kind, where = self._kinds[key]
-            if kind == "a text":
-                yield (
-                    f"{where}: every '{key}' is a date, and the host would make times of them: put a word before "
-                    "each, or give another key"
-                )
+        for place in sorted(self._dates.keys() - self._no_dates):
+            yield (
+                f"{self._dates[place]}: every '{place}' is a date, and the host would make times of them: put a word "
+                "before each, or give another key"
+            )
 
     def _row(self, item: Any, where: str) -> dict[str, Any]:
         columns = self._columns
@@ -241,8 +240,12 @@ class Lines:
             known, seen = self._kinds.setdefault(key, (kind, where))
             if known != kind:
                 raise ValueError(f"has {kind} under '{key}', and {seen} has {known}: a column has values of one kind")
-            if key not in self._no_dates and not (isinstance(value, str) and _DATE.fullmatch(value)):
-                self._no_dates.add(key)
+        for key in {self._columns.prompt, self._columns.label} & item.keys():
+            for place, value in _leaves(item[key], key):
+                if isinstance(value, str) and _DATE.fullmatch(value):
+                    self._dates.setdefault(place, where)
+                elif value is not None:
+                    self._no_dates.add(place)
 
     def _try_template(self, prompt: str | list, template: Callable[[list[Any]], str]) -> None:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -250,8 +253,11 @@ class Lines:
         if roles in self._roles or len(self._roles) > _ORDERS:
             return
         self._roles.add(roles)
+        said = [message["content"].strip() for message in chat if isinstance(message["content"], str)]
         try:
-            template(chat)
+            text = template(chat)
+            if said and not any(one in text for one in said):
+                raise ValueError(f"it makes {shorten(text, 60)} of them, in which none of their texts is")
         except Exception as error:
             raise ValueError(
                 f"does not fit the tokenizer's chat template (roles: {', '.join(roles)}): {error}"
@@ -262,6 +268,28 @@ _ORDERS = 50  # of roles of conversations that are put into the chat template
 _KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 #: What the host's reader of tables takes for a point in time.
 _DATE = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d(:\d\d(:\d\d)?)?(Z|[+-]\d\d(:?\d\d)?)?)?")
+
+
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """What nested lists and objects hold, each with its place: ``label.when``, or ``input[].content``."""
+    inner = value.items() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None:
+        yield place, value
+    for one in inner or ():
+        yield from _leaves(one[1], f"{place}.{one[0]}") if isinstance(value, dict) else _leaves(one, f"{place}[]")
+
+
+def whole_table(path: Path) -> Iterator[str]:
+    """Why the host cannot read a file of more than one block of its reader, if it cannot."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        datasets.load_dataset("json" if path.suffix == ".jsonl" else path.suffix[1:], data_files=str(path))
+    except Exception as error:
+        said = shorten(str(error.__cause__ or error), 200)
+        yield f"{path}: its first lines must have the columns and kinds of all, for the host's reader: {said}"
 
 
 def chat_template(tokenizer: Any) -> Callable[[list[Any]], str]:

@@ -34,7 +34,7 @@ def scorer(args: SimpleNamespace, tokenizer: Any) -> Score:
         if args.reward.remote_url:
             return remote_score(args.reward.remote_url)
         return ModelScore(args, tokenizer.pad_token_id)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         name = ", ".join(args.reward.remote_url or [args.reward.model_name_or_path])
         raise RewardError(f"the reward ({name}) cannot be loaded: {error!r}") from error
 
