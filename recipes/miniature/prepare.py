@@ -310,7 +310,9 @@ def main(argv: list[str] | None = None) -> int:
             if args.task in (task, "all"):
                 folder = args.out_dir if task == "reviews" else args.out_dir / task
                 folder.mkdir(parents=True, exist_ok=True)
-                policy = replace(settings.policy, hidden=args.hidden or settings.policy.hidden)
+                policy, hidden = settings.policy, args.hidden or settings.policy.hidden
+                rate = policy.learning_rate * min(1.0, policy.hidden / hidden)  # else a wide one learns little
+                policy = replace(policy, hidden=hidden, learning_rate=rate)
                 yield from make(folder, replace(settings, policy=policy, **given))
 
     return run(args.out_dir, steps(), failed=(models.TrainingError,))
