@@ -147,6 +147,18 @@ def test_one_line_a_prompt_says_what_was_selected(given: Path, tmp_path: Path, c
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("end", ["<eos>", "<|im_end|>", "</s>"])
+def test_special_tokens_are_no_part_of_an_answer(end: str, tmp_path: Path, capsys: Any) -> None:
+    """As `--keep-responses` and `bond cache` write them: equal answers are equal, and labels are found."""
+    texts = [f"{text}{end}" for text in ROWS[0]["responses"]]
+    ended = write(tmp_path / "r.jsonl", {**ROWS[0], "responses": [*texts[:4], "7"]})
+    assert select(responses=ended, selector="majority", label_is_answer=True, output=tmp_path / "m") == 0
+    (line,) = read(tmp_path / "m")
+    assert (line["answers"], line["response"]) == (["7", "8", "7", "8", "7"], "x\n7")
+    accuracy = numbers(capsys.readouterr().out, "accuracy")["majority"]
+    assert (accuracy[1], accuracy[5]) == (0.6, 1.0)
+
+
 def numbers(printed: str, title: str) -> dict[str, dict[int, float]]:
     """A part of the table: selector to N to the mean."""
     lines = printed[printed.index(f"\n{title} ") + 1 :].split("\n\n")[0].splitlines()
@@ -301,7 +313,7 @@ def test_a_reward_model_scores_responses_that_are_given(tiny: Tiny, tmp_path: Pa
         with torch.no_grad():
             ids = tokenizer("hi" + text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             assert reward == pytest.approx(model.score(model.model(ids).last_hidden_state[0, -1]).item(), abs=0.02)
-    assert line["response"] == texts[line["rewards"].index(max(line["rewards"]))]
+    assert line["response"] == texts[line["rewards"].index(max(line["rewards"]))].removesuffix("<eos>")
     assert len(set(line["rewards"])) == 3
     capsys.readouterr()
 

@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="instead of --prompts: responses that are there, as bond cache writes them or with --keep-responses: "
         '"prompt", "responses", and if they are there "rewards" and "label". A --model beside it is not sampled: its '
-        "tokenizer takes the special tokens out of the selected response",
+        "tokenizer says what special tokens are, which are taken out of responses; else those are that look like one",
     )
     how = parser.add_argument_group("selection").add_argument
     how("--selector", choices=("best", "soft", "majority", "weighted"), default="best", help="default %(default)s")
@@ -182,7 +182,7 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
         ValueError: one of them is of no use.
     """
     from bond_plugin.offline import engine, fingerprints, prompts, scoring, selecting
-    from bond_plugin.rewards import answers
+    from bond_plugin.rewards import answers, calls
 
     names = ("selector", "reward_temperature", "ties", "seed", "samples", "label_is_answer", "keep_responses")
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
@@ -224,7 +224,11 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
                     f"--label-is-answer: the label of {prompt[:60]!r} is no text or number, but {label!r}"
                 )
         right = [parse(str(label)) or str(label) for _, label in pairs]
-    special = [] if tokenizer is None or args.model is None else tokenizer.all_special_tokens
+    plain = calls.plain
+    if args.model is not None:
+
+        def plain(text: str) -> str:
+            return functools.reduce(lambda text, token: text.replace(token, ""), tokenizer.all_special_tokens, text)
 
     def drawn(first: int, progress: engine.Progress) -> Iterator[tuple[int, engine.PromptSamples]]:
         if given is not None:
@@ -250,8 +254,7 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
                     rewards = scoring.rewards(score, [pairs[i]], [one])[0].tolist()
                 elif given is not None and given[i].rewards:
                     rewards = given[i].rewards[:count]
-                texts = [functools.reduce(lambda text, token: text.replace(token, ""), special, text)
-                         for text in one.responses]  # fmt: skip
+                texts = [plain(text) for text in one.responses]
                 if parse is not None:
                     answers = [parse(text) for text in texts]
                 j = selecting.choose(args, i, prompt, rewards, answers)

@@ -51,6 +51,11 @@ def number(name: str, default: float, low: float, high: float = math.inf) -> flo
     return value
 
 
+def plain(text: str) -> str:
+    """Without what looks like a special token, for texts whose tokenizer is not at hand."""
+    return _SPECIAL.sub("", text)
+
+
 def parts(query: str, prompt: str) -> tuple[str, str]:
     """Question and response of a query, without special tokens and white space around them.
 
@@ -69,10 +74,10 @@ def parts(query: str, prompt: str) -> tuple[str, str]:
             question = found[1] if found else ""
         except (re.error, IndexError) as error:
             raise ValueError(f"{QUESTION} must be a regular expression with a group, got '{pattern}'") from error
-    question = _SPECIAL.sub("", question).strip()
+    question = plain(question).strip()
     if not question:
         raise ValueError(f"no question in the prompt {shorten(prompt)} ({QUESTION} is {pattern!r})")
-    return question, _SPECIAL.sub("", query[len(prompt) :]).strip()
+    return question, plain(query[len(prompt) :]).strip()
 
 
 def loaded(kind: Any, folder: str, device: str) -> Any:
