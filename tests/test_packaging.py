@@ -23,7 +23,7 @@ from bond_plugin import recipe
 from bond_plugin.cli import recipes
 
 RECIPES = {path.relative_to(REPOSITORY / "recipes").as_posix(): path for path in REPOSITORY.glob("recipes/**/*.*")}
-RECIPES = {name: path for name, path in RECIPES.items() if path.suffix in (".py", ".yaml")}
+RECIPES = {name: path for name, path in RECIPES.items() if path.suffix in (".py", ".yaml", ".jinja")}
 
 
 def environment() -> dict[str, str]:

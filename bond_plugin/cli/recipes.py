@@ -31,14 +31,14 @@ def folder() -> Path:
 def found() -> dict[str, Path]:
     """Recipes and the files beside them, by their names below :func:`folder`, recipes first."""
     top = folder()
-    paths = [*sorted(top.glob("**/*.yaml")), *sorted(top.glob("**/*.py"))]
+    paths = [path for kind in ("yaml", "py", "jinja") for path in sorted(top.glob(f"**/*.{kind}"))]
     return {path.relative_to(top).as_posix(): path for path in paths}
 
 
 def purpose(path: Path) -> str:
     """What a file is for, in a line: a recipe's first comment, a module's first sentence."""
     text = path.read_text(encoding="utf-8")
-    line = (ast.get_docstring(ast.parse(text)) or "") if path.suffix == ".py" else text.lstrip("# ")
+    line = (ast.get_docstring(ast.parse(text)) or "") if path.suffix == ".py" else text.lstrip("{# ")
     return line.partition("\n")[0].rstrip(" :.")
 
 
