@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,10 @@ def test_prompts_in_another_encoding_without_labels_and_twice(dry: Callable[...,
     path.write_bytes(b"\xef\xbb\xbf" + b'{"input": "a"}\n{"input": "b"}\n{"input": "a"}\n')
     found = dry({"data.prompt_dataset": str(path)})
     assert found.status == 0 and f"{path}: 1 of 2 prompts are there more than once" in found.text
+    few = "3 prompts are fewer than --rollout.batch_size"
+    assert re.search(rf"{few} \d+: no step is taken", found.text)
+    found = dry({"data.prompt_dataset": str(path), "train.batch_size": 2, "train.micro_batch_size": 2})
+    assert re.search(rf"{few} \d+: a step has no more than these", found.text)
 
 
 def _cut(folder: Path) -> None:

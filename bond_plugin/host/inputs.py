@@ -307,9 +307,9 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     found += [f"--{dest} {line}" for line in lines.dates()]
     count = min(count, args.data.max_samples)
     if dest == "data.prompt_dataset" and 0 < count < args.rollout.batch_size:
-        notes.append(
-            f"{count} prompts are fewer than --rollout.batch_size {args.rollout.batch_size}: no step is taken"
-        )
+        trained = count * args.rollout.n_samples_per_prompt >= args.train.batch_size
+        effect = "a step has no more than these" if trained else "no step is taken"
+        notes.append(f"{count} prompts are fewer than --rollout.batch_size {args.rollout.batch_size}: {effect}")
     return found, notes
 
 
