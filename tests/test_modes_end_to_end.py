@@ -148,7 +148,7 @@ def test_a_loss_on_the_logits_of_a_teacher_of_another_size(
     bond: Callable[..., Run], tiny: Tiny, tmp_path: Path
 ) -> None:
     """A response's backward KL, token by token over the vocabulary, is its log-ratio to the teacher on average;
-    here with ZeRO-3, packed, and micro-batches by tokens, in which rows stand in another order.
+    here with ZeRO-3 over two ranks, packed, and micro-batches by tokens, in which rows stand in another order.
     """
     config = LlamaConfig.from_pretrained(tiny.model, hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
     torch.manual_seed(0)
@@ -164,6 +164,7 @@ def test_a_loss_on_the_logits_of_a_teacher_of_another_size(
             "bond.backward_kl": 1.0,
             "bond.logits_mb": 0.01,
             "ref.model_name_or_path": str(tmp_path / "teacher"),
+            "actor.num_gpus_per_node": 2,
             "ds.zero_stage": 3,
             "rollout.n_samples_per_prompt": 4,
             "train.batch_size": 64,
