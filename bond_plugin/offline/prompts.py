@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,25 +171,22 @@ class Lines:
     def read_table(self, path: Path, most: int) -> Iterator[dict[str, Any] | str]:
         """The same of the first ``most`` rows of a CSV or Parquet file or a JSON list, with the host's own reader."""
         from datasets import load_dataset
-        from datasets.utils import logging
 
-        number, loud = 0, logging.get_verbosity()
-        logging.set_verbosity(logging.CRITICAL)  # else it prints tracebacks of what is told below
-        try:
-            rows = load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True)
-            for number, item in enumerate(itertools.islice(rows, most), start=1):
-                where = f"{path}, row {number}"
-                try:
-                    yield self._row(item, where)
-                except ValueError as error:
-                    yield f"{where} {error}"
-        except Exception as error:  # of pandas, pyarrow or datasets, each with kinds of its own
-            yield f"{path}: {shorten(error, 200)}"
-        else:
-            if not number:
-                yield f"{path} has no rows: it needs one for each prompt"
-        finally:
-            logging.set_verbosity(loud)
+        number = 0
+        with _quiet_reader():
+            try:
+                rows = load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True)
+                for number, item in enumerate(itertools.islice(rows, most), start=1):
+                    where = f"{path}, row {number}"
+                    try:
+                        yield self._row(item, where)
+                    except ValueError as error:
+                        yield f"{where} {error}"
+            except Exception as error:  # of pandas, pyarrow or datasets, each with kinds of its own
+                yield f"{path}: {shorten(error, 200)}"
+            else:
+                if not number:
+                    yield f"{path} has no rows: it needs one for each prompt"
 
     def dates(self) -> Iterator[str]:
         """After all files: columns of prompts or labels whose texts are all dates, which the host makes times of."""
@@ -281,15 +279,30 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 def whole_table(path: Path) -> Iterator[str]:
     """Why the host cannot read a file of more than one block of its reader, if it cannot."""
-    import datasets
+    from datasets import load_dataset
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    with _quiet_reader():
+        try:
+            load_dataset("json" if path.suffix == ".jsonl" else path.suffix[1:], data_files=str(path))
+        except Exception as error:
+            said = shorten(str(error.__cause__ or error), 200)
+            yield f"{path}: its first lines must have the columns and kinds of all, for the host's reader: {said}"
+
+
+@contextmanager
+def _quiet_reader() -> Iterator[None]:
+    """The host's reader, without its progress and the tracebacks of what is told here."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    loud, bare = logging.get_verbosity(), are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    disable_progress_bars()
     try:
-        datasets.load_dataset("json" if path.suffix == ".jsonl" else path.suffix[1:], data_files=str(path))
-    except Exception as error:
-        said = shorten(str(error.__cause__ or error), 200)
-        yield f"{path}: its first lines must have the columns and kinds of all, for the host's reader: {said}"
+        yield
+    finally:
+        if not bare:
+            enable_progress_bars()
+        logging.set_verbosity(loud)
 
 
 def chat_template(tokenizer: Any) -> Callable[[list[Any]], str]:
