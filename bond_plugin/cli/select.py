@@ -224,11 +224,12 @@ def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
                     f"--label-is-answer: the label of {prompt[:60]!r} is no text or number, but {label!r}"
                 )
         right = [parse(str(label)) or str(label) for _, label in pairs]
-    plain = calls.plain
-    if args.model is not None:
+    special = [] if args.model is None else tokenizer.all_special_tokens
 
-        def plain(text: str) -> str:
-            return functools.reduce(lambda text, token: text.replace(token, ""), tokenizer.all_special_tokens, text)
+    def plain(text: str) -> str:
+        if args.model is None:
+            return calls.plain(text)
+        return functools.reduce(lambda text, token: text.replace(token, ""), special, text)
 
     def drawn(first: int, progress: engine.Progress) -> Iterator[tuple[int, engine.PromptSamples]]:
         if given is not None:
