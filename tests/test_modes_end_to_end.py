@@ -175,7 +175,7 @@ def test_a_loss_on_the_logits_of_a_teacher_of_another_size(
     steps = sound(done, 6)
     apart = [step["bond/loss"] - step["bond/kl_teacher"] for step in steps]  # the second is of 64 samples
     assert abs(mean(apart)) < 0.25 and max(map(abs, apart)) < 0.8
-    assert 0.3 < steps[-1]["bond/kl_teacher"] < steps[0]["bond/kl_teacher"] - 0.2
+    assert 0.4 < steps[-1]["bond/kl_teacher"] < steps[0]["bond/kl_teacher"] - 0.2
     assert "bond/kl_ref" in steps[0]
 
 
