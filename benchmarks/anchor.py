@@ -46,8 +46,8 @@ def once(parameters: int, stage: int, out: Path) -> None:
         args = arguments(to_argv({**recipe_for(make_tiny(Path(folder) / "tiny")), "bond.kl_ref": False}))
     args.ds.zero_stage = stage
     strategy = DeepspeedStrategy(seed=0, micro_train_batch_size=1, zero_stage=stage, args=args)
-    strategy.train_batch_size = 1
     strategy.setup_distributed()
+    strategy.train_batch_size = strategy.accumulated_gradient = 1
     # A layer has 4 width^2 in attention and 12 in the network; the embedding is tied.
     width = int((parameters / (16 * LAYERS)) ** 0.5) // 64 * 64
     config = LlamaConfig(
@@ -66,6 +66,9 @@ def once(parameters: int, stage: int, out: Path) -> None:
         strategy.optimizer_step(None, actor, None)
 
     train()
+    if not engine.was_step_applied():
+        raise RuntimeError("the training step was not taken: the average would not move")
+    engine.optimizer.optimizer.state.clear()  # Adam's moments, 8 bytes a parameter: a billion's fit in 24 GB without
     reset, peak = _memory(DEVICE)
     rest = reset()
     engine.bond_weights = kept = kept_class(engine, 0.1, False, None)
