@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/log_probs.py
     .venv/bin/python benchmarks/log_probs.py --vocabulary 32768 262144 --length 512 8192 --dtype fp32
+    .venv/bin/python benchmarks/log_probs.py --width 64 --layers 1      next to nothing but the output layer
 
-Runs the host's own `Actor`, forward and backward, on one sequence of responses' tokens, under a made Llama of two
-layers; each way in a process of its own, in turn, several rounds. Prints median seconds, the most memory over what
-model and process take at rest, the ratios, and by how much the log-probabilities differ at the most. Sizes that the
-host's way has no memory for on this machine are computed by ours alone.
+Runs the host's own `Actor`, forward and backward, on one sequence of responses' tokens, under a made Llama; each way
+in a process of its own, in turn, several rounds. Prints median seconds, the most memory over what model and process
+take at rest, the ratios, and by how much the log-probabilities differ at the most. Sizes that the host's way has no
+memory for on this machine are computed by ours alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ HELD = 18  # bytes a number of [tokens, vocabulary] in the host's way: 16 bits o
 REPEATS = 3  # in a process, of which the first does not count
 
 
-def once(way: str, vocabulary: int, length: int, dtype: str, limit: float, out: Path) -> None:
+def once(way: str, vocabulary: int, length: int, given: argparse.Namespace, out: Path) -> None:
     """In a process of its own."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "workers"))
     from device import DEVICE
@@ -44,10 +45,11 @@ def once(way: str, vocabulary: int, length: int, dtype: str, limit: float, out: 
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=length, tie_word_embeddings=True,
+        vocab_size=vocabulary, hidden_size=given.width, intermediate_size=2 * given.width,
+        num_hidden_layers=given.layers, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=length,
+        tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]).to(DEVICE)
+    model = LlamaForCausalLM(config).to({"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]).to(DEVICE)
     actor = Actor(model)
     actor.packing_samples = False
     ids = torch.randint(0, vocabulary, (1, length), device=DEVICE)
@@ -64,7 +66,7 @@ def once(way: str, vocabulary: int, length: int, dtype: str, limit: float, out: 
             return torch.cuda.max_memory_allocated() / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
-    logits.limit_to(SimpleNamespace(bond=SimpleNamespace(logits_mb=limit if way == "ours" else 0)))
+    logits.limit_to(SimpleNamespace(bond=SimpleNamespace(logits_mb=given.logits_mb if way == "ours" else 0)))
     for p in actor.parameters():
         p.grad = torch.zeros_like(p)
     rest, seconds = peak(), []
@@ -83,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[32768, 131072, 262144])
     parser.add_argument("--length", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--width", type=int, default=512, help="of the model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="of the model (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--logits-mb", type=float, default=256.0, help="as --bond.logits_mb (default: %(default)g)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each way (default: %(default)s)")
@@ -91,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     out = given.output_dir / "one.json"
     if given.once:
-        once(given.once[0], int(given.once[1]), int(given.once[2]), given.dtype, given.logits_mb, out)
+        once(given.once[0], int(given.once[1]), int(given.once[2]), given, out)
         return
     given.output_dir.mkdir(parents=True, exist_ok=True)
     import torch
@@ -109,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
                 for way in found:
                     command = [sys.executable, __file__, "--once", way, str(vocabulary), str(length)]
                     options = ["--dtype", given.dtype, "--logits-mb", str(given.logits_mb)]
+                    options += ["--width", str(given.width), "--layers", str(given.layers)]
                     options += ["--output-dir", str(given.output_dir)]
                     subprocess.run(
                         [*command, *options], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL

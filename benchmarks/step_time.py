@@ -3,6 +3,8 @@
     .venv/bin/python benchmarks/step_time.py --against reference    pooled J-BOND, REINFORCE++ with a reference model
     .venv/bin/python benchmarks/step_time.py --against rloo         pooled J-BOND, RLOO, three samples a prompt each
     .venv/bin/python benchmarks/step_time.py --against no-cache     vBoN with a reward cache, its estimator without
+    .venv/bin/python benchmarks/step_time.py --against sync --steps 10
+                                  weight sync by `--bond.sync_mb`, in steps with little else: see broadcast's column
 
 All are `bond train` with the recipe's model, prompts, reward and sizes, in turn, several rounds, so that a machine
 that gets slower meets all of them; the first with the host's own ways to log-probabilities and weight sync
@@ -31,6 +33,11 @@ THREE = [
     *("--rollout.n_samples_per_prompt", "3", "--rollout.micro_batch_size", "{batch}"),
     *("--train.batch_size", "{batch}", "--train.micro_batch_size", "{batch}"),
 ]
+SHORT = [
+    *("--rollout.batch_size", "2", "--rollout.n_samples_per_prompt", "2", "--rollout.max_new_tokens", "4"),
+    *("--rollout.micro_batch_size", "4", "--train.batch_size", "4", "--train.micro_batch_size", "4"),
+    *("--data.max_samples", "{short}", "--no-bond.kl_ref"),
+]
 AS_IT_IS = ["--bond.logits_mb", "0", "--bond.sync_mb", "0"]
 OURS = ["--algo.advantage.estimator", "jbond", "--bond.eta", "0.1"]
 VBON = ["--reward.transform", "vbon", "--vbon.n", "4", "--bond.reward_cache", "{cache}"]
@@ -48,6 +55,11 @@ METHODS = {
         "RLOO, 3 samples": [*RLOO, *THREE, *AS_IT_IS],
         "the same under bond train": [*RLOO, *THREE],
         "J-BOND, 3 samples": [*OURS, *THREE],
+    },
+    "sync": {
+        "J-BOND, the host's sync": [*OURS, *SHORT, "--bond.sync_mb", "0"],
+        "256 MiB at a time": [*OURS, *SHORT, "--bond.sync_mb", "256"],
+        "64 MiB at a time": [*OURS, *SHORT, "--bond.sync_mb", "64"],
     },
     "no-cache": {
         "RLOO with a reference": [*RLOO, *AS_IT_IS],
@@ -127,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe, said = without_algorithm(given.recipe, folder)
     prompts, cache = said["rollout"]["batch_size"], folder / "rewards.jsonl"
     sizes = ["--data.max_samples", str(given.steps * prompts), "--train.num_episodes", "1"]
-    places = {"{batch}": str(3 * prompts), "{cache}": str(cache)}
+    places = {"{batch}": str(3 * prompts), "{cache}": str(cache), "{short}": str(2 * given.steps)}
     chosen = {name: [places.get(flag, flag) for flag in methods[name]] for name in (base, *(given.only or others))}
     if any(str(cache) in flags for flags in chosen.values()):
         make_cache(recipe, cache, sizes)

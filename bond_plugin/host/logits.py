@@ -177,13 +177,13 @@ class _Pieces(torch.autograd.Function):
         size = _at_a_time(ctx.limit, len(weight), len(hidden))
         for start in range(0, len(weight), size):
             words = slice(start, start + size)
-            logits = _scaled(kept[:, words], ctx.temperature)
-            shares = (logits - total).exp_()
+            shares = _scaled(kept[:, words], ctx.temperature).sub_(total)  # their logarithm
             if ctx.entropy:
-                mean = total - found[:, 1:2]
-                shares.mul_(logits.sub_(mean).mul_(gradient[:, 1:]).add_(log_prob)).neg_()
+                beside = (shares + found[:, 1:2]).mul_(gradient[:, 1:]).add_(log_prob)
+                shares.exp_().mul_(beside.neg_())
+                del beside
             else:
-                shares.mul_(-log_prob)
+                shares.exp_().mul_(-log_prob)
             rows = ((labels >= start) & (labels < start + size)).nonzero().flatten()
             shares[rows, labels[rows] - start] += log_prob[rows, 0]
             each = shares.div_(ctx.temperature).to(kept.dtype)
@@ -195,8 +195,8 @@ class _Pieces(torch.autograd.Function):
 
 
 def _at_a_time(limit: int, count: int, others: int) -> int:
-    """Of ``count`` words or tokens, with ``others`` numbers in fp32 each: a sixteenth, but no piece below 4 MiB."""
-    return max(1, min(limit // (4 * others), max(-(-count // 16), 2**20 // others)))
+    """Of ``count`` words or tokens, with ``others`` numbers in fp32 each: a 32nd, but no piece below 4 MiB."""
+    return max(1, min(limit // (4 * others), max(-(-count // 32), 2**20 // others)))
 
 
 def _scaled(raw: Tensor, temperature: float) -> Tensor:
