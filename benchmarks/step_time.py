@@ -10,7 +10,8 @@ All are `bond train` with the recipe's model, prompts, reward and sizes, in turn
 that gets slower meets all of them; the first with the host's own ways to log-probabilities and weight sync
 (`--bond.logits_mb 0 --bond.sync_mb 0`). The first step of a run (caches, compilation) does not count. Prints the
 median seconds of each part of a step, the ratio of the medians with the smallest and the largest ratio of a round,
-and the most memory that all processes together took (their proportional set size, looked at twice a second).
+and the most memory that all processes together took (their proportional set size, looked at twice a second). Which
+process had how much of it is in step_time.json.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ METHODS = {
         "vBoN on RLOO, with a cache": [*RLOO[:2], *VBON],
     },
 }
-MEMORY = "memory"
+MEMORY, PROCESSES = "memory", "processes"
 PARTS = ("timing/step_total", "timing/generation", "timing/make_experience", "timing/ppo_train", "timing/broadcast")
 
 
@@ -83,30 +84,31 @@ def without_algorithm(recipe: Path, folder: Path) -> tuple[Path, dict[str, Any]]
     return path, found
 
 
-def memory(process: psutil.Process) -> float:
-    """GB of a process and all that it started, memory that they share counted once."""
-    total = 0
+def memory(process: psutil.Process) -> dict[str, float]:
+    """GB of a process and all that it started, by their names; memory that they share counts once."""
+    found: dict[str, float] = {}
     for each in [process, *process.children(recursive=True)]:
         with suppress(psutil.Error):
-            total += each.memory_full_info().pss
-    return total / 1e9
+            name = each.name().partition(".")[0].strip()
+            found[name] = found.get(name, 0.0) + each.memory_full_info().pss / 1e9
+    return found
 
 
-def run(name: str, flags: list[str], recipe: Path, folder: Path, sizes: list[str]) -> dict[str, list[float]]:
+def run(name: str, flags: list[str], recipe: Path, folder: Path, sizes: list[str]) -> dict[str, Any]:
     """The parts of the steps of one run but its first, in seconds, and its peak memory."""
     output = ["--ckpt.output_dir", str(folder), "--ckpt.path", str(folder / "checkpoints")]
     command = [sys.executable, "-m", "bond_plugin", "train", "--recipe", str(recipe), *sizes, *flags, *output]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
         child = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        peak = 0.0
+        peak: dict[str, float] = {}
         while child.poll() is None:
-            peak = max(peak, memory(child))
+            peak = max(peak, memory(child), key=lambda by_name: sum(by_name.values()))
             time.sleep(0.5)
     if child.returncode:
         raise SystemExit(f"{name} failed (exit status {child.returncode}), see {folder / 'log.txt'}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
-    return {part: [row[part] for row in rows] for part in PARTS} | {MEMORY: [peak]}
+    return {part: [row[part] for row in rows] for part in PARTS} | {MEMORY: [sum(peak.values())], PROCESSES: peak}
 
 
 def make_cache(recipe: Path, cache: Path, sizes: list[str]) -> None:
@@ -143,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {name: [places.get(flag, flag) for flag in methods[name]] for name in (base, *(given.only or others))}
     if any(str(cache) in flags for flags in chosen.values()):
         make_cache(recipe, cache, sizes)
-    rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in chosen}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for turn in range(given.rounds):
         for place, (name, flags) in enumerate(chosen.items()):
             print(f"round {turn + 1} of {given.rounds}: {name}", file=sys.stderr, flush=True)
@@ -158,6 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         ratios = [median(a[total]) / median(b[total]) for a, b in zip(turns, rounds[base], strict=True)]
         ratio, of_memory = (parts[key] / first[key] for key in (total, MEMORY))
         found.append({"method": name, "seconds": parts, "ratio": ratio, "rounds": ratios, "memory": of_memory})
+        found[-1] |= {PROCESSES: [turn[PROCESSES] for turn in turns]}
         seconds = "".join(f"{parts[part]:17.2f}" for part in PARTS)
         spread = f"{ratio:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
         print(f"{name:34}{seconds}   {spread}{parts[MEMORY]:13.2f}  {of_memory:.3f}")
