@@ -294,8 +294,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hidden",
         type=positive,
-        help="width of the policy, a multiple of 32 (default 192, for sums 128): a larger one, in a folder of its "
-        "own, is a teacher with the same vocabulary",
+        help="width of the policy, a multiple of 32 (default 192, for sums 128): one of another size, in a folder "
+        "of its own, has the same vocabulary: a student, or a teacher",
     )
     return parser
 
