@@ -62,6 +62,13 @@ def test_a_dead_link_and_a_dead_anchor_are_found(tmp_path: Path) -> None:
     assert dead_links(page) == ["gone.md", "there.md#three", "#f", "h.png"]
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_every_table_has_a_head(path: Path) -> None:
+    """A blank line within a table makes plain text of the rest."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text(path), re.MULTILINE)
+    assert [block for block in blocks if not re.match(r".*\n\|[ :|-]+\|\n", block)] == []
+
+
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("docs/*.md")), ids=lambda path: path.name)
 def test_files_that_a_page_names_are_there(path: Path) -> None:
     """`host/weights.py`, say; results name files of their time."""
