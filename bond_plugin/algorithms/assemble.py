@@ -27,12 +27,7 @@ class ContractError(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows a prompt has.
-
-    Attributes:
-        policy: n, samples of the policy, which come first.
-        selected: f, selected source samples.
-    """
+    """How many rows a prompt has: ``policy``, n, which come first, and ``selected``, f source samples."""
 
     policy: int
     selected: int = 0
@@ -71,8 +66,6 @@ class Assembled:
 def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
     """The places of a prompt's rows among its n + m samples, the policy's first: ``[P, n + f]``.
 
-    Of n samples of the policy a prompt, and the rewards of source samples, ``[P, m]``.
-
     Raises:
         ContractError: the algorithm selects another number of samples, or samples that are not there.
     """
@@ -91,7 +84,7 @@ def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> Assembled:
     """The advantages of all rows.
 
     Raises:
-        ContractError: the algorithm returns another shape than its interface says, or a number that is not finite.
+        ContractError: another shape than the interface says, or a number that is not finite.
     """
     needs, found = algorithm.needs(), algorithm.advantages(inputs)
     shape, tokens = inputs.rewards.shape, inputs.under["policy"].shape[-1]
@@ -115,22 +108,14 @@ def weighed_loss(policy_loss: PolicyLoss, inputs: LossInputs, rows: Rows) -> Los
 
 
 def per_token(name: str, values: Tensor | None, shape: tuple[int, ...], tokens: int) -> Tensor:
-    """``[P, n, A]`` of what has one number a token, or one a response, which then all of its tokens have.
-
-    Raises:
-        ContractError: it has another shape, or a number that is not finite.
-    """
+    """``[P, n, A]`` of what has one number a token, or one a response, which then all of its tokens have."""
     if isinstance(values, Tensor) and values.dim() == 3:
         return checked(name, values, (*shape, tokens))
     return checked(name, values, shape).unsqueeze(-1).expand(*shape, tokens)
 
 
 def checked(name: str, values: Tensor | None, shape: tuple[int, ...], finite: bool = True) -> Tensor:
-    """``values``, if they have the shape and, unless that does not matter, are finite.
-
-    Raises:
-        ContractError: they do not, or are not.
-    """
+    """``values``, if they have the shape and, unless that does not matter, are finite; else a ContractError."""
     if not isinstance(values, Tensor) or tuple(values.shape) != tuple(shape):
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ContractError(f"{name} must be a tensor of shape {tuple(shape)}, got {found}")

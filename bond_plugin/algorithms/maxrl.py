@@ -33,8 +33,6 @@ from bond_plugin.algorithms.pooled import PulledConfig, pulled
 
 
 class MaxRL(Algorithm):
-    """Advantages alone; the loss is the host's own."""
-
     Config = PulledConfig
     config: PulledConfig
 
