@@ -115,11 +115,9 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def parse_json(content: bytes, finite: bool = True) -> Any:
-    """What JSON says, if it says it to every reader.
+    """What JSON in UTF-8, with or without a byte-order mark, says, if it says it to every reader.
 
-    Args:
-        content: UTF-8, with or without a byte-order mark.
-        finite: numbers that JSON has no word for (NaN, infinity), or that do not fit into 64 bits, are errors.
+    With ``finite`` numbers that JSON has no word for (NaN, infinity), or that do not fit into 64 bits, are errors.
 
     Raises:
         ValueError: it is another thing. The message goes after the name of the file and the line.
@@ -199,8 +197,7 @@ def lock(folder: Path) -> IO[str]:
 class LineFile(contextlib.AbstractContextManager):
     """JSON lines that this process alone appends to, each on the disk before :meth:`write` returns.
 
-    Args:
-        path: the file; made if missing, with its folder. What it holds stays.
+    The file is made if missing, with its folder; what it holds stays.
 
     Raises:
         Busy: another process writes it.

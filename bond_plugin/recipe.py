@@ -57,8 +57,7 @@ def path_from(argv: list[str]) -> Path | None:
 def read(path: Path) -> dict[str, Any]:
     """Flatten a recipe into dotted names and values, in the order of the file.
 
-    A value is the text that the file has, for the flag's own parser to read; ``None`` for null, ``~`` or nothing; or
-    a list of such.
+    A value is the text that the file has, ``None`` for null, ``~`` or nothing; or a list of such.
 
     Raises:
         RecipeError: a file that :func:`load` cannot read, no mapping, or a key given twice.
@@ -208,11 +207,7 @@ _TYPES = {
 
 
 def load(path: Path, typed: bool) -> Any:
-    """The content of a YAML file.
-
-    Args:
-        path: UTF-8, at most 1 MiB.
-        typed: see :func:`strict_loader`.
+    """The content of a YAML file, in UTF-8 and of at most 1 MiB; ``typed``: see :func:`strict_loader`.
 
     Raises:
         RecipeError: what is wrong with the file, and in which line if it is in one. To follow the file's name.
@@ -242,11 +237,9 @@ def load(path: Path, typed: bool) -> Any:
 def strict_loader(yaml: Any, typed: bool) -> Any:
     """A loader to which a key given twice is an error, as it never is meant, and nesting deeper than any flag is one.
 
-    Args:
-        yaml: the module.
-        typed: numbers, ``true`` and ``false`` are what they are, so far as all versions of YAML agree: ``off``,
-            ``0123`` and ``1:30`` are texts. Without, every value is the text that is written. Either way keys are
-            texts, and ``null``, ``~`` and nothing are ``None``.
+    ``typed``: numbers, ``true`` and ``false`` are what they are, so far as all versions of YAML agree: ``off``,
+    ``0123`` and ``1:30`` are texts. Without, every value is the text that is written. Either way keys are texts, and
+    ``null``, ``~`` and nothing are ``None``.
     """
     tag, wrong = "tag:yaml.org,2002:", yaml.composer.ComposerError
 

@@ -48,8 +48,8 @@ def of_model(name: str | Path) -> str | None:
     """A hash of a model's configuration and weights, in less than a second for 70B parameters on a local disk.
 
     Of a weight file larger than 64 MiB the size, its beginning (where safetensors lists the tensors) and 256 pieces
-    at even distances are hashed. So a change confined to a few numbers of a large file may go unnoticed; training,
-    which changes numbers everywhere, does not. The same weights split into other files are another model.
+    at even distances are hashed: a change of a few numbers may go unnoticed, training does not. The same weights
+    split into other files are another model.
 
     Args:
         name: a folder, or a name on Hugging Face's hub, of which only a copy on this machine is looked at.

@@ -73,19 +73,15 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     distributions: bool = True,
 ) -> Likelihood:
-    """Run the models over the responses.
+    """Run the models over the responses. Logits are float32.
 
     Args:
-        models: one or two or more, from :func:`load`; the first two are those of the KL.
+        models: from :func:`load`; the first two are those of the KL.
         prompt_ids: [P][tokens].
         response_ids: [P][s][tokens], EOS included; as many for each prompt.
         temperature: divides the logits of all.
         progress: called with (responses done, responses in all).
-        distributions: whether KL and entropy are wanted, which take longer than log-probabilities alone; else they
-            are zero.
-
-    Returns:
-        :class:`Likelihood`. Logits are float32.
+        distributions: whether KL and entropy are wanted, which take longer than log-probabilities alone; else zero.
     """
     import torch
 
@@ -141,10 +137,7 @@ def _batch(
         ]
         by_token = [log.gather(-1, targets)[..., 0] for log in logs]
         none = torch.zeros_like(by_token[0])
-        if distributions:
-            own = logs[0].exp()
-            by_token.append((own * (logs[0] - logs[1])).sum(dim=-1) if len(logs) > 1 else none)
-            by_token.append(-(own * logs[0]).sum(dim=-1))
-        else:
-            by_token += [none, none]
+        own = logs[0].exp() if distributions else None
+        by_token.append(none if own is None or len(logs) == 1 else (own * (logs[0] - logs[1])).sum(dim=-1))
+        by_token.append(none if own is None else -(own * logs[0]).sum(dim=-1))
     return torch.stack(by_token).double().cpu() * mask[:, width:]

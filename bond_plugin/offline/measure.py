@@ -40,12 +40,7 @@ class TokenizerError(ValueError):
 
 @dataclass(frozen=True)
 class Scored:
-    """K samples of a policy for each of P prompts.
-
-    Attributes:
-        samples: P.
-        rewards: ``[P, K]`` float64.
-    """
+    """K samples of a policy for each of P prompts, and their rewards, ``[P, K]`` float64."""
 
     samples: list[PromptSamples]
     rewards: Tensor
@@ -66,8 +61,6 @@ def read_samples(path: Path) -> tuple[list[PromptSamples], dict[str, Any]] | Non
 
 
 class _Samples(Open):
-    """What :func:`save_samples` writes: a prompt's tokens, those of each of its responses, and their queries."""
-
     prompt_ids: list[list[int]]
     response_ids: list[list[list[int]]]
     queries: list[list[str]]
@@ -159,16 +152,10 @@ def measure(
 
 
 def best_of_reference(rewards: Tensor, skip: int, levels: Sequence[int], samples: int) -> dict[int, Tensor]:
-    """Places of Best-of-N samples among the reference's: the best of each of ``samples`` groups of N.
+    """Places of Best-of-N samples among the reference's: N to ``[P, samples]`` indices, of the best of groups of N.
 
-    Groups do not overlap, and leave the first ``skip`` samples of a prompt out. Samples are exchangeable, so the
-    first of equals is as good a choice as any.
-
-    Args:
-        rewards: ``[P, M]``, M at least skip + samples * max(levels).
-
-    Returns:
-        N to ``[P, samples]`` of indices below M.
+    Groups do not overlap, and leave the first ``skip`` samples of a prompt out: rewards are ``[P, M]``, M at least
+    skip + samples * max(levels). Samples are exchangeable, so the first of equals is as good a choice as any.
     """
     import torch
 

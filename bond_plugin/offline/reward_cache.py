@@ -98,9 +98,8 @@ class _Cached(Line):
 
 @dataclass
 class Entry:
-    """The rewards of a prompt, the line that they came from, its label as JSON, and whether that line has all.
-
-    Beside them where that line begins in the file, if it has the responses' tokens.
+    """The rewards of a prompt, the line they came from, its label as JSON, whether that line has all; and where that
+    line begins in the file, if it has the responses' tokens.
     """
 
     rewards: array
@@ -122,9 +121,7 @@ class Cache(dict[str, Entry]):
     """The rewards of a file, by prompt, in the order of the file.
 
     Attributes:
-        path: the file.
-        record: how the samples were made (the first line of a file of ``bond cache``), or ``None`` if the file
-            does not say.
+        record: how the samples were made (the first line of a file of ``bond cache``), or ``None`` without one.
     """
 
     def __init__(self, path: Path, record: Record | None = None) -> None:
@@ -137,10 +134,9 @@ class Cache(dict[str, Entry]):
         return min((len(self[prompt].rewards) for prompt in wanted), default=0)
 
     def rewards(self, prompts: Sequence[str], samples: int = 0) -> Tensor:
-        """The first M = ``samples`` rewards of each of P prompts, which are as the host feeds them to the policy.
+        """The first M = ``samples`` rewards of each of P prompts, ``[P, M]`` float64, each rounded to float32.
 
-        Returns:
-            ``[P, M]`` float64, each rounded to float32; M as many as every prompt of the file has if it is 0.
+        M is as many as every prompt of the file has if it is 0.
 
         Raises:
             ContentError: a prompt is not in the file, or has fewer rewards.
@@ -153,11 +149,7 @@ class Cache(dict[str, Entry]):
         return torch.stack(rows).double() if rows else torch.zeros(0, samples, dtype=torch.float64)
 
     def stored(self, prompt: str) -> list[Stored]:
-        """The responses of a prompt, read from the file.
-
-        Raises:
-            ContentError: the file has not their tokens.
-        """
+        """The responses of a prompt, read from the file. Raises ContentError: the file has not their tokens."""
         start = self[prompt].start if prompt in self else None
         if start is None:
             raise ContentError(f"{self.path} has no tokens and log-probabilities of the prompt {shorten(prompt)}")
@@ -189,8 +181,7 @@ class Cache(dict[str, Entry]):
         """Take in what one line holds, the ``number``-th, which begins at the byte ``start``.
 
         Raises:
-            ContentError: it is not a line of a reward cache, its rewards are not finite numbers, or they contradict
-                an earlier line.
+            ContentError: it is not of a reward cache, its rewards are not finite, or they contradict an earlier line.
         """
         where = f"{self.path}, line {number}"
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
@@ -242,8 +233,7 @@ def read_cache(path: str | Path) -> Cache:
     """Read a file of ``bond cache`` or of the vBoN authors, whole.
 
     Raises:
-        ContentError: no such file; a line that is not of a reward cache, or whose rewards are no finite numbers or
-            contradict another's, named by its number; or an empty file.
+        ContentError: no such file, an empty one, or a line that :meth:`Cache.add` does not take.
     """
     path = Path(path)
     try:
@@ -326,11 +316,10 @@ def _describe(value: Any) -> str:
 class Writer(LineFile):
     """Appends prompts to a cache, one line each, on the disk before :meth:`append` returns.
 
-    Opening a file that exists goes on where it ends: a last line that was not finished is taken away, and
-    ``cache`` holds the prompts that are there. Nothing else is ever taken away or written twice.
+    Opening a file that exists goes on where it ends: a last line that was not finished is taken away, and ``cache``
+    holds the prompts that are there. Nothing else is ever taken away or written twice.
 
     Args:
-        path: the file; made if missing, with its folder.
         record: what the first line says beside the version. An existing file must say the same.
 
     Raises:
@@ -354,12 +343,9 @@ class Writer(LineFile):
         label: Any = None,
         stored: tuple[list[list[int]], list[list[float]]] | None = None,
     ) -> None:
-        """Write one prompt's line; of its M responses the texts, tokens and log-probabilities if they are to be kept.
+        """Write one prompt's line: M finite rewards, and of the responses the texts, tokens and log-probabilities.
 
-        Args:
-            rewards: M finite numbers.
-            label: what the reward was given as the prompt's label, any JSON; ``None`` or "" for none.
-            stored: tokens and log-probabilities.
+        The label is what the reward was given, any JSON; ``None`` or "" for none.
 
         Raises:
             ContentError: a reward is not finite in float32, or the prompt is there already. Nothing is written.

@@ -55,11 +55,7 @@ def rewards(score: Score, pairs: Sequence[tuple[str, Any]], drawn: Sequence[Prom
 
 
 def try_out(score: Score, pair: tuple[str, Any], tokenizer: Any) -> None:
-    """Score a prompt without a response: what the reward misses shows now, not after minutes of sampling.
-
-    Raises:
-        RewardError: as :func:`rewards`.
-    """
+    """Score a prompt without a response, as :func:`rewards`: what the reward misses shows before the sampling."""
     rewards(score, [pair], [of_texts(pair[0], [""], tokenizer)])
 
 
@@ -92,7 +88,7 @@ def identity(args: SimpleNamespace) -> dict[str, Any]:
 def room_beside(score: Score, gpus: int) -> dict[str, Any]:
     """Arguments of vLLM's engines that leave a reward model its place on a GPU that one of them uses too.
 
-    They are all engines' arguments: which of them draws a sample must not matter. The engines use the first ``gpus``.
+    They are all engines': which of them draws a sample must not matter. The engines use the first ``gpus``.
     """
     if not (isinstance(score, ModelScore) and score.device.type == "cuda" and score.device.index < gpus):
         return {}

@@ -105,13 +105,9 @@ def choose(
 
 
 def table(lines: Sequence[Selected], args: argparse.Namespace, right: Sequence[str] | None = None) -> str:
-    """What each N would have given: the mean reward, and of 0/1 rewards or with right answers the accuracy.
+    """What each N would have given: the mean reward, and of 0/1 rewards or with ``right`` answers the accuracy.
 
     Each is a mean over prompts with its 95 % bootstrap interval, of :func:`~bond_plugin.bestofn.selectors.expected`.
-
-    Args:
-        args: the command's flags.
-        right: the right answer of each prompt, if it is known.
     """
     sizes = [len(line.rewards or line.answers or []) for line in lines]
     tensors = [_tensors(line.rewards, line.answers) for line in lines]

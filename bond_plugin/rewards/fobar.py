@@ -122,8 +122,7 @@ _asked = functools.cache(Asked)
 def weigh(question: str, responses: Sequence[str]) -> list[float]:
     """P of each response's answer among those of all responses to a question: the largest is Best-of-N's choice.
 
-    Returns:
-        For each response, in [0, 1]; 0 without an answer. Responses of equal answers have equal values.
+    In [0, 1] each, 0 without an answer. Responses of equal answers have equal values.
     """
     with _making:
         server = _server()

@@ -28,15 +28,10 @@ _TOLERANCE = 1e-6
 def forward_backward(
     mean: Tensor, cov: Tensor, gradient: Tensor, hessian: Tensor, step: float
 ) -> tuple[Tensor, Tensor]:
-    """One step of FB-GVI.
+    """One step of FB-GVI: the next mean ``[d]`` and covariance ``[d, d]``.
 
-    Args:
-        mean, cov: ``[d]``, ``[d, d]``.
-        gradient, hessian: expectations of V's, ``[d]``, ``[d, d]``.
-        step: h, at most 1 over the largest eigenvalue of the Hessian.
-
-    Returns:
-        The next mean and covariance.
+    ``gradient`` and ``hessian`` are expectations of V's; ``step`` is h, at most 1 over the Hessian's largest
+    eigenvalue.
     """
     pull = torch.eye(len(mean), dtype=mean.dtype) - step * hessian
     values, vectors = torch.linalg.eigh(pull @ cov @ pull.mT)

@@ -47,10 +47,7 @@ def reversed_row(tokenizer: Any, question: str, response: str) -> Row:
 
 
 def mean_log_probs(model: Any, rows: Sequence[Row]) -> Tensor:
-    """The mean log-probability of each row's asked tokens after those given.
-
-    Returns:
-        ``[len(rows)]`` float32, on the CPU.
+    """The mean log-probability of each row's asked tokens after those given, ``[len(rows)]`` float32, on the CPU.
 
     Raises:
         ValueError: a row has more tokens than the model has positions.
