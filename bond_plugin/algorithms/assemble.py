@@ -3,8 +3,7 @@
     samples -> selection -> advantages -> rows -> mean over prompts
 
 Each of P prompts has n samples of the policy and m source samples, f of which are selected. Its *rows* are what
-enters the loss: the n of the policy, and then the f selected. Sampling, scoring and log-probabilities are the
-caller's.
+enters the loss: the n of the policy, and then the f selected.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms.base import Algorithm
-from bond_plugin.algorithms.batch import AdvantageInputs, LossInputs, LossOutputs
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
 
 PolicyLoss = Callable[[LossInputs], LossOutputs]
 
@@ -45,24 +44,6 @@ class Rows:
         return torch.where(from_source, 1.0 / max(self.selected, 1), 1.0 / self.policy)
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """The rows of P prompts, ready for the loss.
-
-    Attributes:
-        inputs: what the algorithm was given.
-        advantages: ``[P, n + f, A]``, of each token; the same in all tokens of a response, also beyond its end, where
-            the algorithm has one number a response.
-        metrics: the algorithm's.
-        classifier_targets: ``[P, n]``, or ``None`` without a classifier.
-    """
-
-    inputs: AdvantageInputs
-    advantages: Tensor
-    metrics: dict[str, float]
-    classifier_targets: Tensor | None
-
-
 def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
     """The places of a prompt's rows among its n + m samples, the policy's first: ``[P, n + f]``.
 
@@ -80,8 +61,10 @@ def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torc
     return torch.cat([places, n + chosen], dim=-1)
 
 
-def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> Assembled:
-    """The advantages of all rows.
+def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> AdvantageOutputs:
+    """What the algorithm gives, with the ``advantages`` of all rows, ``[P, n + f, A]``.
+
+    They are the same in all tokens of a response, also beyond its end, where the algorithm has one number a response.
 
     Raises:
         ContractError: another shape than the interface says, or a number that is not finite.
@@ -93,7 +76,7 @@ def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> Assembled:
     if needs.selected_samples:
         shape = (len(made), needs.selected_samples)
         made = torch.cat([made, per_token("selected_advantages", found.selected_advantages, shape, tokens)], dim=1)
-    return Assembled(inputs, made, found.metrics, targets)
+    return AdvantageOutputs(made, metrics=found.metrics, classifier_targets=targets)
 
 
 def weighed_loss(policy_loss: PolicyLoss, inputs: LossInputs, rows: Rows) -> LossOutputs:

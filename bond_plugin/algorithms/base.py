@@ -139,23 +139,19 @@ class Targeted(Settings):
 class Needs:
     """What an algorithm needs beside the policy's ``--rollout.n_samples_per_prompt``: *source samples*, and more.
 
-    An algorithm without source samples runs on the host's own rollouts, experience maker and loss, in every mode
-    that the host has.
+    Without source samples it runs on the host's own rollouts, experience maker and loss, in every mode of the host.
 
     Attributes:
         source_samples: m, how many a prompt from ``source``; 0 for none.
         selected_samples: f, how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
-        source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy,
-            ``stored`` are responses from the reward cache (``bond cache --cache.log_probs``), drawn from it anew for
-            each step.
+        source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy, ``stored``
+            are responses from the reward cache (``bond cache --cache.log_probs``), drawn from it anew for each step.
         offline: the policy's samples are such stored responses too: nothing is sampled.
-        log_probs: under which weights beside the policy's the log-probabilities of the rows are wanted: ``anchor``,
-            ``reference``, ``teacher`` (a model of its own, ``--ref.model_name_or_path``).
-        anchor_eta: the anchor is a moving average: it moves by ``eta`` of its distance to the policy each
-            optimiser step.
-        anchor_interval: the anchor becomes a copy of the policy every so many optimiser steps. ``None`` for
-            both if no anchor is needed; at most one of them is given.
+        log_probs: under which weights beside the policy's those of the rows are wanted: ``anchor``, ``reference``,
+            ``teacher`` (a model of its own, ``--ref.model_name_or_path``).
         logits: whether :meth:`Algorithm.token_losses` compares the policy's logits with the teacher's.
+        anchor_eta: the anchor moves by ``eta`` of its distance to the policy each optimiser step.
+        anchor_interval: or it becomes a copy of the policy every so many optimiser steps. At most one of both.
         reward_cache: whether :attr:`AdvantageInputs.reference_rewards` come from ``--bond.reward_cache``.
         classifier: whether a sequence classifier is trained in the host's critic slot.
         least: how many samples of the policy a prompt it takes at the least.

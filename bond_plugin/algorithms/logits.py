@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Head:
-    """A model at K tokens: ``[K, H]`` before the output layer, at each's place; weight ``[V, H]``, bias ``[V]``."""
+    """A model at K tokens: ``[K, H]`` before the output layer, of each's place; weight ``[V, H]``, bias ``[V]``."""
 
     hidden: Tensor
     weight: Tensor

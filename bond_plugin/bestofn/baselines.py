@@ -40,7 +40,7 @@ def leave_one_out_mean(values: Tensor, dim: int | None = None) -> Tensor:
 def leave_one_out_log_mean(logs: Tensor) -> Tensor:
     """``[P, n]``, n >= 2: for each entry the log of the mean of what the prompt's others are logs of."""
     n = logs.shape[-1]
-    others = logs.unsqueeze(-2).masked_fill(torch.eye(n, dtype=torch.bool), -math.inf)
+    others = logs.unsqueeze(-2).masked_fill(torch.eye(n, dtype=torch.bool, device=logs.device), -math.inf)
     return others.logsumexp(dim=-1) - math.log(n - 1)
 
 

@@ -178,7 +178,7 @@ def tilted_means(rewards: Tensor, inverse_beta: Tensor, *values: Tensor) -> tupl
 
 @dataclass(frozen=True)
 class BestOfNCurve:
-    """Best-of-n of the reference for n in ``ns``: ``[P, len(ns)]`` float64 each, KL in nats, win rates as above."""
+    """Best-of-n of the reference for n in ``ns``: ``[P, len(ns)]`` float64 each; KL in nats, a tie counts 1/2."""
 
     ns: tuple[int, ...]
     kl: Tensor

@@ -113,8 +113,8 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = F
     Args:
         rewards, weights: ``[P, S]``, as for :func:`pooled_tilt`, S >= 2.
         normalised: divide by e_j of all others instead of C(k, j). The result is then in [-H_k, 0] and does not
-            depend on the weights' scale, but has a bias as 1 / (S F): by enumeration for weights of 2, 2/3 and 4/5,
-            at S = 8, 16, 32, of 0.019, 0.009, 0.005 nats for the best generation, 0.131, 0.151, 0.122 for the lowest.
+            depend on the weights' scale, but has a bias as 1 / S: by enumeration for weights of 2, 2/3 and 4/5, at
+            S = 8, 16, 32, 0.019, 0.009, 0.005 nats for the best generation; 0.131, 0.151, 0.122 for the lowest.
         ratio: in (0, 1]. Term j is multiplied by its j-th power, which makes it the series of log(1 - ratio (1 - F)).
 
     Returns:

@@ -9,9 +9,8 @@ best of a *random number* n of samples of the source. So with G the integral of 
     best_of_poisson  n = 1 + Poisson(mu)   G = F exp(-mu (1-F))                 log g = log(1 + mu F) - mu (1-F)
     exponential      n = Poisson(1/T) > 0  G = (exp(F/T) - 1) / (exp(1/T) - 1)  log g = F/T - log Z
 
-with log Z = log(T (exp(1/T) - 1)). Best-of-Poisson is arXiv 2506.19248's. The exponential tilt is what reinforcement
-learning with the reward F and the KL coefficient T has for its optimum; no policy has a higher win rate against the
-source at its KL. That its n is a Poisson variable, given that it is above 0, is the power series of exp.
+with log Z = log(T (exp(1/T) - 1)). Best-of-Poisson is arXiv 2506.19248's. The exponential tilt is the optimum of
+reinforcement learning with the reward F and the KL coefficient T; no policy has a higher win rate at its KL.
 
 Where rewards tie, a level of mass p_<= - p_< is multiplied by (G(p_<=) - G(p_<)) / (p_<= - p_<): that is what becomes
 of it when ties are broken uniformly at random (for Best-of-N Theorem 1 of arXiv 2407.14622).

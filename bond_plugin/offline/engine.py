@@ -165,7 +165,9 @@ def stream(
         given = 0
         for wanted in range(chunks):
             while given < min(chunks, wanted + 2 * len(children)):
-                min(children, key=lambda child: child.has).give(given)
+                least = min(children, key=lambda child: child.has)
+                least.has += 1
+                least.send(given)
                 given += 1
             while wanted not in ready:
                 child, message = inbox.get()
@@ -221,10 +223,6 @@ class _Child:
     def send(self, order: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # of one that is dead the reader says so
             _send(self.process.stdin, order)
-
-    def give(self, chunk: int) -> None:
-        self.has += 1
-        self.send(chunk)
 
     def close(self) -> None:
         """Once it was killed or has ended."""

@@ -27,8 +27,8 @@ class Likelihood:
     Attributes:
         log_probs: ``[models, P, s]``, log π_m(y | x): the sum over the response's tokens.
         kl: ``[P, s]``, sum over positions t of KL(π_0(. | x, y_<t) || π_1(. | x, y_<t)), each exact over the
-            vocabulary; zero where there is one model. Over responses of π_0 its mean is KL(π_0 || π_1) of whole
-            responses (Rao-Blackwellised: same mean as log π_0(y) - log π_1(y), less variance, never negative).
+            vocabulary; zero with one model. Over responses of π_0 its mean is KL(π_0 || π_1) of whole responses
+            (Rao-Blackwellised).
         entropy: ``[P, s]``, likewise the entropy of π_0's next-token distributions, summed.
         by_token: [P][s] of ``[tokens]``, log π_0(y_t | x, y_<t).
     """

@@ -1,15 +1,12 @@
 """The numbers of a policy on held-out prompts: reward, win rate, KL to the reference and to Best-of-N, diversity.
 
-The same for ``bond evaluate`` and ``bond bench``. The estimates, for a prompt x, samples y_1..y_K of the policy π and
-q reference samples with rewards r'_1..r'_q:
+The estimates, for a prompt x, samples y_1..y_K of the policy π and q reference samples with rewards r'_1..r'_q:
 
-- KL(π || π_ref): Rao-Blackwellised, whole next-token distributions along y_1..y_K (see
-  :mod:`bond_plugin.offline.likelihood`).
+- KL(π || π_ref): Rao-Blackwellised, see :mod:`bond_plugin.offline.likelihood`.
 - quantile: p_< + (p_<= - p_<) / 2 of r(y) among r'; log quantile: log p_<= with y itself counted among them, so that
   it is finite (arXiv 2407.14622, Figure 2 shows the expected log quantile).
 - KL(π || π_BoN) = KL(π || π_ref) - E_π[log π_BoN / π_ref], the ratio by Theorem 1 with term (B) and quantiles among
-  r' with y counted. This is the paper's estimate, and is biased as theirs: with q samples nothing below 1 / (q + 1)
-  can be told, so the KL of a policy that is often below all of them is underestimated.
+  r' with y counted: the paper's estimate, biased as theirs, as nothing below 1 / (q + 1) can be told.
 - KL(π_BoN || π) = E_BoN[log π_BoN / π_ref + log π_ref - log π] over Best-of-N samples drawn from reference samples
   other than r'.
 """

@@ -88,8 +88,7 @@ def loaded(kind: Any, folder: str, device: str) -> Any:
 class Batches:
     """Calls of many threads, done together: the host asks for one reward at a time, from up to 32 threads.
 
-    Args:
-        score: from at most ``size`` items to as many results; never called by two threads at once.
+    ``score`` makes as many results of at most ``size`` items; never called by two threads at once.
     """
 
     def __init__(self, score: Callable[[list[Any]], Sequence[Any]], size: int) -> None:

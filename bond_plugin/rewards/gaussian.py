@@ -49,19 +49,16 @@ def fit(
     step: float | None = None,
     steps: int = 1000,
 ) -> tuple[Tensor, Tensor]:
-    """The posterior of w, prior N(0, I / prior).
+    """The posterior of w, prior N(0, I / prior): mean ``[d]`` and ``factor [d, d]``, covariance = factor factor',
+    float64.
 
     Args:
         features: ``[n, d]``; of comparisons, those of the better less those of the worse.
         targets: ``[n]`` scores, f'w plus a Gaussian of standard deviation ``noise``; ``None`` for comparisons,
             each of which has the probability sigmoid(f'w) (Bradley-Terry).
         samples: of w in a step, the stochastic form, which returns the mean over the second half of its steps; 0 for
-            exact expectations.
+            exact expectations, which end where no entry moves by more than 1e-6.
         step: h, by default 1, in the stochastic form 0.05.
-        steps: at most; with exact expectations it ends where no entry moves by more than 1e-6.
-
-    Returns:
-        Mean ``[d]`` and ``factor [d, d]`` with covariance = factor factor', float64.
 
     Raises:
         ValueError: it has not come to rest after ``steps``.
