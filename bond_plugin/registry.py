@@ -27,11 +27,7 @@ class RegistryError(RuntimeError):
 
 @cache
 def names(group: str) -> dict[str, EntryPoint]:
-    """The entries of ``group`` by name, in alphabetical order, without importing any of them.
-
-    Raises:
-        RegistryError: two different entries share a name.
-    """
+    """The entries of ``group`` by name, in order, none of them imported. Raises RegistryError if two share a name."""
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
         other = found.get(entry.name)
@@ -47,8 +43,7 @@ def names(group: str) -> dict[str, EntryPoint]:
 def load(group: str, name: str) -> Any:
     """The object that ``name`` stands for in ``group``; ``package.module:Name`` for itself, here too.
 
-    Raises:
-        RegistryError: the name is not registered, or importing it fails (the cause is chained).
+    Raises RegistryError if the name is not registered, or importing it fails (the cause is chained).
     """
     known = names(group)
     if ":" in name:

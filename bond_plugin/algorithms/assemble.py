@@ -47,8 +47,7 @@ class Rows:
 def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
     """The places of a prompt's rows among its n + m samples, the policy's first: ``[P, n + f]``.
 
-    Raises:
-        ContractError: the algorithm selects another number of samples, or samples that are not there.
+    Raises ContractError if the algorithm selects another number of samples, or samples that are not there.
     """
     needs, (prompts, m) = algorithm.needs(), source_rewards.shape
     places = torch.arange(n).expand(prompts, n)
@@ -65,9 +64,7 @@ def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> AdvantageOutput
     """What the algorithm gives, with the ``advantages`` of all rows, ``[P, n + f, A]``.
 
     They are the same in all tokens of a response, also beyond its end, where the algorithm has one number a response.
-
-    Raises:
-        ContractError: another shape than the interface says, or a number that is not finite.
+    Raises ContractError for another shape than the interface says, or a number that is not finite.
     """
     needs, found = algorithm.needs(), algorithm.advantages(inputs)
     shape, tokens = inputs.rewards.shape, inputs.under["policy"].shape[-1]
@@ -82,8 +79,7 @@ def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> AdvantageOutput
 def weighed_loss(policy_loss: PolicyLoss, inputs: LossInputs, rows: Rows) -> LossOutputs:
     """The loss of each row times what the row counts for: a step's rows sum up to P times the mean over prompts.
 
-    Raises:
-        ContractError: the policy loss returns another shape than its interface says.
+    Raises ContractError if the policy loss returns another shape than its interface says.
     """
     found = policy_loss(inputs)
     row_loss = checked("row_loss", found.row_loss, inputs.from_source.shape, finite=False)

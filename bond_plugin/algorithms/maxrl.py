@@ -36,11 +36,7 @@ class MaxRL(Algorithm):
         return Needs(least=2, log_probs=self.config.log_probs)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """As above.
-
-        Raises:
-            DataError: a reward that is neither 0 nor 1.
-        """
+        """As above. Raises DataError for a reward that is neither 0 nor 1."""
         rewards = batch.rewards
         other = rewards[(rewards != 0) & (rewards != 1)]
         if len(other):

@@ -27,8 +27,7 @@ def centre(values: Tensor, baseline: str) -> Tensor:
 def leave_one_out_mean(values: Tensor, dim: int | None = None) -> Tensor:
     """For each entry the mean of the others along ``dim``, of all if that is ``None``; any shape.
 
-    Raises:
-        ValueError: fewer than two entries.
+    Raises ValueError for fewer than two entries.
     """
     count = values.numel() if dim is None else values.shape[dim]
     if count < 2:

@@ -17,10 +17,8 @@ def expected_max(rewards: Tensor, n: int) -> Tensor:
         E[max of n] ~ sum_{i=n}^{k} C(i-1, n-1) / C(k, n) r_(i)
 
     The weights' error is below 1e-10 for k up to 10,000. Of 0/1 rewards it is pass@n, 1 - C(k - c, n) / C(k, n) with
-    c right ones. ``[..., k]`` to ``[...]``, in the dtype of ``rewards`` (float32 for integers).
-
-    Raises:
-        ValueError: n < 1, or n > k: no unbiased estimate exists.
+    c right ones. ``[..., k]`` to ``[...]``, in the dtype of ``rewards`` (float32 for integers). Raises ValueError for
+    n < 1, or n > k, where there is no unbiased estimate.
     """
     k = rewards.shape[-1] if rewards.dim() else 0
     if not 1 <= n <= k:

@@ -93,13 +93,10 @@ class Front:
 def reward_front(rewards: Tensor) -> Front:
     """The highest mean reward at a given mean KL to the reference.
 
-    Args:
-        rewards: ``[P, M]``, of M >= 2 independent samples of the reference for each of P prompts, in the order in
-            which they were drawn: the bias compares every other sample, and sorting would hide it. If all prompts
-            have constant rewards, the front is the one point (0, mean).
-
-    Raises:
-        ValueError: another shape, too few samples, or a reward that is not finite.
+    From ``[P, M]`` rewards of M >= 2 independent samples of the reference for each of P prompts, in the order in
+    which they were drawn: the bias compares every other sample, and sorting would hide it. If all prompts have
+    constant rewards, the front is the one point (0, mean). Raises ValueError for another shape, or a reward that is
+    not finite.
     """
     return _front(_checked(rewards), ranked=False)
 
@@ -155,16 +152,10 @@ def _tilted(rewards: Tensor, ranked: bool) -> tuple[Tensor, Tensor]:
 
 
 def tilted_means(rewards: Tensor, inverse_beta: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """KL to the reference, and means of ``values``, under each prompt's samples tilted by their rewards.
+    """KL to the reference in nats, and means of ``values``, under each prompt's samples tilted by their rewards.
 
-    Args:
-        rewards: ``[P, M]``, none above 0 (less the best of its prompt, which changes no weight): so exp cannot
-            overflow.
-        inverse_beta: ``[B]``, 1 / beta.
-        values: ``[P, M]`` each.
-
-    Returns:
-        (KL in nats, a mean of each of ``values``), ``[B, P]`` each.
+    Of ``[P, M]`` rewards, none above 0 (less the best of its prompt, which changes no weight), so that exp cannot
+    overflow, ``[B]`` 1 / beta, and values ``[P, M]``: ``[B, P]`` each.
     """
     parts = []
     for some in inverse_beta.split(max(1, _CHUNK // rewards.numel())):
@@ -194,10 +185,7 @@ def best_of_n_curve(rewards: Tensor, ns: Sequence[int]) -> BestOfNCurve:
     """Reward, win rate and KL of Best-of-n for several n, 1 <= n < M, from samples of the reference, ``[P, M]``.
 
     Rewards by :func:`~bond_plugin.bestofn.estimates.expected_max` and win rates by :func:`bon_win_rate`, both
-    unbiased; KLs by :func:`bon_kl_from_samples`.
-
-    Raises:
-        ValueError: another shape, or a reward that is not finite.
+    unbiased; KLs by :func:`bon_kl_from_samples`. Raises ValueError for another shape, or a reward that is not finite.
     """
     rewards, ns = _checked(rewards), tuple(ns)
     kl, reward, win_rate = (

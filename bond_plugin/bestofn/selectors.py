@@ -43,17 +43,10 @@ VOTES = ("majority", "weighted")
 
 
 def vote(answers: Tensor, weights: Tensor) -> Tensor:
-    """The answer with the largest sum of weights.
+    """The answer with the largest sum of weights: ``[..., N]`` float64, the probability of each sample.
 
-    Args:
-        answers: ``[..., N]`` int64 from -1, small, equal numbers for equal answers; -1 is no answer and no vote.
-        weights: ``[..., N]``, at least 0.
-
-    Returns:
-        ``[..., N]`` float64, the probability of each sample.
-
-    Raises:
-        ValueError: a negative weight: another vote for an answer would count against it.
+    Equal answers, ``[..., N]`` int64, are equal small numbers; -1 is no answer and no vote. Raises ValueError for a
+    negative weight: another vote for an answer would count against it.
     """
     if (weights < 0).any():
         raise ValueError(f"votes are weighted with numbers of at least 0, got {weights.min().item():g}")

@@ -40,11 +40,7 @@ class Likelihood:
 
 
 def load(*paths: str | Path) -> list[Any]:
-    """Models in transformers: in float32 without a GPU, in their own dtype with one.
-
-    Raises:
-        VocabularyError: their vocabularies differ in size.
-    """
+    """Models in float32 without a GPU, else in their dtype. Raises VocabularyError if their sizes differ."""
     import torch
     import transformers
 

@@ -53,11 +53,8 @@ def training_prompts(args: SimpleNamespace, tokenizer: Any) -> Pairs:
 def column(args: SimpleNamespace, tokenizer: Any, key: str | None, flag: str) -> Pairs:
     """The prompt of each row of a run's data, in its order, and what the row has under ``key``, "" without a key.
 
-    By the host's own function, so they are the strings that training looks up. Its data loader would need Ray.
-    ``flag`` names the key in messages.
-
-    Raises:
-        DataError: a prompt that is no text, or data without the key that should hold it.
+    By the host's own function, so they are the strings that training looks up. ``flag`` names the key in messages.
+    Raises DataError for a prompt that is no text, or data without the key.
     """
     from openrlhf.trainer.ppo_trainer import prepare_datasets
 
@@ -78,11 +75,9 @@ def column(args: SimpleNamespace, tokenizer: Any, key: str | None, flag: str) ->
 def held_out(rows: list[dict[str, Any]], data: SimpleNamespace, tokenizer: Any, chat_flag: str) -> Pairs:
     """The pairs of rows from :func:`read_rows`, ``input`` (text, or messages) and ``label``, in their order.
 
-    ``apply_chat_template`` and ``input_template`` of the host's ``--data.*`` are used; ``chat_flag`` is what to set
-    for conversations, for the message.
-
-    Raises:
-        DataError: a prompt that is not text, or fits no chat template. To follow where they come from.
+    ``apply_chat_template`` and ``input_template`` of the host's ``--data.*`` are used; ``chat_flag`` is what the
+    message names for conversations. Raises DataError, to follow where they come from, for what is no text or fits no
+    template.
     """
     from openrlhf.datasets import PromptDataset
 
@@ -290,11 +285,7 @@ def chat_template(tokenizer: Any) -> Callable[[list[Any]], str]:
 
 
 def read_rows(path: Path, lines: Lines) -> list[dict[str, Any]]:
-    """The rows of a file, all of them.
-
-    Raises:
-        DataError: the first line that is no use, and how many others are not.
-    """
+    """The rows of a file. Raises DataError: the first line that is no use, and how many others are not."""
     found = list(lines.read(path))
     wrong = [row for row in found if isinstance(row, str)]
     if wrong:

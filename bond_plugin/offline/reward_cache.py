@@ -118,11 +118,7 @@ class Stored(NamedTuple):
 
 
 class Cache(dict[str, Entry]):
-    """The rewards of a file, by prompt, in the order of the file.
-
-    Attributes:
-        record: how the samples were made (the first line of a file of ``bond cache``), or ``None`` without one.
-    """
+    """The rewards of a file, by prompt, in its order; ``record`` says how the samples were made, if it is known."""
 
     def __init__(self, path: Path, record: Record | None = None) -> None:
         super().__init__()
@@ -134,12 +130,10 @@ class Cache(dict[str, Entry]):
         return min((len(self[prompt].rewards) for prompt in wanted), default=0)
 
     def rewards(self, prompts: Sequence[str], samples: int = 0) -> Tensor:
-        """The first M = ``samples`` rewards of each of P prompts, ``[P, M]`` float64, each rounded to float32.
+        """The first ``samples`` rewards (0: as many as all have) of each of P prompts, ``[P, M]`` float64, each of
+        float32.
 
-        M is as many as every prompt of the file has if it is 0.
-
-        Raises:
-            ContentError: a prompt is not in the file, or has fewer rewards.
+        Raises ContentError if a prompt is not in the file, or has fewer rewards.
         """
         import torch
 
@@ -159,11 +153,7 @@ class Cache(dict[str, Entry]):
         return list(map(Stored, line["tokens"], line["log_probs"], line["rewards"]))
 
     def check(self, prompts: Sequence[str], samples: int = 0) -> None:
-        """Whether every prompt has ``samples`` rewards; 0 for at least one.
-
-        Raises:
-            ContentError: one has not. The message names the first, and says how many there are.
-        """
+        """Raises ContentError if a prompt has not ``samples`` rewards, 0 for one: it names the first."""
         missing = [prompt for prompt in prompts if prompt not in self]
         if missing:
             others = f" (and of {len(missing) - 1} others)" if len(missing) > 1 else ""
@@ -180,8 +170,7 @@ class Cache(dict[str, Entry]):
     def add(self, item: Any, number: int, start: int) -> None:
         """Take in what one line holds, the ``number``-th, which begins at the byte ``start``.
 
-        Raises:
-            ContentError: it is not of a reward cache, its rewards are not finite, or they contradict an earlier line.
+        Raises ContentError if it is not of a reward cache, not finite, or contradicts an earlier line.
         """
         where = f"{self.path}, line {number}"
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
@@ -232,8 +221,7 @@ class Cache(dict[str, Entry]):
 def read_cache(path: str | Path) -> Cache:
     """Read a file of ``bond cache`` or of the vBoN authors, whole.
 
-    Raises:
-        ContentError: no such file, an empty one, or a line that :meth:`Cache.add` does not take.
+    Raises ContentError for no such file, an empty one, or a line that :meth:`Cache.add` does not take.
     """
     path = Path(path)
     try:
@@ -319,11 +307,8 @@ class Writer(LineFile):
     Opening a file that exists goes on where it ends: a last line that was not finished is taken away, and ``cache``
     holds the prompts that are there. Nothing else is ever taken away or written twice.
 
-    Args:
-        record: what the first line says beside the version. An existing file must say the same.
-
     Raises:
-        ContentError: the file has another record (the message says what differs), or is no file of ``bond cache``.
+        ContentError: the first line has another ``record`` (the message says what differs), or none.
         Busy, OSError: another process writes it, or it cannot be written.
     """
 
@@ -345,10 +330,8 @@ class Writer(LineFile):
     ) -> None:
         """Write one prompt's line: M finite rewards, and of the responses the texts, tokens and log-probabilities.
 
-        The label is what the reward was given, any JSON; ``None`` or "" for none.
-
-        Raises:
-            ContentError: a reward is not finite in float32, or the prompt is there already. Nothing is written.
+        Raises ContentError if a reward is not finite in float32, or the prompt is there already. Nothing is written
+        then.
         """
         import numpy
 

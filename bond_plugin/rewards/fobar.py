@@ -48,12 +48,7 @@ def masked(question: str) -> list[tuple[str, str]]:
 
 
 def score(forward: float, found: int, chains: int, alpha: float) -> float:
-    """P_f^alpha P_b^(1 - alpha), not divided by its sum over answers.
-
-    Args:
-        forward: share of forward chains with the answer.
-        found: backward chains that found the number, of ``chains``; 0 of 0 where there is no number.
-    """
+    """P_f^alpha P_b^(1 - alpha), with ``found`` of ``chains`` backward chains, 0 of 0 where there is no number."""
     return forward**alpha * ((found + EPSILON) / (chains + EPSILON)) ** (1 - alpha)
 
 

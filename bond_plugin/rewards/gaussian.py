@@ -28,11 +28,7 @@ _TOLERANCE = 1e-6
 def forward_backward(
     mean: Tensor, cov: Tensor, gradient: Tensor, hessian: Tensor, step: float
 ) -> tuple[Tensor, Tensor]:
-    """One step of FB-GVI: the next mean ``[d]`` and covariance ``[d, d]``.
-
-    ``gradient`` and ``hessian`` are expectations of V's; ``step`` is h, at most 1 over the Hessian's largest
-    eigenvalue.
-    """
+    """One step of FB-GVI, with expectations of V's gradient and Hessian: the next mean and covariance."""
     pull = torch.eye(len(mean), dtype=mean.dtype) - step * hessian
     values, vectors = torch.linalg.eigh(pull @ cov @ pull.mT)
     values = values.clamp_min(0)
@@ -49,19 +45,15 @@ def fit(
     step: float | None = None,
     steps: int = 1000,
 ) -> tuple[Tensor, Tensor]:
-    """The posterior of w, prior N(0, I / prior): mean ``[d]`` and ``factor [d, d]``, covariance = factor factor',
-    float64.
+    """The posterior of w, prior N(0, I / prior): mean ``[d]`` and ``factor [d, d]``, covariance factor factor'.
 
     Args:
         features: ``[n, d]``; of comparisons, those of the better less those of the worse.
         targets: ``[n]`` scores, f'w plus a Gaussian of standard deviation ``noise``; ``None`` for comparisons,
             each of which has the probability sigmoid(f'w) (Bradley-Terry).
         samples: of w in a step, the stochastic form, which returns the mean over the second half of its steps; 0 for
-            exact expectations, which end where no entry moves by more than 1e-6.
+            exact expectations, which end where no entry moves by more than 1e-6, else with a ValueError.
         step: h, by default 1, in the stochastic form 0.05.
-
-    Raises:
-        ValueError: it has not come to rest after ``steps``.
     """
     features = features.double()
     step = step or (0.05 if samples else 1.0)
