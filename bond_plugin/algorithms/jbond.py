@@ -177,15 +177,11 @@ def policy_loss(inputs: LossInputs) -> LossOutputs:
     mask = inputs.mask.to(inputs.log_probs.dtype)
     log_probs, old = inputs.within(inputs.log_probs), inputs.within(inputs.old_log_probs)
     ratio = (log_probs - old).clamp(-20, 20).exp()
-    plain = log_probs * inputs.advantages
-    if inputs.on_policy:
-        objective, clipped = plain, torch.zeros_like(plain)
-    else:
-        unclipped = ratio * inputs.advantages
-        bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
-        from_source = inputs.from_source.unsqueeze(-1)
-        objective = torch.where(from_source, plain, torch.minimum(unclipped, bounded))
-        clipped = ((bounded < unclipped) & ~from_source).to(plain.dtype)
+    unclipped = ratio * inputs.advantages
+    bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
+    plain = inputs.from_source.unsqueeze(-1) | inputs.on_policy
+    objective = torch.where(plain, log_probs * inputs.advantages, torch.minimum(unclipped, bounded))
+    clipped = ((bounded < unclipped) & ~plain).to(mask.dtype)
     return LossOutputs(
         row_loss=-(objective * mask).sum(dim=-1),
         clip_fraction=((clipped * mask).sum() / mask.sum().clamp(min=1)).detach(),

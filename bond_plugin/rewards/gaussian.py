@@ -57,16 +57,15 @@ def fit(
     """
     features = features.double()
     step = step or (0.05 if samples else 1.0)
-    bound = prior * torch.eye(features.shape[1], dtype=torch.float64)
-    bound += features.mT @ features * (0.25 if targets is None else noise**-2)
-    lower = torch.linalg.cholesky(bound)
+    eye = torch.eye(features.shape[1], dtype=torch.float64)
+    lower = torch.linalg.cholesky(prior * eye + features.mT @ features * (0.25 if targets is None else noise**-2))
     rows = torch.linalg.solve_triangular(lower, features.mT, upper=False).mT  # f'w = row'u with u = lower' w
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     penalty = prior * inverse @ inverse.mT
     nodes, weights = (torch.from_numpy(found) for found in np.polynomial.hermite_e.hermegauss(_NODES))
     weights = weights / weights.sum()
     generator = torch.Generator().manual_seed(0)
-    mean, cov = torch.zeros(len(lower), dtype=torch.float64), torch.eye(len(lower), dtype=torch.float64)
+    mean, cov = torch.zeros(len(lower), dtype=torch.float64), eye
     total = [torch.zeros_like(mean), torch.zeros_like(cov)]
     for done in range(steps):
         if samples:
