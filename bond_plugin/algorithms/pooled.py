@@ -17,10 +17,10 @@ token t of y_i is trained with the advantage
 
 where L_it = sum_{s >= t} log pi(y_is) - log pi_anchor(y_is) is a reward-to-go: what came before a token does not
 depend on it. L' is the same with the initial policy. The mean over the prompt's other samples, at the same token,
-does not depend on y_i. For log ĝ that would be wrong: ranks within a prompt depend on one another, and it would
-multiply the rank part by S / (S - 1) against the KL. B is the mean over other prompts; with one prompt it is what the
-mean is where the policy is the anchor, -(N - 1) k / (k + 1) with k = S - 1. ``--bond.target`` has other g, with
-estimators of the same kind: see :mod:`bond_plugin.bestofn.targets`.
+does not depend on y_i. For log ĝ that would be wrong: ranks within a prompt depend on one another, and that
+would multiply the rank part by S / (S - 1) against the KL. B is the mean over other prompts; with one prompt it is
+what the mean is where the policy is the anchor, -(N - 1) k / (k + 1) with k = S - 1. ``--bond.target`` has other g,
+with estimators of the same kind: see :mod:`bond_plugin.bestofn.targets`.
 
 So that no sample makes up the whole gradient of a step, a is cut off at ``--bond.max_weight`` (truncated importance
 sampling, Ionides 2008), which puts min(pi_anchor, c q) in the anchor's place: everything above is exact for that.

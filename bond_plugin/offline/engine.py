@@ -376,7 +376,7 @@ def _work(job: dict[str, Any], chunks: Iterable[int], stream: IO[str]) -> None:
             responses = [list(one.token_ids) for one in of_prompt]
             queries = [tokenizer.decode(ids + response, skip_special_tokens=False) for response in responses]
             texts = [tokenizer.decode(response, skip_special_tokens=False) for response in responses]
-            pairs = (zip(one.token_ids, one.logprobs or (), strict=True) for one in of_prompt)
+            pairs = (zip(one.token_ids, one.logprobs, strict=True) for one in of_prompt)
             known = [[at[token].logprob for token, at in each] for each in pairs] if job["log_probs"] else None
             drawn.append(vars(PromptSamples(ids, responses, queries, texts, known)))
         _send(stream, {"chunk": chunk, "samples": drawn})
