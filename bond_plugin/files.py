@@ -45,11 +45,7 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Open an ordinary file for reading.
-
-    Raises:
-        OSError: it cannot be, or is a pipe or a device, which may never end.
-    """
+    """Open an ordinary file for reading. Raises OSError for a pipe or a device too, which may never end."""
     if not path.is_file() and path.exists() and not path.is_dir():
         raise OSError(errno.EINVAL, "not an ordinary file", os.fspath(path))
     return path.open("rb")
@@ -100,8 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file, an object or what ``kind`` says; ``None`` if there is no such file.
 
-    Raises:
-        ContentError: it is no JSON, or of another kind.
+    Raises ContentError if it is no JSON, or of another kind.
     """
     if not path.is_file():
         return None
@@ -115,14 +110,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def parse_json(content: bytes, finite: bool = True) -> Any:
-    """What JSON says, if it says it to every reader.
+    """What JSON in UTF-8, with or without a byte-order mark, says, if it says it to every reader.
 
-    Args:
-        content: UTF-8, with or without a byte-order mark.
-        finite: numbers that JSON has no word for (NaN, infinity), or that do not fit into 64 bits, are errors.
-
-    Raises:
-        ValueError: it is another thing. The message goes after the name of the file and the line.
+    With ``finite`` numbers that JSON has no word for (NaN, infinity), or that do not fit into 64 bits, are errors.
+    Raises ValueError, whose message goes after the name of the file and the line.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,9 +166,7 @@ def _deeper(value: Any, levels: int) -> bool:
 def lock(folder: Path) -> IO[str]:
     """Be the only one who writes a folder, until the returned file is closed or this process has ended.
 
-    Raises:
-        Busy: another process is.
-        OSError: the folder cannot be written, or its file system knows no locks.
+    Raises Busy if another process is; OSError if it cannot be written, or its file system knows no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".bond.lock"
@@ -199,12 +188,8 @@ def lock(folder: Path) -> IO[str]:
 class LineFile(contextlib.AbstractContextManager):
     """JSON lines that this process alone appends to, each on the disk before :meth:`write` returns.
 
-    Args:
-        path: the file; made if missing, with its folder. What it holds stays.
-
-    Raises:
-        Busy: another process writes it.
-        OSError: it cannot be written, or its file system knows no locks.
+    The file is made if missing, with its folder; what it holds stays. Raises Busy if another process writes it;
+    OSError if it cannot be written, or its file system knows no locks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

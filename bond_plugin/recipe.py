@@ -57,11 +57,8 @@ def path_from(argv: list[str]) -> Path | None:
 def read(path: Path) -> dict[str, Any]:
     """Flatten a recipe into dotted names and values, in the order of the file.
 
-    A value is the text that the file has, for the flag's own parser to read; ``None`` for null, ``~`` or nothing; or
-    a list of such.
-
-    Raises:
-        RecipeError: a file that :func:`load` cannot read, no mapping, or a key given twice.
+    A value is the text that the file has, ``None`` for null, ``~`` or nothing; or a list of such. Raises RecipeError
+    for a file that :func:`load` cannot read, no mapping, or a key given twice.
     """
     flat: dict[str, Any] = {}
     try:
@@ -78,8 +75,7 @@ def read(path: Path) -> dict[str, Any]:
 def flatten(node: dict, flat: dict[str, Any], prefix: str = "") -> None:
     """Add the dotted names and values of a nested mapping to ``flat``.
 
-    Raises:
-        RecipeError: a name that is there already, or a mapping that is nested too deeply.
+    Raises RecipeError for a name that is there already, or a mapping that is nested too deeply.
     """
     if prefix.count(".") > _DEEPEST:  # by aliases: the loader counts what is written
         raise RecipeError(f"nested deeper than {_DEEPEST} levels")
@@ -110,8 +106,7 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 def to_argv(flat: dict[str, Any], parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """The command line that a recipe stands for.
 
-    Raises:
-        RecipeError: a key that is no flag (the nearest one is named), or a value that does not fit its kind.
+    Raises RecipeError for a key that is no flag (it names the nearest), or a value that does not fit its kind.
     """
     known = {option[2:]: action for option, action in parser._option_string_actions.items() if option[:2] == "--"}
     for name in ("help", "recipe"):
@@ -208,14 +203,9 @@ _TYPES = {
 
 
 def load(path: Path, typed: bool) -> Any:
-    """The content of a YAML file.
+    """The content of a YAML file, in UTF-8 and of at most 1 MiB; ``typed``: see :func:`strict_loader`.
 
-    Args:
-        path: UTF-8, at most 1 MiB.
-        typed: see :func:`strict_loader`.
-
-    Raises:
-        RecipeError: what is wrong with the file, and in which line if it is in one. To follow the file's name.
+    Raises RecipeError, to follow the file's name: what is wrong, and in which line if it is in one.
     """
     import yaml
 
@@ -242,11 +232,9 @@ def load(path: Path, typed: bool) -> Any:
 def strict_loader(yaml: Any, typed: bool) -> Any:
     """A loader to which a key given twice is an error, as it never is meant, and nesting deeper than any flag is one.
 
-    Args:
-        yaml: the module.
-        typed: numbers, ``true`` and ``false`` are what they are, so far as all versions of YAML agree: ``off``,
-            ``0123`` and ``1:30`` are texts. Without, every value is the text that is written. Either way keys are
-            texts, and ``null``, ``~`` and nothing are ``None``.
+    ``typed``: numbers, ``true`` and ``false`` are what they are, so far as all versions of YAML agree: ``off``,
+    ``0123`` and ``1:30`` are texts. Without, every value is the text that is written. Either way keys are texts, and
+    ``null``, ``~`` and nothing are ``None``.
     """
     tag, wrong = "tag:yaml.org,2002:", yaml.composer.ComposerError
 

@@ -1,8 +1,7 @@
 """The entry-point groups through which algorithms, losses and plugins are found.
 
-An algorithm is one file plus one entry point, in this distribution or in anybody's. A name that two
-distributions claim, or an entry that cannot be imported, stops the run: a training run that silently used
-another algorithm than the one asked for would look right and be wrong.
+An algorithm is one file plus one entry point, in this distribution or in anybody's. A name that two distributions
+claim, or an entry that cannot be imported, stops the run.
 """
 
 from __future__ import annotations
@@ -28,11 +27,7 @@ class RegistryError(RuntimeError):
 
 @cache
 def names(group: str) -> dict[str, EntryPoint]:
-    """The entries of ``group`` by name, in alphabetical order, without importing any of them.
-
-    Raises:
-        RegistryError: two different entries share a name.
-    """
+    """The entries of ``group`` by name, in order, none of them imported. Raises RegistryError if two share a name."""
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
         other = found.get(entry.name)
@@ -48,8 +43,7 @@ def names(group: str) -> dict[str, EntryPoint]:
 def load(group: str, name: str) -> Any:
     """The object that ``name`` stands for in ``group``; ``package.module:Name`` for itself, here too.
 
-    Raises:
-        RegistryError: the name is not registered, or importing it fails (the cause is chained).
+    Raises RegistryError if the name is not registered, or importing it fails (the cause is chained).
     """
     known = names(group)
     if ":" in name:
@@ -70,20 +64,12 @@ def load(group: str, name: str) -> Any:
 
 
 def policy_loss(name: str, algorithm: Any) -> Any:
-    """The policy loss ``name``, of ours or anybody's; ``own`` is the method of the algorithm.
-
-    Raises:
-        RegistryError: as :func:`load`.
-    """
+    """The policy loss ``name``, of ours or anybody's; ``own`` is the method of the algorithm."""
     return algorithm.loss if name == OWN_LOSS and algorithm is not None else load(POLICY_LOSSES, name)
 
 
 def load_class(group: str, name: str, base: type) -> Any:
-    """The subclass of ``base`` that ``name`` stands for in ``group``.
-
-    Raises:
-        RegistryError: as :func:`load`; or it is no subclass of ``base``.
-    """
+    """The subclass of ``base`` that ``name`` stands for. Raises RegistryError as :func:`load`, or if it is none."""
     found = load(group, name)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise RegistryError(f"'{name}' in '{group}' must be a subclass of bond_plugin.algorithms.{base.__name__}")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import comb
+from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from bond_plugin import registry
@@ -18,6 +20,14 @@ from bond_plugin.bestofn.distribution import level_probabilities, log_bon_ratio
 from bond_plugin.lab.problem import MASK, RESPONSES, EnumerablePolicy, Problem
 
 SIZE = len(RESPONSES)
+
+
+def examples(count: int) -> settings:
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def f64(*values: Any) -> Tensor:
+    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
 
 
 def bon_log_probs(log_ref: Tensor, rewards: Tensor, n: float) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from enumerated import bon_log_probs
-from hypothesis import HealthCheck, given, settings
+from enumerated import bon_log_probs, examples, f64
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,14 +27,6 @@ from bond_plugin.bestofn.estimates import expected_max
 from bond_plugin.bestofn.selectors import random_argmax
 
 EPS = 2.0**-52
-
-
-def examples(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-
-
-def f64(*values: Any) -> Tensor:
-    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
 
 
 def digits(count: int) -> Context:

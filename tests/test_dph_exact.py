@@ -16,7 +16,7 @@ from enumerated import (
 )
 from torch import Tensor
 
-from bond_plugin.algorithms import AdvantageInputs, assemble
+from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, assemble
 from bond_plugin.algorithms.dph import DPH, DPHConfig
 from bond_plugin.lab.learner import Training, train
 from bond_plugin.lab.problem import Problem
@@ -30,7 +30,7 @@ def build(**settings: object) -> DPH:
     return DPH(DPHConfig(reward_cache="-", **settings))
 
 
-def assembled(algorithm: DPH, rows: Tensor, cached: Tensor, tokens: Tensor, rewards: Tensor) -> assemble.Assembled:
+def assembled(algorithm: DPH, rows: Tensor, cached: Tensor, tokens: Tensor, rewards: Tensor) -> AdvantageOutputs:
     """Two samples of the policy and a stored response for each prompt."""
     own = (torch.arange(rows.shape[-1]) < 2).unsqueeze(-1)
     under = {"policy": tokens[rows], "behaviour": torch.where(own, tokens[rows], REFERENCE[rows])}

@@ -139,7 +139,7 @@ MATRIX = lines(
 
 def read_prompts(path: Path) -> Any:
     flags = ("--data.input_key", "--data.label_key", "--data.apply_chat_template")
-    reader = prompts.Lines(prompts.Columns("input", "answer", True, flags), lambda chat: str(chat), table=True)
+    reader = prompts.Lines(("input", "answer"), flags, True, lambda chat: str(chat), table=True)
     return prompts.read_rows(path, reader)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from enumerated import bon_log_probs
-from hypothesis import given, settings
+from enumerated import bon_log_probs, examples, f64
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,14 +33,6 @@ from bond_plugin.bestofn.limits import (
 )
 
 FRONTS = [reward_front, win_rate_front]
-
-
-def examples(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, derandomize=True)
-
-
-def f64(*values: Any) -> Tensor:
-    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
 
 
 def bon_kl(log_ref: Tensor, rewards: Tensor, n: int) -> Tensor:

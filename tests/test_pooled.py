@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from enumerated import bon_log_probs
-from hypothesis import HealthCheck, given, settings
+from enumerated import bon_log_probs, examples, f64
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,14 +21,6 @@ from bond_plugin.bestofn import pooled
 from bond_plugin.bestofn.baselines import leave_one_out_mean
 from bond_plugin.bestofn.distribution import level_probabilities, log_bon_ratio
 from bond_plugin.bestofn.pooled import effective_sample_size, harmonic_log_quantile, mixture_weights, pooled_tilt
-
-
-def examples(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-
-
-def f64(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from bond_plugin.algorithms.logits import Head, Logits
-from bond_plugin.algorithms.sinkd import SinKD, SinKDConfig, cost, transport
+from bond_plugin.algorithms.sinkd import SinKD, SinKDConfig
+from bond_plugin.bestofn.divergences import transport
 from bond_plugin.lab.learner import TEACHER, Training, train
 from bond_plugin.lab.problem import Problem
 
@@ -90,7 +91,7 @@ def test_gradients_are_those_of_finite_differences(settings: dict[str, float]) -
 
 
 def test_the_plan_keeps_to_its_constraints_and_becomes_the_transport() -> None:
-    costs = cost(made()).detach()[:5, :5]
+    costs = made().distances().detach()[:5, :5]
     plain = (-costs / 0.1).exp()
     for _ in range(20):
         plain = plain / plain.sum(dim=0, keepdim=True)

@@ -18,10 +18,11 @@ import pytest
 import test_algorithms_exact as sampled
 import test_pooled_exact as small
 import torch
+from enumerated import examples, f64
 from hypothesis import given
 from hypothesis import strategies as st
 from test_lab import STRICT, TIED, kl
-from test_pooled import BEHAVIOUR, POLICY, SOURCE, by_types, close, examples, expectations, f64, weights_of
+from test_pooled import BEHAVIOUR, POLICY, SOURCE, by_types, close, expectations, weights_of
 from torch import Tensor
 
 from bond_plugin.algorithms.base import AdvantageInputs

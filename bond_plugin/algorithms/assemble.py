@@ -3,8 +3,7 @@
     samples -> selection -> advantages -> rows -> mean over prompts
 
 Each of P prompts has n samples of the policy and m source samples, f of which are selected. Its *rows* are what
-enters the loss: the n of the policy, and then the f selected. Sampling, scoring and log-probabilities are the
-caller's.
+enters the loss: the n of the policy, and then the f selected.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bond_plugin.algorithms.base import Algorithm
-from bond_plugin.algorithms.batch import AdvantageInputs, LossInputs, LossOutputs
+from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
 
 PolicyLoss = Callable[[LossInputs], LossOutputs]
 
@@ -27,12 +26,7 @@ class ContractError(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows a prompt has.
-
-    Attributes:
-        policy: n, samples of the policy, which come first.
-        selected: f, selected source samples.
-    """
+    """How many rows a prompt has: ``policy``, n, which come first, and ``selected``, f source samples."""
 
     policy: int
     selected: int = 0
@@ -50,31 +44,10 @@ class Rows:
         return torch.where(from_source, 1.0 / max(self.selected, 1), 1.0 / self.policy)
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """The rows of P prompts, ready for the loss.
-
-    Attributes:
-        inputs: what the algorithm was given.
-        advantages: ``[P, n + f, A]``, of each token; the same in all tokens of a response, also beyond its end, where
-            the algorithm has one number a response.
-        metrics: the algorithm's.
-        classifier_targets: ``[P, n]``, or ``None`` without a classifier.
-    """
-
-    inputs: AdvantageInputs
-    advantages: Tensor
-    metrics: dict[str, float]
-    classifier_targets: Tensor | None
-
-
 def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torch.Generator) -> Tensor:
     """The places of a prompt's rows among its n + m samples, the policy's first: ``[P, n + f]``.
 
-    Of n samples of the policy a prompt, and the rewards of source samples, ``[P, m]``.
-
-    Raises:
-        ContractError: the algorithm selects another number of samples, or samples that are not there.
+    Raises ContractError if the algorithm selects another number of samples, or samples that are not there.
     """
     needs, (prompts, m) = algorithm.needs(), source_rewards.shape
     places = torch.arange(n).expand(prompts, n)
@@ -87,11 +60,11 @@ def select(algorithm: Algorithm, n: int, source_rewards: Tensor, generator: torc
     return torch.cat([places, n + chosen], dim=-1)
 
 
-def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> Assembled:
-    """The advantages of all rows.
+def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> AdvantageOutputs:
+    """What the algorithm gives, with the ``advantages`` of all rows, ``[P, n + f, A]``.
 
-    Raises:
-        ContractError: the algorithm returns another shape than its interface says, or a number that is not finite.
+    They are the same in all tokens of a response, also beyond its end, where the algorithm has one number a response.
+    Raises ContractError for another shape than the interface says, or a number that is not finite.
     """
     needs, found = algorithm.needs(), algorithm.advantages(inputs)
     shape, tokens = inputs.rewards.shape, inputs.under["policy"].shape[-1]
@@ -100,14 +73,13 @@ def advantages(algorithm: Algorithm, inputs: AdvantageInputs) -> Assembled:
     if needs.selected_samples:
         shape = (len(made), needs.selected_samples)
         made = torch.cat([made, per_token("selected_advantages", found.selected_advantages, shape, tokens)], dim=1)
-    return Assembled(inputs, made, found.metrics, targets)
+    return AdvantageOutputs(made, metrics=found.metrics, classifier_targets=targets)
 
 
 def weighed_loss(policy_loss: PolicyLoss, inputs: LossInputs, rows: Rows) -> LossOutputs:
     """The loss of each row times what the row counts for: a step's rows sum up to P times the mean over prompts.
 
-    Raises:
-        ContractError: the policy loss returns another shape than its interface says.
+    Raises ContractError if the policy loss returns another shape than its interface says.
     """
     found = policy_loss(inputs)
     row_loss = checked("row_loss", found.row_loss, inputs.from_source.shape, finite=False)
@@ -115,22 +87,14 @@ def weighed_loss(policy_loss: PolicyLoss, inputs: LossInputs, rows: Rows) -> Los
 
 
 def per_token(name: str, values: Tensor | None, shape: tuple[int, ...], tokens: int) -> Tensor:
-    """``[P, n, A]`` of what has one number a token, or one a response, which then all of its tokens have.
-
-    Raises:
-        ContractError: it has another shape, or a number that is not finite.
-    """
+    """``[P, n, A]`` of what has one number a token, or one a response, which then all of its tokens have."""
     if isinstance(values, Tensor) and values.dim() == 3:
         return checked(name, values, (*shape, tokens))
     return checked(name, values, shape).unsqueeze(-1).expand(*shape, tokens)
 
 
 def checked(name: str, values: Tensor | None, shape: tuple[int, ...], finite: bool = True) -> Tensor:
-    """``values``, if they have the shape and, unless that does not matter, are finite.
-
-    Raises:
-        ContractError: they do not, or are not.
-    """
+    """``values``, if they have the shape and, unless that does not matter, are finite; else a ContractError."""
     if not isinstance(values, Tensor) or tuple(values.shape) != tuple(shape):
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ContractError(f"{name} must be a tensor of shape {tuple(shape)}, got {found}")

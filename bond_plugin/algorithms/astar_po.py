@@ -47,10 +47,7 @@ class AStarPO(Regression):
 
     Config = AStarPOConfig
     config: AStarPOConfig
-
-    @property
-    def scale(self) -> float:
-        return self.config.beta2
+    scale = "beta2"
 
     def tilt(self, batch: AdvantageInputs) -> tuple[Tensor, dict[str, float]]:
         beta, known = self.config.beta1, batch.reference_rewards

@@ -1,10 +1,9 @@
 """What an algorithm is: which samples it wants, its advantages, and the policy loss that goes with them.
 
-Every method of this family chooses a *target* distribution, a *divergence* to it, and *where the samples
-come from*. The interface has a place for each: :class:`Needs` says where the samples come from,
-:meth:`Algorithm.advantages` turns rewards and log-probabilities into one number a sample (target and
-divergence), and a policy loss, a pure function from :class:`LossInputs` to :class:`LossOutputs`, makes a
-gradient of them. Nothing here knows the host.
+Every method of this family chooses a *target* distribution, a *divergence* to it, and *where the samples come from*:
+:class:`Needs` says the last, :meth:`Algorithm.advantages` turns rewards and log-probabilities into one number a
+sample (target and divergence), and a policy loss, a pure function from :class:`LossInputs` to :class:`LossOutputs`,
+makes a gradient of them. Nothing here knows the host.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing_extensions import Self
 
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs, TransformOutputs
 from bond_plugin.algorithms.logits import Logits
-from bond_plugin.bestofn.targets import TARGETS
+from bond_plugin.bestofn.targets import TARGETS, Target, target_of
 from bond_plugin.options import number
 
 Source = Literal["anchor", "reference", "stored"]
@@ -34,9 +33,9 @@ class DataError(ValueError):
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a :class:`Config`: its default, and the help text of its ``--bond.*`` flag.
 
-    ``metadata`` may hold ``choices`` (a tuple), ``option`` (the flag's name, where it is not the field's) and
-    ``type`` (what makes the value of its text, where that is not the type of the default); and the bounds of a
-    number, with which the help ends: ``ge`` or ``gt`` (at least, above) and ``le`` (at most; without it, finite).
+    ``metadata`` may hold ``choices`` (a tuple), ``option`` (the flag's name, where it is not the field's), ``type``
+    (what makes the value of its text, where that is not the default's); and the bounds of a number, with which the
+    help ends: ``ge`` or ``gt`` (at least, above) and ``le`` (at most; without it, finite).
     """
     bounds = _bounds(**metadata)
     return field(default=default, metadata={"help": f"{help}; {bounds}" if bounds else help, **metadata})
@@ -51,10 +50,9 @@ def _bounds(ge: float | None = None, gt: float | None = None, le: float = math.i
 
 
 class Settings:
-    """What :class:`Config` and :class:`TransformConfig` share: dataclasses whose fields are flags.
+    """What :class:`Config` and :class:`TransformConfig` share: dataclasses whose fields, of :func:`flag`, are flags.
 
-    Subclasses add fields with :func:`flag`, and check what its bounds do not say in ``__post_init__`` by raising
-    ``ValueError``.
+    What bounds do not say is checked in ``__post_init__``, by raising ``ValueError``.
     """
 
     @classmethod
@@ -108,51 +106,52 @@ def reward_cache_flag(
 
 
 def n_flag(default: int, help: str) -> Any:
-    """The field ``n`` of those that have a choice of target, see :mod:`bond_plugin.bestofn.targets`."""
+    """The field ``n`` of :class:`Targeted`."""
     more = "Of Best-of-Poisson the mean number of samples, 1 + mu, above 1 and not necessarily whole"
     return flag(default, f"{help}. {more}", type=number)
 
 
-def target_flag() -> Any:
-    """The field ``target`` that goes with it."""
-    return flag(
+@dataclass(frozen=True)
+class Targeted(Settings):
+    """The settings of those that have a choice of target, see :mod:`bond_plugin.bestofn.targets`."""
+
+    prefix = "bond"  # of the flags, for messages
+    n: float = n_flag(2, "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2")
+    target: str = flag(
         "best_of_n",
         "what to distil: 'best_of_n'; 'best_of_poisson', the best of 1 + Poisson(mu) samples (arXiv 2506.19248); "
         "'exponential', the tilt by exp(F / temperature), F the reward's quantile: the highest win rate at its KL",
         choices=TARGETS,
     )
-
-
-def temperature_flag() -> Any:
-    """The field ``temperature`` that goes with it."""
-    return flag(
+    temperature: float = flag(
         0.1,
         "of the exponential target, which has no n: the coefficient of the KL beside the quantile, above 0. At 0.44, "
         "0.20 and 0.11 it is about as far from where it starts as Best-of-2, 4 and 8",
     )
+
+    @property
+    def goal(self) -> Target:
+        """The target. Raises ValueError where its numbers are out of range."""
+        return target_of(self.target, self.n, self.temperature, self.prefix)
 
 
 @dataclass(frozen=True)
 class Needs:
     """What an algorithm needs beside the policy's ``--rollout.n_samples_per_prompt``: *source samples*, and more.
 
-    An algorithm without source samples runs on the host's own rollouts, experience maker and loss, in every mode
-    that the host has.
+    Without source samples it runs on the host's own rollouts, experience maker and loss, in every mode of the host.
 
     Attributes:
         source_samples: m, how many a prompt from ``source``; 0 for none.
         selected_samples: f, how many of those per prompt enter the loss (see :meth:`Algorithm.select`).
-        source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy,
-            ``stored`` are responses from the reward cache (``bond cache --cache.log_probs``), drawn from it anew for
-            each step.
+        source: whose samples they are. ``anchor`` follows the policy, ``reference`` is the initial policy, ``stored``
+            are responses from the reward cache (``bond cache --cache.log_probs``), drawn from it anew for each step.
         offline: the policy's samples are such stored responses too: nothing is sampled.
-        log_probs: under which weights beside the policy's the log-probabilities of the rows are wanted: ``anchor``,
-            ``reference``, ``teacher`` (a model of its own, ``--ref.model_name_or_path``).
-        anchor_eta: the anchor is a moving average: it moves by ``eta`` of its distance to the policy each
-            optimiser step.
-        anchor_interval: the anchor becomes a copy of the policy every so many optimiser steps. ``None`` for
-            both if no anchor is needed; at most one of them is given.
+        log_probs: under which weights beside the policy's those of the rows are wanted: ``anchor``, ``reference``,
+            ``teacher`` (a model of its own, ``--ref.model_name_or_path``).
         logits: whether :meth:`Algorithm.token_losses` compares the policy's logits with the teacher's.
+        anchor_eta: the anchor moves by ``eta`` of its distance to the policy each optimiser step.
+        anchor_interval: or it becomes a copy of the policy every so many optimiser steps. At most one of both.
         reward_cache: whether :attr:`AdvantageInputs.reference_rewards` come from ``--bond.reward_cache``.
         classifier: whether a sequence classifier is trained in the host's critic slot.
         least: how many samples of the policy a prompt it takes at the least.
@@ -198,9 +197,8 @@ class Needs:
 class Algorithm:
     """Base class of everything in the entry-point group ``openrlhf.advantage_estimators``.
 
-    ``policy_loss`` names an entry of ``openrlhf.policy_losses``; the default, ``"ppo"``, is the host's own
-    clipped loss, so that an algorithm which only has an idea about advantages needs nothing else. ``"own"`` is its
-    method :meth:`loss`.
+    ``policy_loss`` names an entry of ``openrlhf.policy_losses``; ``"ppo"``, the default, is the host's own clipped
+    loss, ``"own"`` the method :meth:`loss`.
     """
 
     Config: ClassVar[type[Config]] = Config
@@ -222,13 +220,18 @@ class Algorithm:
         raise NotImplementedError
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        """The loss of each row, for ``policy_loss = "own"``: made anew at each optimiser step, of any form."""
-        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
+        """The loss of each row, for ``policy_loss = "own"``: made anew at each optimiser step, of any form.
+
+        Here the sum of what :meth:`token_losses` gave.
+        """
+        if inputs.token_losses is None:
+            raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
+        return LossOutputs(inputs.token_losses.sum(dim=-1))
 
     def token_losses(self, logits: Logits) -> Tensor:
-        """``[K]``, of each response token of a micro-batch, for :attr:`LossInputs.token_losses`.
+        """``[K]``, of each response token of a micro-batch, with gradient, for :attr:`Needs.logits`.
 
-        For :attr:`Needs.logits`. With gradient; called at each optimiser step, before :meth:`loss`.
+        Called at each optimiser step, before :meth:`loss`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss on logits")
 
@@ -241,8 +244,7 @@ class TransformConfig(Settings):
 class RewardTransform:
     """Base class of everything in the entry-point group ``openrlhf.reward_transforms``.
 
-    A transform replaces the reward; advantages, policy loss, critic and KL penalty are the host's own, with
-    whichever of its estimators ``--algo.advantage.estimator`` names.
+    A transform replaces the reward; advantages, policy loss, critic and KL penalty are the host's own.
     """
 
     Config: ClassVar[type[TransformConfig]] = TransformConfig
@@ -252,10 +254,7 @@ class RewardTransform:
 
     @property
     def kl_coefficient(self) -> float | None:
-        """The coefficient of KL(pi || pi_ref) that belongs to these rewards, > 0: ``--algo.kl.init_coef``.
-
-        ``None`` leaves it to the user.
-        """
+        """The coefficient of KL(pi || pi_ref) that goes with these rewards, > 0; ``None``: the user's."""
         return None
 
     def needs(self) -> Needs:

@@ -19,13 +19,12 @@ class AdvantageInputs:
         rewards: ``[P, n]`` float64, of the policy's samples.
         source_rewards: ``[P, m]`` float64, of all source samples.
         under: log-probabilities of each token of the rows, ``[P, n + f, A]`` float64, response tokens from the left,
-            0 beyond a response's end, by the weights: ``policy``, those of ``Needs.log_probs``, and
-            ``behaviour``, what each row was drawn from, where that is not the policy as it is: in asynchronous
-            training, and with stored responses.
+            0 beyond a response's end, by the weights: ``policy``, those of ``Needs.log_probs``, and ``behaviour``,
+            what each row was drawn from, where that is not the policy as it is (asynchronous training, stored
+            responses).
         generator: seeded by the run's seed and the step; the only source of randomness to use.
         reference_rewards: ``[P, M]`` float64 from the reward cache, or ``None``.
-        classifier_logits: ``[P, n]`` float64, what the sequence classifier says of the policy's samples, or
-            ``None``.
+        classifier_logits: ``[P, n]`` float64, the sequence classifier's of the policy's samples, or ``None``.
         step: rollouts that the run has trained on before, counted on after a resumption.
     """
 
@@ -64,8 +63,7 @@ class AdvantageOutputs:
         advantages: ``[P, n]``, for the policy's samples, or ``[P, n, A]``, for each of their tokens.
         selected_advantages: ``[P, f]`` or ``[P, f, A]``, for the selected source samples; ``None`` without.
         metrics: scalars by name.
-        classifier_targets: ``[P, n]`` in [0, 1], what the sequence classifier is trained to say of the
-            policy's samples (binary cross-entropy); ``None`` without a classifier.
+        classifier_targets: ``[P, n]`` in [0, 1], what the classifier is trained to say; ``None`` without one.
     """
 
     advantages: Tensor
@@ -84,14 +82,12 @@ class LossInputs:
         advantages: ``[B, A]``; of an algorithm with one number a sample, the same in every token of a row.
         mask: ``[B, A]`` 1 on response tokens.
         from_source: ``[B]`` bool: the row is a source sample, not one of the policy.
-        on_policy: whether the weights are still those that produced the samples, for certain: one epoch,
-            one optimiser step a rollout.
+        on_policy: whether the weights are still those that produced the samples: one optimiser step a rollout.
         clip_low, clip_high: the host's ``--actor.eps_clip_low_high``.
         under: log-probabilities of each response token under other weights, ``[B, A]`` each, without gradient:
-            of those that ``Needs.log_probs`` names, for an algorithm with a loss of its own; where stored
-            responses are trained on, ``behaviour`` too, what each row was drawn from.
-        token_losses: ``[B, A]``, what ``Algorithm.token_losses`` gave, 0 beyond a response's end; ``None``
-            without ``Needs.logits``.
+            those of ``Needs.log_probs``, for an algorithm with a loss of its own; with stored responses
+            ``behaviour``.
+        token_losses: ``[B, A]``, what ``Algorithm.token_losses`` gave, 0 beyond a response's end; or ``None``.
     """
 
     log_probs: Tensor
@@ -105,17 +101,17 @@ class LossInputs:
     under: Mapping[str, Tensor] = field(default_factory=dict)
     token_losses: Tensor | None = None
 
+    def within(self, values: Tensor) -> Tensor:
+        """``[B, A]`` of response tokens; 0 beyond, where padding can carry anything: so no product with the mask."""
+        return torch.where(self.mask.bool(), values, 0.0)
+
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """The loss of each row, before any mean.
+    """The loss of each row, ``[B]``, and the share of tokens at which clipping took the gradient away, ``[]``.
 
     What is minimised is the mean over prompts of (the mean over a prompt's rows of the policy + the mean over its
     rows of the source), whatever the sharding, the micro-batch size and the accumulation.
-
-    Attributes:
-        row_loss: ``[B]``.
-        clip_fraction: ``[]`` share of tokens at which clipping took the gradient away; 0 by default.
     """
 
     row_loss: Tensor
@@ -124,12 +120,7 @@ class LossOutputs:
 
 @dataclass(frozen=True)
 class TransformOutputs:
-    """What the host is to take for the rewards.
-
-    Attributes:
-        rewards: ``[P, n]``.
-        metrics: scalars by name.
-    """
+    """What the host is to take for the rewards, ``[P, n]``, and scalars to log by name."""
 
     rewards: Tensor
     metrics: dict[str, float] = field(default_factory=dict)

@@ -24,8 +24,6 @@ from bond_plugin.bestofn.selectors import random_argmax
 
 @dataclass(frozen=True)
 class BoNSFTConfig(Config):
-    """Settings of Best-of-N supervised fine-tuning."""
-
     n: int = flag(8, "N: samples of the initial policy a prompt, of which the best is imitated", ge=2)
     kl_coef: float = flag(0.0, "coefficient of KL(pi || pi_ref). 0 is RAFT's plain fine-tuning", ge=0)
     baseline: str = flag(

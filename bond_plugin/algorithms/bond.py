@@ -12,31 +12,23 @@ For each prompt, samples y of the policy and y'_1 ... y'_k of the anchor, all sc
     r_BOND     log p_<= + 1/(N-1) log sum_{i=1..N} (p_< / p_<=)^(i-1)                    Eq. 8
     backward   -(N-1) grad log pi(y) (r_BOND(y) - (log pi(y) - log pi_anchor(y)) / (N-1) - B)   Eq. 14, 15
 
-``--bond.anchor`` says where the anchor is:
-
-    fixed      the initial policy: BOND
-    periodic   a copy of the policy, renewed every ``anchor_interval`` optimiser steps: iterative BOND,
-               Algorithm 1. Best-of-n of Best-of-n is Best-of-n^2, so a small n reaches far.
-    ema        a moving average of the policy: J-BOND's anchor (Algorithm 2), for any n and k
-
-Three differences to the paper, each for a reason:
+Iterative BOND is Algorithm 1 (``--bond.anchor periodic``): Best-of-n of Best-of-n is Best-of-n^2, so a small n
+reaches far. Three differences to the paper, each for a reason:
 
 * Quantiles count y itself as one of k + 1 samples of the anchor: p_<= = (#{not above} + 1) / (k + 1). Eq. 10
   gives p_<= = 0, and a reward of minus infinity, to any sample below all k.
-* The sum in r_BOND, term (B), is kept unless ``--no-bond.correction``. The paper leaves it out in practice.
-  Kept, the formula is exact for tied rewards with ties broken at random (a 0/1 verifier, say); left out, the
-  target is another distribution as soon as rewards tie.
+* The sum in r_BOND, term (B), is kept unless ``--no-bond.correction``; the paper leaves it out in practice. Kept, the
+  formula is exact for tied rewards with ties broken at random; left out, the target is another one where rewards tie.
 * The gradient is that of J_beta as written above, so the backward term has the factor N - 1.
 
 Without samples of the anchor (``--bond.n_anchor_samples 0``) both terms are estimated from the policy's own samples,
 in the pooled form of :mod:`bond_plugin.algorithms.pooled`; g and its logarithm come from the other samples, or from
-``--bond.reward_cache``. Its weights pi_anchor / pi are worth less the further the policy is from the anchor
-(``bond/ess``), so under a fixed anchor it reaches a few nats.
+``--bond.reward_cache``. Under a fixed anchor it reaches a few nats, as its weights are worth less the further the
+policy is away (``bond/ess``).
 
-``--bond.target`` has other targets, Best-of-Poisson and the exponential tilt (:mod:`bond_plugin.bestofn.targets`):
-log g in the place of (N - 1) r_BOND, and for the forward term the best of a random number n of the anchor's samples,
-of no more than there are. As g(0) is not 0, their quantiles do not count y itself: log g of the exponential, which is
-linear in F, then has no bias without ties.
+``--bond.target`` has other targets (:mod:`bond_plugin.bestofn.targets`): log g in the place of (N - 1) r_BOND, and
+for the forward term the best of a random number n of the anchor's samples. As g(0) is not 0, their quantiles do not
+count y itself.
 
 Learned quantiles (appendix B.1): p_<=(x, y) is a sequence classifier in the host's critic slot, trained by
 binary cross-entropy (Eq. 25) on 1{r(y') <= r(y)} while the policy is trained. It learns p_<= alone, so term (B)
@@ -62,7 +54,7 @@ from bond_plugin.bestofn.targets import BestOfN
 
 @dataclass(frozen=True)
 class BONDConfig(pooled.PooledConfig):
-    """Settings of BOND. The paper's: n in {4, 8, 16}, 16 samples for the quantile, beta 0.5 (section 4)."""
+    """The paper's: n in {4, 8, 16}, 16 samples for the quantile, beta 0.5 (section 4)."""
 
     n: float = n_flag(8, "N: the target is Best-of-N of the anchor, >= 2. With a moving anchor, 2 or 4")
     eta: float = flag(0.02, "step of the moving average under --bond.anchor ema", ge=0, le=1)
@@ -123,7 +115,7 @@ class BONDConfig(pooled.PooledConfig):
 
 
 class BOND(Algorithm):
-    """The advantages of BOND; its loss is J-BOND's: -A log pi on samples of the policy and on the best of N."""
+    """Its loss is J-BOND's: -A log pi on samples of the policy and on the best of N."""
 
     Config = BONDConfig
     config: BONDConfig
@@ -139,9 +131,7 @@ class BOND(Algorithm):
     def needs(self) -> Needs:
         cfg = self.config
         forward = cfg.beta < 1 and not cfg.pooled
-        if cfg.pooled:
-            drawn = 0
-        elif cfg.quantile == "monte_carlo" and not cfg.reward_cache:
+        if cfg.quantile == "monte_carlo" and not cfg.reward_cache:
             drawn = cfg.n_anchor_samples
         else:
             # One is enough for the classifier's label (appendix B.1); a cache needs none.
@@ -171,10 +161,9 @@ class BOND(Algorithm):
         return random_argmax(source_rewards.masked_fill(out, torch.finfo(source_rewards.dtype).min), generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        return self._pooled(batch) if self.config.pooled else self._sampled(batch)
-
-    def _pooled(self, batch: AdvantageInputs) -> AdvantageOutputs:
         cfg, tilts = self.config, None
+        if not cfg.pooled:
+            return self._sampled(batch)
         if batch.reference_rewards is not None:
             levels = quantiles(batch.rewards, batch.reference_rewards, include_self=cfg.goal.vanishes)
             tilts = cfg.goal.log_tilt(*levels).exp(), self._log_tilt(*levels)

@@ -1,56 +1,39 @@
-"""DPH-RL: GRPO without a KL where there is something to learn, a divergence to the reference where there is not.
+"""DPH-RL (arXiv 2509.07430): GRPO where there is something to learn, elsewhere a divergence to the reference.
 
-Before training, M responses a prompt are drawn from the initial policy (``bond cache --cache.log_probs``). Prompts
-of which all are right (``--bond.solved``) are D_pef, the others D_exp (arXiv 2509.07430). With u = pi / pi_ref of
-stored responses,
+Prompts of whose stored responses (``bond cache --cache.log_probs``) all are right (``--bond.solved``) are D_pef, the
+others D_exp. With u = pi / pi_ref of stored responses,
 
     on D_exp    PPO's clipped loss, A_i = (r_i - mean r) / std r, no KL
     on D_pef    eta f(u),   f(u) = -log u                                        forward KL
                             f(u) = 1/2 (u log u - (u + 1) log((u + 1) / 2))      Jensen-Shannon
 
-u needs the stored log-probabilities alone: no reference model runs (leave ``--bond.kl_ref`` off too). f is made
-anew at each optimiser step, and stored responses are the reference's whatever the policy has become, so eta
-E_ref[f(u)] and its gradient are exact at every one.
-
-Where paper and proof disagree. (1) D_f(pi || pi_ref) = E_ref[f(u)] holds for u of whole responses (``--bond.level
-sequence``). The authors' code takes u of each token. That is the divergence of the next tokens' distributions,
-summed over the states that the reference visits: for the forward KL the same number, for Jensen-Shannon another. Of
-long responses u is all but 0 or huge, where Jensen-Shannon of sequences has no gradient: take ``token`` there. (2)
-Responses to a prompt that is in D_pef because all of them are right are samples of pi_ref(. | right): the forward
-KL is to that, up to a constant, and imitates what the reference has right. Of Jensen-Shannon it is the part of
-right responses.
-
-The loss is the mean over all prompts of a step, so D_pef counts by its share of the prompts. The policy's samples
-are drawn on D_pef too, where they have no advantage, and stored responses enter with weight 0 on D_exp. That costs
-the share of D_pef in generation, and ``--bond.n_stored`` in n of training on D_exp; ``bond/kept`` is made of the
-former.
+f is made anew at each optimiser step; stored responses stay pi_ref's whatever the policy has become, so E_ref[f(u)]
+is exact, without a reference model. It is D_f(pi || pi_ref) for u of whole responses (``--bond.level sequence``). The
+authors' u of each token has the next tokens' divergences at the reference's states: of the forward KL the same, of
+Jensen-Shannon another, which has a gradient where responses are long.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag, reward_cache_flag
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
 from bond_plugin.algorithms.jbond import policy_loss
 from bond_plugin.bestofn.baselines import group_normalised
+from bond_plugin.bestofn.divergences import GENERATORS
 
 
 @dataclass(frozen=True)
 class DPHConfig(Config):
-    """Settings of DPH-RL."""
-
-    divergence: str = flag("forward_kl", "what holds the policy on D_pef", choices=("forward_kl", "jensen_shannon"))
+    divergence: str = flag("forward_kl", "what holds the policy on D_pef", choices=tuple(GENERATORS))
     eta: float = flag(0.05, "weight of the divergence; the authors: 0.01 to 0.05 forward, 0.05 to 0.2 for JS", ge=0)
     level: str = flag(
         "sequence",
-        "u = pi / pi_ref of whole responses ('sequence') or of each token ('token', as the authors'); the same for "
-        "the forward KL",
+        "u = pi / pi_ref of whole responses, or of each token, as the authors'; the same for the forward KL",
         choices=("sequence", "token"),
     )
     solved: float = flag(1.0, "a prompt is in D_pef if this share of its stored responses is right", gt=0, le=1)
@@ -60,8 +43,6 @@ class DPHConfig(Config):
 
 
 class DPH(Algorithm):
-    """The policy's samples teach on D_exp, stored ones hold it on D_pef."""
-
     Config = DPHConfig
     policy_loss = "own"
     config: DPHConfig
@@ -86,19 +67,13 @@ class DPH(Algorithm):
 
     def divergence(self, log_ratios: Tensor) -> Tensor:
         """f(u) of responses, ``[..., A]`` log u of their tokens (0 beyond the end) to ``[...]``, in nats."""
-        if self.config.divergence == "forward_kl":
-            return -log_ratios.sum(dim=-1)
         if self.config.level == "sequence":
             log_ratios = log_ratios.sum(dim=-1, keepdim=True)
-        log_ratios = log_ratios.clamp(max=20)  # beyond, u overflows
-        u = log_ratios.exp()
-        return ((u + 1) * math.log(2) - u * softplus(-log_ratios) - softplus(log_ratios)).sum(dim=-1) / 2
+        return GENERATORS[self.config.divergence](log_ratios).sum(dim=-1)
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """PPO's on the policy's samples, eta f(u) on stored ones."""
-        found, mask = policy_loss(inputs), inputs.mask.bool()
-        stored = mask & inputs.from_source.unsqueeze(-1)
-        log_ratios = torch.where(stored, inputs.log_probs - inputs.under["behaviour"], 0.0)
-        weight = torch.where(mask, inputs.advantages, 0.0).sum(dim=-1) / mask.sum(dim=-1)
-        row_loss = torch.where(inputs.from_source, weight * self.divergence(log_ratios), found.row_loss)
-        return replace(found, row_loss=row_loss)
+        divergence = self.divergence(inputs.within(inputs.log_probs - inputs.under["behaviour"]))
+        weight = inputs.within(inputs.advantages).sum(dim=-1) / inputs.mask.sum(dim=-1)
+        found = policy_loss(inputs)
+        return replace(found, row_loss=torch.where(inputs.from_source, weight * divergence, found.row_loss))

@@ -17,13 +17,12 @@ so that, written for one sample of each kind, the loss is
 
 with A held fixed. log pi is the sum over the tokens of the response.
 
-Where paper and proof disagree: the paper prints G_Reg with a leading minus. Descending +gamma KL(pi ||
-pi_anchor), which is what Eq. 19 states, gives the score-function gradient with a plus; a test on an
-enumerable policy decides for the plus.
+Where paper and proof disagree: the paper prints G_Reg with a leading minus. Descending +gamma KL(pi || pi_anchor),
+which is what Eq. 19 states, gives a plus; a test on an enumerable policy decides for it.
 
-Ties: Theorem 1 assumes a strict order of rewards. Equal rewards are taken to be ordered at random: the best
-anchor sample is drawn among equals (seeded), and the reward of Eq. 17 is its expectation over the orders. With
-0/1 rewards the equation to the letter (``--bond.ties textbook``) hardly ever fires.
+Ties: equal rewards are taken to be ordered at random: the best anchor sample is drawn among equals (seeded), and the
+reward of Eq. 17 is its expectation over the orders. With 0/1 rewards the equation to the letter (``--bond.ties
+textbook``) hardly ever fires.
 
 That is ``--bond.n_anchor_samples 2`` (or more: the target is Best-of-m, Eq. 17 becomes -2^m log 2 and counts m - 1
 times). By default no sample of the anchor is drawn: the same target, Best-of-``--bond.n`` of the anchor, is estimated
@@ -48,7 +47,7 @@ from bond_plugin.bestofn.selectors import random_argmax
 
 @dataclass(frozen=True)
 class JBONDConfig(pooled.PooledConfig):
-    """Settings of J-BOND. beta, eta and gamma are the paper's (section 5; eta for Gemma 7B)."""
+    """beta, eta and gamma are the paper's (section 5; eta for Gemma 7B)."""
 
     gamma: float = flag(0.0, "coefficient of the extra KL to the anchor (Eq. 19); larger is slower", ge=0)
     estimator: str = flag(
@@ -92,7 +91,7 @@ class JBONDConfig(pooled.PooledConfig):
 
 
 class JBOND(Algorithm):
-    """The advantages of J-BOND. The loss is the host's own, and with samples of the anchor :func:`policy_loss`."""
+    """The loss is the host's own, and with samples of the anchor :func:`policy_loss`."""
 
     Config = JBONDConfig
     config: JBONDConfig
@@ -119,14 +118,9 @@ class JBOND(Algorithm):
         return selected(source_rewards, generator)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        cfg = self.config
-        if not cfg.pooled:
-            return self._algorithm_2(batch)
-        return pooled.advantages(batch, "anchor", cfg, cfg.gamma)
-
-    def _algorithm_2(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        cfg = self.config
-        m = batch.source_rewards.shape[-1]
+        cfg, m = self.config, batch.source_rewards.shape[-1]
+        if cfg.pooled:
+            return pooled.advantages(batch, "anchor", cfg, cfg.gamma)
         log_quantile = crude_log_quantile(batch.rewards, batch.source_rewards, cfg.ties)  # Eq. 17
         # For Best-of-m the quantile counts m - 1 times (Eq. 8 with N = m), which is once in the paper.
         log_ratio = batch.log_ratio("anchor")
@@ -144,16 +138,9 @@ def crude_log_quantile(rewards: Tensor, anchor_rewards: Tensor, ties: str = "exp
     """Eq. 17: with two anchor samples -log 16 where the policy's sample is worse than both, else 0.
 
     It is the cheapest reward whose expectation follows log p_<=: E[r] = -log 16 (1 - p)^2 equals log p at p = 1/2
-    (appendix A.4). For m anchor samples the same argument gives -2^m log 2; other m than 2 are our extension.
-
-    Args:
-        rewards: ``[P, n]`` of the policy's samples.
-        anchor_rewards: ``[P, m]``, m >= 2.
-        ties: ``expected``: a sample that is below no anchor sample but the t it ties with is last with probability
-            1 / (t + 1). ``textbook``: a tie never fires.
-
-    Returns:
-        ``[P, n]`` in nats.
+    (appendix A.4). For m >= 2 anchor samples the same argument gives -2^m log 2; other m than 2 are our extension.
+    With ties ``expected``, a sample that is below no anchor sample but the t it ties with is last with probability
+    1 / (t + 1); with ``textbook`` a tie never fires. ``[P, n]`` and ``[P, m]`` to ``[P, n]`` in nats.
     """
     lowest = anchor_rewards.amin(dim=-1, keepdim=True)
     last = (rewards < lowest).to(rewards.dtype)
@@ -168,8 +155,7 @@ def with_selected(
 ) -> AdvantageOutputs:
     """Advantages of the policy's samples, and ``forward`` for each selected one, for :func:`policy_loss`.
 
-    Beside the metrics given: the mean of ``log_ratio``, the win rate against the source, and -log pi of what is
-    selected.
+    With the metrics: the mean of ``log_ratio``, the win rate against the source, and -log pi of what is selected.
     """
     selected = batch.log_probs[:, batch.n :]
     metrics["bond/kl_anchor"] = log_ratio.mean().item()
@@ -183,26 +169,19 @@ def with_selected(
 def policy_loss(inputs: LossInputs) -> LossOutputs:
     """-A log pi(y) on the policy's samples, -(1 - beta) log pi(y'_Bo2) on the anchor's samples.
 
-    While the policy is the one that drew the samples (``on_policy``), this is the paper's estimator as it
-    stands. When a rollout is used for several optimiser steps, the policy's samples were drawn by an older
-    policy: each token's log pi is then replaced by PPO's clipped importance ratio pi / pi_old, whose
-    gradient at pi = pi_old is the same. The anchor's samples need no ratio: the forward KL is an
-    expectation under the target, whatever the policy has become.
+    While the policy is the one that drew the samples (``on_policy``) this is the paper's estimator. When a rollout is
+    used for several optimiser steps, each token's log pi is replaced by PPO's clipped importance ratio pi / pi_old,
+    whose gradient at pi = pi_old is the same. The anchor's samples need no ratio: the forward KL is an expectation
+    under the target, whatever the policy has become.
     """
     mask = inputs.mask.to(inputs.log_probs.dtype)
-    # Log-probabilities are 0 outside the mask, but padding can carry anything: select, do not multiply.
-    log_probs = torch.where(inputs.mask.bool(), inputs.log_probs, 0.0)
-    old = torch.where(inputs.mask.bool(), inputs.old_log_probs, 0.0)
+    log_probs, old = inputs.within(inputs.log_probs), inputs.within(inputs.old_log_probs)
     ratio = (log_probs - old).clamp(-20, 20).exp()
-    plain = log_probs * inputs.advantages
-    if inputs.on_policy:
-        objective, clipped = plain, torch.zeros_like(plain)
-    else:
-        unclipped = ratio * inputs.advantages
-        bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
-        from_source = inputs.from_source.unsqueeze(-1)
-        objective = torch.where(from_source, plain, torch.minimum(unclipped, bounded))
-        clipped = ((bounded < unclipped) & ~from_source).to(plain.dtype)
+    unclipped = ratio * inputs.advantages
+    bounded = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high) * inputs.advantages
+    plain = inputs.from_source.unsqueeze(-1) | inputs.on_policy
+    objective = torch.where(plain, log_probs * inputs.advantages, torch.minimum(unclipped, bounded))
+    clipped = ((bounded < unclipped) & ~plain).to(mask.dtype)
     return LossOutputs(
         row_loss=-(objective * mask).sum(dim=-1),
         clip_fraction=((clipped * mask).sum() / mask.sum().clamp(min=1)).detach(),

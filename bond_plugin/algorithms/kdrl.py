@@ -1,25 +1,21 @@
-"""KDRL: group-normalised rewards and the backward KL to a teacher, on the policy's own samples.
+"""KDRL (arXiv 2506.02208): group-normalised rewards and the backward KL to a teacher, on the policy's own samples.
 
     J = J_GRPO - beta k2(pi || pi_T),    k2 = 1/2 sum_t (log pi(y_t) - log pi_T(y_t))^2
 
-(arXiv 2506.02208). On samples of the policy the gradient of k2 is sum_t L_t grad log pi(y_t), L_t = log pi(y_t) -
-log pi_T(y_t), which an advantage expresses, so that the loss is the host's own, with its clip and in all its modes:
+The gradient of k2 is sum_t L_t grad log pi(y_t), L_t = log pi(y_t) - log pi_T(y_t), which an advantage expresses:
 
     A_it = (r_i - mean r) / std r - beta m_i L_it                     ``--bond.level token``, the paper's
     A_it = (r_i - mean r) / std r - beta m_i sum_{s >= t} L_is        ``--bond.level sequence``
 
-Where paper and proof disagree: k2 of tokens does not have the gradient of KL(pi || pi_T). It has, exactly, that of
-the KL between the next tokens' distributions, summed over the states that the policy visits, with the states held
-fixed: how a token leads to states where the teacher agrees less is left out. k2 of whole responses, 1/2 (sum_t
-L_t)^2, has the gradient of KL(pi || pi_T); ``sequence`` is that without the terms before a token, whose expectation
-is 0. Both rest at pi = pi_T where the rewards teach nothing.
+Where paper and proof disagree: k2 of tokens has the gradient not of KL(pi || pi_T) but, exactly, of the KL between
+the next tokens' distributions, summed over the states that the policy visits, with the states held fixed. k2 of whole
+responses, 1/2 (sum_t L_t)^2, has the gradient of KL(pi || pi_T); ``sequence`` is that without the terms before a
+token, whose expectation is 0. Both rest at pi = pi_T where the rewards teach nothing.
 
-beta falls linearly from ``--bond.kl_coef`` to ``--bond.kl_coef_end``. The mask m leaves out responses that are
-right (``response``), or all of a prompt of which one is (``group``). What is left is k2 on the others: it rests at
-the teacher, but is the gradient of no KL, as what is left out depends on the sample.
-
-At later optimiser steps of a rollout L is that of the rollout, times PPO's ratio. The teacher stands in the host's
-reference model's place, ``--ref.model_name_or_path``: any size, the policy's vocabulary.
+beta falls linearly from ``--bond.kl_coef`` to ``--bond.kl_coef_end``. The mask m leaves out right responses
+(``response``), or all of a prompt of which one is (``group``). k2 of the others rests at the teacher, but is the
+gradient of no KL, as what is left out depends on the sample. At later optimiser steps L is that of the rollout, times
+PPO's ratio. The teacher is ``--ref.model_name_or_path``, of the policy's vocabulary.
 """
 
 from __future__ import annotations
@@ -28,14 +24,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
-from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
+from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
 from bond_plugin.bestofn.baselines import group_normalised
 
 
 @dataclass(frozen=True)
 class KDRLConfig(Config):
-    """Settings of KDRL. The coefficients are the paper's; how many steps lie between them is the run's."""
+    """Settings of KDRL. The coefficients are the paper's."""
 
     kl_coef: float = flag(5e-3, "beta at the first step: the coefficient of the KL to the teacher", ge=0)
     kl_coef_end: float = flag(1e-3, "beta after anneal_steps", ge=0)
@@ -56,7 +51,7 @@ class KDRLConfig(Config):
 
 
 class KDRL(Algorithm):
-    """The loss is the host's; with ``kl_coef`` 0 this is GRPO without a KL."""
+    """With ``kl_coef`` 0 this is GRPO without a KL."""
 
     Config = KDRLConfig
     config: KDRLConfig
@@ -71,10 +66,9 @@ class KDRL(Algorithm):
         pull = batch.log_ratios("teacher")[:, : batch.n]
         if cfg.level == "sequence":
             pull = pull.flip(-1).cumsum(dim=-1).flip(-1)
-        right = batch.rewards >= cfg.right
-        if cfg.mask == "group":
-            right = right.any(dim=-1, keepdim=True).expand_as(right)
-        taught = (~right if cfg.mask != "none" else torch.ones_like(right)).double()
+        wrong = batch.rewards < cfg.right
+        masks = {"none": torch.ones_like(wrong), "response": wrong, "group": wrong.all(dim=-1, keepdim=True)}
+        taught = masks[cfg.mask].expand_as(wrong).double()
         return AdvantageOutputs(
             advantages=group_normalised(batch.rewards).unsqueeze(-1) - beta * taught.unsqueeze(-1) * pull,
             metrics={

@@ -1,8 +1,7 @@
 """Losses on logits: policy and teacher at the same tokens, a piece of tokens or of the vocabulary at a time.
 
-A loss on logits compares two distributions over the vocabulary at each response token. K tokens times V words in
-fp32, twice, and again for the gradient, are what usually does not fit; :class:`Logits` holds the hidden states before
-the output layers instead, and makes logits in pieces, and once more for the gradient.
+K tokens times V words in fp32, twice, and again for the gradient, are what usually does not fit; :class:`Logits`
+holds the hidden states before the output layers instead, and makes logits in pieces, and once more for the gradient.
 """
 
 from __future__ import annotations
@@ -18,13 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Head:
-    """A model at K tokens: hidden states and the output layer above them.
-
-    Attributes:
-        hidden: ``[K, H]``, before the output layer, of each token's place.
-        weight: ``[V, H]``.
-        bias: ``[V]``, or ``None``.
-    """
+    """A model at K tokens: ``[K, H]`` before the output layer, of each's place; weight ``[V, H]``, bias ``[V]``."""
 
     hidden: Tensor
     weight: Tensor
@@ -92,6 +85,10 @@ class Logits:
         for start in range(size, self.words, size):
             found = found + _again(piece, start)
         return found
+
+    def distances(self) -> Tensor:
+        """``[K, K]``: the L1 distance of each token of the policy to each of the teacher, in [0, 2]."""
+        return self.over_words(lambda own, other: torch.cdist(own.exp(), other.exp(), p=1), held=self.tokens)
 
     def _over_tokens(self, compare: Callable[..., Tensor]) -> Tensor:
         """What ``compare`` gives of logits ``[k, V]`` of policy and teacher, one piece of tokens after the other."""

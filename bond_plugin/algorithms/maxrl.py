@@ -7,18 +7,14 @@ the first part is the mean of grad log pi over the right ones, which has the exp
 
     E[1{c > 0} / c  sum r_i grad log pi_i]   =  (1 - (1 - p)^n) grad log p  =  sum_{j=1..n} grad pass@j / j
 
-with pass@j = 1 - (1 - p)^j, as grad pass@j / j = (1 - p)^(j-1) grad p. That is the theorem of the paper: the series
-of log p, cut at n. The second part, the mean of all grad log pi, is a control variate of expectation zero only if it
-is taken off at c = 0 as well. Where it is not, it leaves out
-
-    E[1{c = 0}  (1 / n) sum grad log pi_i]   =  -(1 - p)^(n-1) grad p
-
-and these advantages have the gradient of the series cut at n - 1, exactly:
+with pass@j = 1 - (1 - p)^j: the theorem of the paper, the series of log p, cut at n. The second part, the mean of all
+grad log pi, is a control variate of expectation zero only if it is taken off at c = 0 as well, where it leaves out
+E[1{c = 0} (1 / n) sum grad log pi_i] = -(1 - p)^(n-1) grad p. So these advantages have the gradient of the series cut
+at n - 1, exactly:
 
     E[(1 / n) sum A_i grad log pi_i]  =  grad of  sum_{j=1..n-1} pass@j / j  =  grad of  -sum_{j=1..n-1} (1 - p)^j / j
 
-n = 2 is REINFORCE. We keep the zero, by the proof: the term would push a prompt's n failures away when there is
-nothing to push towards, at its full noise, for one more term of the series.
+n = 2 is REINFORCE. We keep the zero: the term would push a prompt's n failures away at its full noise.
 
 ``--bond.gamma_ref`` adds -gamma_ref KL(pi || pi_ref) to the objective, which is ours; 0 is the paper.
 """
@@ -33,8 +29,6 @@ from bond_plugin.algorithms.pooled import PulledConfig, pulled
 
 
 class MaxRL(Algorithm):
-    """Advantages alone; the loss is the host's own."""
-
     Config = PulledConfig
     config: PulledConfig
 
@@ -42,11 +36,7 @@ class MaxRL(Algorithm):
         return Needs(least=2, log_probs=self.config.log_probs)
 
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """As above.
-
-        Raises:
-            DataError: a reward that is neither 0 nor 1.
-        """
+        """As above. Raises DataError for a reward that is neither 0 nor 1."""
         rewards = batch.rewards
         other = rewards[(rewards != 0) & (rewards != 1)]
         if len(other):

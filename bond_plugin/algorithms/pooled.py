@@ -17,19 +17,15 @@ token t of y_i is trained with the advantage
 
 where L_it = sum_{s >= t} log pi(y_is) - log pi_anchor(y_is) is a reward-to-go: what came before a token does not
 depend on it. L' is the same with the initial policy. The mean over the prompt's other samples, at the same token,
-does not depend on y_i. For log ĝ that would be wrong: ranks within a prompt depend on one another, and subtracting
-the others' mean multiplies the rank part by S / (S - 1) against the KL, which is another target. B is the mean over
-other prompts; with one prompt it is what the mean is where the policy is the anchor, -(N - 1) k / (k + 1) with
-k = S - 1.
+does not depend on y_i. For log ĝ that would be wrong: ranks within a prompt depend on one another, and that
+would multiply the rank part by S / (S - 1) against the KL. B is the mean over other prompts; with one prompt it is
+what the mean is where the policy is the anchor, -(N - 1) k / (k + 1) with k = S - 1. ``--bond.target`` has other g,
+with estimators of the same kind: see :mod:`bond_plugin.bestofn.targets`.
 
-``--bond.target`` has other g of the same kind, Best-of-Poisson and the exponential tilt, with estimators of the same
-kind: see :mod:`bond_plugin.bestofn.targets`.
-
-One sample that is far likelier under the anchor than under the policy would make up the whole gradient of a step. So
-a is cut off at ``--bond.max_weight`` (truncated importance sampling, Ionides 2008), which puts min(pi_anchor, c q) in
-the anchor's place: everything above is exact for that. ``bond/truncated`` is the share delta of the anchor's mass
-that it leaves out. A sample's F is then too large by at most delta, and the forward term learns less of what the
-policy has all but forgotten, of which the weights know least.
+So that no sample makes up the whole gradient of a step, a is cut off at ``--bond.max_weight`` (truncated importance
+sampling, Ionides 2008), which puts min(pi_anchor, c q) in the anchor's place: everything above is exact for that.
+``bond/truncated`` is the share delta of the anchor's mass that it leaves out; a sample's F is too large by at most
+delta, and the forward term learns less of what the policy has all but forgotten.
 
 Samples of an earlier policy mu (asynchronous training): the weights of the *others* are relative to mu; the sample's
 own pi / mu is left to the host's importance-sampling correction.
@@ -39,25 +35,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms import base
-from bond_plugin.algorithms.base import Config, Source, flag
+from bond_plugin.algorithms.base import Config, Source, Targeted, flag
 from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs
 from bond_plugin.bestofn import pooled as estimates
 from bond_plugin.bestofn.baselines import BASELINES, leave_one_out_mean
-from bond_plugin.bestofn.targets import BestOfN, Target, target_of
+from bond_plugin.bestofn.targets import BestOfN, Target
+
+
+def max_weight_flag(weights: str, whole: str) -> Any:
+    """The field ``max_weight`` of those that weigh samples."""
+    said = "above this are cut off, so that no sample makes up a whole step; bond/truncated is the share of"
+    return flag(10.0, f"{weights} {said} {whole} that this leaves out; inf: never", ge=1, le=math.inf)
+
+
+def ess_metrics(weights: Tensor) -> dict[str, float]:
+    """The share of effective samples, mean and least of all prompts, of weights ``[P, S]``."""
+    ess = estimates.effective_sample_size(weights)
+    return {"bond/ess": ess.mean().item(), "bond/ess_min": ess.amin().item()}
 
 
 @dataclass(frozen=True)
-class PooledConfig(Config):
+class PooledConfig(Targeted, Config):
     """Settings that BOND and J-BOND share, as both can take the pooled form; the defaults are those of J-BOND."""
 
-    n: float = base.n_flag(2, "N: the target is Best-of-N of the anchor, >= 2; the paper's is 2")
-    target: str = base.target_flag()
-    temperature: float = base.temperature_flag()
     beta: float = flag(
         0.5, "weight of the backward KL in the Jeffreys divergence; the forward KL has 1 - beta", ge=0, le=1
     )
@@ -75,13 +80,7 @@ class PooledConfig(Config):
         "m: samples of the anchor per prompt. 0: none, the policy's own samples are weighted (pooled form). 2 or "
         "more: Algorithm 2 as printed, whose target is Best-of-m; the paper's is 2",
     )
-    max_weight: float = flag(
-        10.0,
-        "pooled form: weights pi_anchor/pi above this are cut off, so that no sample makes up a whole step; "
-        "bond/truncated is the share of the anchor that this leaves out; inf: never",
-        ge=1,
-        le=math.inf,
-    )
+    max_weight: float = max_weight_flag("pooled form: weights pi_anchor/pi", "the anchor")
     normalised: bool = flag(
         False,
         "pooled form: divide by the weights of the other samples instead of by their number. Less noise, but its "
@@ -112,11 +111,6 @@ class PooledConfig(Config):
             )
 
     @property
-    def goal(self) -> Target:
-        """The target. Raises ValueError where its numbers are out of range."""
-        return target_of(self.target, self.n, self.temperature)
-
-    @property
     def pooled(self) -> bool:
         """Whether this is the pooled form."""
         return self.n_anchor_samples == 0
@@ -129,12 +123,10 @@ def advantages(
     gamma: float = 0.0,
     tilts: tuple[Tensor, Tensor] | None = None,
 ) -> AdvantageOutputs:
-    """The advantages A_it of the head of this file.
+    """The advantages A_it of the head of this file. All samples of the anchor are selected, in their order.
 
     Args:
-        batch: all samples of the anchor are selected, in their order.
         anchor: the name of its weights.
-        config: of which the target, beta, gamma_ref, and whether baselines are subtracted from the backward parts.
         gamma: see above.
         tilts: ĝ, and log ĝ up to a constant, ``[P, S]`` each; from the other samples by default.
     """
@@ -161,7 +153,6 @@ def advantages(
     if config.gamma_ref:
         found -= parts(batch.log_ratios("reference")).mul_(config.gamma_ref)
 
-    ess = estimates.effective_sample_size(weights)
     pairs = estimates.pooled_tilt(rewards, weights, 2, normalised=True)[:, :n] / 2
     log_quantile = estimates.harmonic_log_quantile(rewards, weights, config.normalised)
     cut = (among - weights).sum() / among.sum().clamp(min=1e-300)
@@ -170,8 +161,7 @@ def advantages(
         "bond/log_quantile": log_quantile[:, :n].mean().item(),
         "bond/kl_anchor": log_ratio[:, :n].mean().item(),
         "bond/forward_nll": -(own_anchor * tilt * batch.log_probs).mean().item(),
-        "bond/ess": ess.mean().item(),
-        "bond/ess_min": ess.amin().item(),
+        **ess_metrics(weights),
         "bond/truncated": cut.item(),
     }
     # The host's mean over a prompt's rows is one over n of the policy's plus one over m of the anchor's.
@@ -230,7 +220,7 @@ def pulled(advantages: Tensor, batch: AdvantageInputs, gamma_ref: float) -> Tens
 def least(config: PooledConfig, m: int) -> int:
     """How many samples of the policy the pooled form takes with ``m`` samples of the anchor.
 
-    The forward term of Best-of-Poisson and of the exponential tilt is that of the best of min(n, S) samples, n being
+    The forward term of Best-of-Poisson and the exponential tilt is that of the best of min(n, S) samples, n being
     random, so it wants an S that n is hardly ever above. Their backward terms take any.
     """
     goal = config.goal

@@ -18,11 +18,9 @@ log Z (``--bond.partition``):
     uniform   log(beta (exp(1/beta) - 1)), which is log mean exp(u / beta) of a uniform u. Not the paper's log beta +
               1/beta (Eq. 11), which is off by log(1 - exp(-1/beta))
 
-F is uniform only if no two rewards are equal. With h = 1 / (M beta) and no ties, cache - uniform is
-log(h / (1 - exp(-h))), which is h/2 for many rewards: they agree. With ties, uniform is too small however many there
-are: by 1.14 nats for a 0/1 reward with one response of four right at beta = 0.1; and where all rewards are the same
-it asks for more of every response instead of pi_ref. That matters offline; on samples of the policy log Z is a
-baseline.
+Without ties the two agree for many rewards: cache - uniform is log(h / (1 - exp(-h))), h = 1 / (M beta). With ties
+uniform is too small however many there are: by 1.14 nats for a 0/1 reward with one response of four right at beta =
+0.1. That matters offline; on samples of the policy log Z is a baseline.
 """
 
 from __future__ import annotations
@@ -40,8 +38,6 @@ from bond_plugin.bestofn.distribution import quantiles
 
 @dataclass(frozen=True)
 class QRPOConfig(RegressionConfig):
-    """Settings of QRPO."""
-
     beta: float = flag(0.003, "the target is pi_ref exp(F/beta)/Z, about as far as Best-of-(1/beta)", gt=0)
     partition: str = flag(
         "cache",
@@ -56,10 +52,7 @@ class QRPO(Regression):
 
     Config = QRPOConfig
     config: QRPOConfig
-
-    @property
-    def scale(self) -> float:
-        return self.config.beta
+    scale = "beta"
 
     def tilt(self, batch: AdvantageInputs) -> tuple[Tensor, dict[str, float]]:
         beta, known = self.config.beta, batch.reference_rewards

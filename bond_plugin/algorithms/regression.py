@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag, reward_cache_flag
@@ -28,8 +27,6 @@ from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, Loss
 
 @dataclass(frozen=True)
 class RegressionConfig(Config):
-    """Settings of both."""
-
     offline: bool = flag(
         False,
         "train on the responses that the reward cache has stored (`bond cache --cache.log_probs`) and sample nothing",
@@ -45,11 +42,7 @@ class Regression(Algorithm):
     Config = RegressionConfig
     policy_loss = "own"
     config: RegressionConfig
-
-    @property
-    def scale(self) -> float:
-        """beta: the loss is that of the log-ratio times this."""
-        raise NotImplementedError
+    scale: str  #: The name of the setting that is beta.
 
     def tilt(self, batch: AdvantageInputs) -> tuple[Tensor, dict[str, float]]:
         """log pi*(y) - log pi_ref(y), ``[P, n]``, in nats; and metrics."""
@@ -72,5 +65,5 @@ class Regression(Algorithm):
         return AdvantageOutputs(target, metrics=metrics)
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        rest = torch.where(inputs.mask.bool(), inputs.log_probs - inputs.advantages, 0.0).sum(dim=-1)
-        return LossOutputs((self.scale * rest).square())
+        rest = inputs.within(inputs.log_probs - inputs.advantages).sum(dim=-1)
+        return LossOutputs((getattr(self.config, self.scale) * rest).square())

@@ -9,33 +9,29 @@ logits at a temperature tau). The loss of token i is the weighted sum of
     backward_kl      KL(s_i || t_i)
     jensen_shannon   JS(s_i, t_i), in [0, log 2]
 
-and that of a response the sum over its tokens. P has rows and columns that sum to 1 (the paper's "batch-wise"
-transport: the teacher's tokens are matched as a set). Gradients go through the iterations. The samples are taken as
-given: which states the policy visits has no gradient (as in arXiv 2306.13649); rewards are reported and not used.
+and that of a response the sum over its tokens. P has rows and columns that sum to 1 (the teacher's tokens are matched
+as a set, "batch-wise"); gradients go through the iterations. Which states the policy visits has none (as in arXiv
+2306.13649); rewards are reported and not used.
 
-The Sinkhorn distance alone has not the teacher for its optimum: a set of distributions can lie near another one in
-another order, and lambda blurs them. In the laboratory it moves away from the teacher; each of the others reaches it,
-and so does the default, the sum with the forward KL. (The paper distils on its task's data, with lambda = 0.1 and
-T = 20, and adds KL and cross-entropy.)
+Alone the Sinkhorn distance has not the teacher for its optimum: sets can lie near each other in another order, and
+lambda blurs them. The others have, and so has the default, its sum with the forward KL (the paper adds
+cross-entropy).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bond_plugin.algorithms.base import Algorithm, Config, Needs, flag
-from bond_plugin.algorithms.batch import AdvantageInputs, AdvantageOutputs, LossInputs, LossOutputs
+from bond_plugin.algorithms import AdvantageInputs, AdvantageOutputs, Algorithm, Config, Needs, flag
 from bond_plugin.algorithms.logits import Logits
+from bond_plugin.bestofn.divergences import jensen_shannon, kl, transport
 
 
 @dataclass(frozen=True)
 class SinKDConfig(Config):
-    """Settings of distillation on logits."""
-
     sinkhorn: float = flag(1.0, "weight of the Sinkhorn distance to the teacher's tokens", ge=0)
     forward_kl: float = flag(1.0, "weight of KL(teacher || policy) at each token", ge=0)
     backward_kl: float = flag(0.0, "weight of KL(policy || teacher) at each token", ge=0)
@@ -72,33 +68,11 @@ class SinKD(Algorithm):
         if cfg.forward_kl or cfg.backward_kl or cfg.jensen_shannon:
             found = found + logits.over_tokens(self._divergences)
         if cfg.sinkhorn:
-            costs = [cost(part) for part in logits.split(cfg.block)]
+            costs = [part.distances() for part in logits.split(cfg.block)]
             paid = [(transport(each, cfg.blur, cfg.iterations) * each).sum(dim=-1) for each in costs]
             found = found + cfg.sinkhorn * torch.cat(paid)
         return found
 
     def _divergences(self, policy: Tensor, teacher: Tensor) -> Tensor:
-        middle = torch.logaddexp(policy, teacher) - math.log(2)
-        found = self.config.jensen_shannon * (kl(policy, middle) + kl(teacher, middle)) / 2
+        found = self.config.jensen_shannon * jensen_shannon(policy, teacher)
         return found + self.config.forward_kl * kl(teacher, policy) + self.config.backward_kl * kl(policy, teacher)
-
-    def loss(self, inputs: LossInputs) -> LossOutputs:
-        return LossOutputs(inputs.token_losses.sum(dim=-1))
-
-
-def kl(first: Tensor, second: Tensor) -> Tensor:
-    """``[k]``: KL(first || second) of log-probabilities ``[k, V]``, nats."""
-    return (first.exp() * (first - second)).sum(dim=-1)
-
-
-def cost(logits: Logits) -> Tensor:
-    """``[K, K]``: the L1 distance of each token of the policy to each of the teacher, in [0, 2]."""
-    return logits.over_words(lambda own, other: torch.cdist(own.exp(), other.exp(), p=1), held=logits.tokens)
-
-
-def transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
-    """``[K, K]``: the plan, exp(-cost / blur) with columns and rows scaled to sum to 1 in turn, in log space."""
-    log_plan = -cost / blur
-    for dim in (0, 1) * iterations:
-        log_plan = log_plan - log_plan.logsumexp(dim=dim, keepdim=True)
-    return log_plan.exp()

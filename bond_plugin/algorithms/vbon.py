@@ -10,11 +10,8 @@ The backward KL to Best-of-N of the initial policy, as KL-regularised RL with a 
 
 By the binomial theorem the sum is (F + pi_ref)^N - F^N: Best-of-N for a y that is alone at its level of reward.
 F(r(y)) is the probability that a sample of the initial policy has a lower reward, estimated from M samples that
-were scored before training: with k of them strictly below, F = (k + 1) / (M + 1), as in the authors' code. Only
-the order of rewards counts: any increasing transformation of the reward gives the same training.
-
-Everything else is the host's: its advantages (the paper trains with PPO, ``gae``), its policy loss, its KL
-penalty in the reward with the coefficient 1 / (N - 1).
+were scored before training: with k of them strictly below, F = (k + 1) / (M + 1), as in the authors' code. The rest
+is the host's: its advantages (the paper trains with PPO, ``gae``), policy loss, and KL penalty with 1 / (N - 1).
 
 ``--vbon.target`` has other targets pi_ref g(F) of the same kind (:mod:`bond_plugin.bestofn.targets`): the reward is
 log g / c of the same three kinds, with the KL coefficient 1 / c; c is mu for Best-of-Poisson and 1 / T for the
@@ -28,22 +25,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from bond_plugin.algorithms import base
-from bond_plugin.algorithms.base import Needs, RewardTransform, TransformConfig, flag
+from bond_plugin.algorithms.base import Needs, RewardTransform, flag
 from bond_plugin.algorithms.batch import AdvantageInputs, TransformOutputs
 from bond_plugin.bestofn.distribution import quantiles
-from bond_plugin.bestofn.targets import Target, target_of
 
 
 @dataclass(frozen=True)
-class VBoNConfig(TransformConfig):
-    """Settings of vBoN."""
-
+class VBoNConfig(base.Targeted, base.TransformConfig):
+    prefix = "vbon"
     n: float = base.n_flag(8, "N of the Best-of-N to match, >= 2; it sets the KL coefficient to 1 / (N - 1)")
-    target: str = base.target_flag()
-    temperature: float = base.temperature_flag()
     bound: str = flag(
         "l1",
         "the reward: 'l1' is log F, the paper's lower bound; 'exact' adds what pi_ref(y) itself contributes; "
@@ -59,11 +50,6 @@ class VBoNConfig(TransformConfig):
                 "vBoN needs --bond.reward_cache, rewards of the initial policy's samples: make it with `bond cache` "
                 "and the flags of this run"
             )
-
-    @property
-    def goal(self) -> Target:
-        """The target. Raises ValueError where its numbers are out of range."""
-        return target_of(self.target, self.n, self.temperature, "vbon")
 
 
 class VBoN(RewardTransform):
@@ -92,8 +78,6 @@ class VBoN(RewardTransform):
             # Of y's level (tied), of y's own mass above F (exact), or without any mass (l1).
             high = {"l1": low, "exact": low + log_ref.exp(), "tied": high}[cfg.bound]
             rewards = goal.log_tilt(low, high) / goal.scale
-        if not torch.isfinite(rewards).all():
-            raise FloatingPointError("a reward of vBoN is not finite: a log-probability of the reference is not")
         metrics = {
             "vbon/reward": rewards.mean().item(),
             "bond/quantile": ((p_lt + p_le) / 2).mean().item(),

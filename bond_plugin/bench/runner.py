@@ -31,7 +31,7 @@ from bond_plugin.bench.matrix import Cell, Matrix
 from bond_plugin.files import Busy, ContentError, lock, read_json, write_json, write_whole
 from bond_plugin.host import metrics, python
 from bond_plugin.offline import fingerprints
-from bond_plugin.offline.prompts import Columns, DataError, Lines, read_rows
+from bond_plugin.offline.prompts import DataError, Lines, read_rows
 
 _SAMPLES = "reference-samples.json"
 _ERROR_LINES = 12
@@ -431,7 +431,7 @@ def opened(matrix: Matrix, output: Path, say: Callable[[str], None], **options: 
     names = ("evaluation.input_key", "evaluation.label_key", f"{template} in 'common'")
     chat = recipes.is_on(matrix.cells[0].flags.get(template))
     try:
-        rows = read_rows(Path(given.prompts), Lines(Columns(given.input_key, given.label_key, chat, names)))
+        rows = read_rows(Path(given.prompts), Lines((given.input_key, given.label_key), names, chat))
         held = lock(output)
     except DataError as error:
         raise BenchError(f"evaluation.prompts {error}") from error

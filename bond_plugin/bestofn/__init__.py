@@ -2,6 +2,6 @@
 
 ``distribution``: quantiles and the Best-of-N distribution; ``targets``: that and others of its kind; ``pooled``:
 these of another distribution, each sample compared with all others of its prompt; ``baselines``: what takes noise
-from gradients; ``estimates``: Best-of-N from samples; ``selectors``: one of N samples; ``limits``: the best that any
-policy can do at a given KL, and how near to it a method comes.
+from gradients; ``divergences``: of whole distributions; ``estimates``: Best-of-N from samples; ``selectors``: one of
+N samples; ``limits``: the best that any policy can do at a given KL, and how near to it a method comes.
 """

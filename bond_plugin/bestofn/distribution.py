@@ -5,11 +5,10 @@ the probabilities that a sample of the reference has a lower reward than y, or o
 
     pi_BoN(y) / pi_ref(y) = (p_<=^N - p_<^N) / (p_<= - p_<) = p_<=^(N-1) sum_{i=1..N} (p_< / p_<=)^(i-1)
 
-(Theorem 1 of arXiv 2407.14622, whose term (B) is the sum.) The theorem is stated for rewards that order the
-generations strictly. It holds as it stands for tied rewards too, when ties are broken uniformly at random:
-a *level* v of the reward has probability F(v)^N - F(v-)^N under Best-of-N, of which each generation at that
-level gets a share in proportion to pi_ref, F(v) - F(v-) in all. What needs the strict order is leaving term
-(B) out, as the paper does in practice; with a 0/1 reward that is far from right.
+(Theorem 1 of arXiv 2407.14622, whose term (B) is the sum.) Stated for rewards that order the generations strictly, it
+holds for tied rewards too, when ties are broken uniformly at random: a *level* v of the reward has probability
+F(v)^N - F(v-)^N under Best-of-N, of which each generation at that level gets a share in proportion to pi_ref. What
+needs the strict order is leaving term (B) out, as the paper does in practice.
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ def quantiles(rewards: Tensor, samples: Tensor, include_self: bool = False) -> t
 
     Args:
         rewards: ``[B, m]``, the rewards to place.
-        samples: ``[B, k]``, rewards of k samples of the reference for the same prompts. k >= 1.
-        include_self: count the placed reward as one more sample of the reference:
-            p_< = #{lower} / (k + 1), p_<= = (#{lower or equal} + 1) / (k + 1). Then p_<= is never 0 and its
-            log is finite. Where y is a sample of the reference, these are its exact ranks among k + 1.
+        samples: ``[B, k]``, rewards of k >= 1 samples of the reference for the same prompts.
+        include_self: count the placed reward as one more sample of the reference, so that log p_<= is finite:
+            p_< = #{lower} / (k + 1), p_<= = (#{lower or equal} + 1) / (k + 1).
 
     Returns:
-        (p_lt, p_le), each ``[B, m]`` float64 in [0, 1], p_lt <= p_le.
+        (p_lt, p_le), each ``[B, m]`` float64 in [0, 1].
 
     Raises:
         ValueError: a reward is NaN, which has no place in an order.
@@ -52,12 +50,10 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: float) -> Tensor:
 
         (n - 1) log p_<= + log sum_{i=1..n} (p_< / p_<=)^(i-1)
 
-    The sum is geometric; it is evaluated as (1 - q^n) / (1 - q) with expm1 and log1p, which keeps its relative
-    error near that of float64 for n up to 10,000 and beyond, down to p = 0 and up to q = 1.
+    The sum is evaluated as (1 - q^n) / (1 - q) with expm1 and log1p, to float64 from p = 0 to q = 1 for any n.
 
     Args:
-        p_lt, p_le: any shape, P(r(y') < r(y)) and P(r(y') <= r(y)) under the reference, p_lt <= p_le. Estimates of
-            them may be above 1.
+        p_lt, p_le: any shape, P(r(y') < r(y)) and P(r(y') <= r(y)) under the reference; estimates may be above 1.
         n: N of Best-of-N, >= 1. What is not whole lies on the curve between those that are.
 
     Returns:
@@ -75,14 +71,7 @@ def log_bon_ratio(p_lt: Tensor, p_le: Tensor, n: float) -> Tensor:
 
 
 def level_probabilities(probabilities: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """p_< and p_<= of every point of a finite distribution, exactly.
-
-    Args:
-        probabilities, rewards: ``[..., S]``.
-
-    Returns:
-        (p_lt, p_le), ``[..., S]`` float64.
-    """
+    """p_< and p_<= of every point of a finite distribution, exactly: ``[..., S]`` to two of ``[..., S]`` float64."""
     probabilities, rewards = probabilities.double(), rewards.double()
     ordered, index = rewards.sort(dim=-1)
     cumulative = probabilities.gather(-1, index).cumsum(dim=-1).clamp(max=1.0)

@@ -9,25 +9,16 @@ from bond_plugin.bestofn.distribution import quantiles
 
 
 def expected_max(rewards: Tensor, n: int) -> Tensor:
-    """The mean reward of Best-of-n, estimated without bias from k >= n samples.
+    """The mean reward of Best-of-n, estimated without bias from k >= n independent samples.
 
     The average of the maximum over all subsets of n of the k samples (the U-statistic of the maximum). With
     r_(1) <= ... <= r_(k) the sorted rewards, r_(i) is the maximum of C(i-1, n-1) of the C(k, n) subsets:
 
         E[max of n] ~ sum_{i=n}^{k} C(i-1, n-1) / C(k, n) r_(i)
 
-    The weights are computed from log-gamma in float64; their error is below 1e-10 for k up to 10,000. Of 0/1 rewards
-    it is pass@n, 1 - C(k - c, n) / C(k, n) with c right ones: Best-of-n is right exactly when one of its n is.
-
-    Args:
-        rewards: ``[..., k]``, independent samples from one distribution along the last dimension.
-        n: how many samples Best-of-n draws, 1 <= n <= k. 1 gives the mean, k the maximum.
-
-    Returns:
-        ``[...]`` in the dtype of ``rewards`` (float32 for integers), in units of the reward.
-
-    Raises:
-        ValueError: n < 1, or n > k: no unbiased estimate exists.
+    The weights' error is below 1e-10 for k up to 10,000. Of 0/1 rewards it is pass@n, 1 - C(k - c, n) / C(k, n) with
+    c right ones. ``[..., k]`` to ``[...]``, in the dtype of ``rewards`` (float32 for integers). Raises ValueError for
+    n < 1, or n > k, where there is no unbiased estimate.
     """
     k = rewards.shape[-1] if rewards.dim() else 0
     if not 1 <= n <= k:
@@ -39,15 +30,8 @@ def expected_max(rewards: Tensor, n: int) -> Tensor:
 def expected_at_max(rewards: Tensor, values: Tensor, n: int) -> Tensor:
     """The mean of ``values`` at the sample of Best-of-n, of equal rewards each equally likely; without bias.
 
-    Such as whether it is right, where the reward is a model's. As :func:`expected_max`, which it is for
-    ``values = rewards``; within a level of the reward the values are replaced by their mean.
-
-    Args:
-        rewards, values: ``[..., k]``.
-        n: 1 <= n <= k.
-
-    Returns:
-        ``[...]`` float64, in units of ``values``.
+    As :func:`expected_max`, which it is for ``values = rewards``: ``[..., k]`` both, 1 <= n <= k, to ``[...]``
+    float64.
     """
     equal = (rewards.unsqueeze(-1) == rewards.unsqueeze(-2)).double()
     of_level = (equal * values.double().unsqueeze(-2)).sum(dim=-1) / equal.sum(dim=-1)
@@ -68,19 +52,12 @@ def max_credit(rewards: Tensor, n: int) -> Tensor:
         n (mean of max r over the subsets of n samples that hold i  -  the same over those of the others)
 
     d E[max of n] = n E[max r(y_1 ... y_n) d log pi(y_1)], and the first mean is the U-statistic of that; the second
-    does not depend on sample i, so that it is a baseline. For n < k the k numbers add up to zero, as the mean of
-    leave-one-out U-statistics is the whole one. For n = k no subset of n leaves i out; the largest of the other
-    k - 1 is the baseline then, and no number is negative. n = 1 is the reward less the mean of the others.
+    does not depend on sample i, so that it is a baseline. For n < k the k numbers add up to zero. For n = k no subset
+    of n leaves i out; the largest of the other k - 1 is the baseline then, and no number is negative. n = 1 is the
+    reward less the mean of the others. In time O(k log k); the rewards count relative to the largest, so that nothing
+    cancels where all are large and alike.
 
-    Sorted, in time O(k log k); the weights are those of :func:`expected_max`, and the rewards count relative to the
-    largest, so that nothing cancels where all are large and alike.
-
-    Args:
-        rewards: ``[..., k]``, independent samples from one distribution along the last dimension, k >= 2.
-        n: how many samples Best-of-n draws, 1 <= n <= k.
-
-    Returns:
-        ``[..., k]`` float64, in units of the reward; the same for equal rewards.
+    ``[..., k]`` independent samples, k >= 2 and 1 <= n <= k, to ``[..., k]`` float64; the same for equal rewards.
     """
     k = rewards.shape[-1]
     ordered, index = rewards.double().sort(dim=-1)
@@ -112,12 +89,7 @@ def win_rate(rewards: Tensor, against: Tensor) -> Tensor:
 
         (1 / k m) sum_{i, j} ( 1{a_i > b_j} + 1/2 1{a_i = b_j} )
 
-    Args:
-        rewards: ``[P, k]``, k >= 1.
-        against: ``[P, m]``, m >= 1.
-
-    Returns:
-        ``[P]`` float64 in [0, 1]. ``win_rate(a, b) + win_rate(b, a) == 1``.
+    ``[P, k]`` and ``[P, m]`` to ``[P]`` float64 in [0, 1].
     """
     below, not_above = quantiles(rewards, against)
     return (below + not_above).mean(dim=-1) / 2

@@ -16,10 +16,10 @@ M samples of the reference a prompt are enough to estimate both fronts, with wei
     log Z = logsumexp(r / beta) - log M,     KL = E[r] / beta - log Z
 
 That is the exact front of the samples' empirical distribution. It ends where only the best sample of each prompt has
-weight, at a KL of log M without ties. For rewards it lies below the true front on average: by (1) the front at a KL
-of kappa is the minimum over beta of beta (kappa + mean log Z), and both log and min are concave. How far below is
-estimated by comparing with the fronts of half the samples, see :class:`Front`. For win rates without ties nothing is
-left to chance, and the front of M samples misses that of infinitely many by less than 1 / M of the possible gain.
+weight, at a KL of log M without ties. For rewards it lies below the true front on average, as by (1) the front at a
+KL of kappa is the minimum over beta of beta (kappa + mean log Z), and log and min are concave; :class:`Front`
+estimates how far. For win rates without ties it misses that of infinitely many samples by less than 1 / M of the
+possible gain.
 """
 
 from __future__ import annotations
@@ -45,25 +45,9 @@ _CHUNK = 250_000  # weights at a time: 2 MB
 class Front:
     """A front on a grid of beta, from the reference itself (infinite beta) to its best samples (beta 0).
 
-    ``supported`` says where the samples are enough. Measured against the true fronts (Gaussian: mean +
-    sqrt(2 KL) standard deviations) with 262,000 rewards in P prompts of M samples; errors in percent of the gain over
-    the reference, uncertain by 0.3:
-
-        rewards        M      supported up to    error there    :meth:`corrected`
-        Gaussian        64    KL 0.8 nats            -1.6            0.3
-                       128       1.6                 -1.7            0.2
-                       256       2.4                 -1.9           -0.1
-                      1024       4.1                 -2.3           -0.6
-        uniform         64       3.1                 -1.1            0.8
-                 128 and up    the end: log M        -1.0 or less    0.5 or less
-        exponential    128       0.5                 -3.5           -1.6
-                       256       0.9                 -4.5           -2.7
-                      1024       2.4                 -8.6           -6.8
-
-    So the flag can be trusted for tails up to a Gaussian's. Where they are heavier, half the samples miss what all
-    miss too: the front is then too low by more than it says, and what a method has of it is flattered. Gaussian
-    rewards of 128 samples are 2.7 % low at the KL of Best-of-16 (1.84) and 6 % at 3 nats; corrected, 0.3 % and 2 %.
-    With very few prompts the estimated bias is noisy.
+    ``supported`` says where the samples are enough: to be trusted for rewards with tails up to a Gaussian's. Where
+    they are heavier, half the samples miss what all miss too, and the front is too low by more than it says;
+    docs/bench.md has figures. With very few prompts the estimated bias is noisy.
 
     Attributes:
         kl: ``[S]`` float64, KL(pi || pi_ref) in nats a response, averaged over prompts. Increasing from 0.
@@ -85,16 +69,10 @@ class Front:
         return self.value[0].item()
 
     def at(self, kl: Tensor | float) -> Tensor:
-        """The highest value at these KLs, interpolated linearly in the root of the KL.
+        """The highest value at these KLs in nats, any shape, interpolated linearly in the root of the KL; float64.
 
-        In the root of the KL the front begins as a straight line, and is one throughout for Gaussian rewards.
-
-        Args:
-            kl: any shape, in nats; what rounding leaves below 0 counts as 0.
-
-        Returns:
-            The same shape, float64. Beyond the end of the front: its last value where that is supported (as with
-            0/1 rewards, and with constant ones, whose front is a point): more KL buys nothing then. Else NaN.
+        Beyond the end of the front its last value where that is supported (as with 0/1 rewards, and with constant
+        ones, whose front is a point): more KL buys nothing then. Else NaN.
         """
         kl = torch.as_tensor(kl, dtype=torch.float64, device=self.kl.device).clamp(min=0)
         found = over_root(kl.reshape(1, -1), self.kl[None], self.value[None]).reshape(kl.shape)
@@ -102,11 +80,7 @@ class Front:
         return torch.where(known, found, math.nan)
 
     def supported_at(self, kl: Tensor | float) -> Tensor:
-        """Whether the samples are enough to say what the highest value is at these KLs.
-
-        Returns:
-            The shape of ``kl``, bool.
-        """
+        """Whether the samples are enough to say what the highest value is at these KLs: bool, in their shape."""
         kl = torch.as_tensor(kl, dtype=torch.float64, device=self.kl.device)
         return (kl <= self.kl[self.supported].max()) | (self.supported[-1] & ~kl.isnan())
 
@@ -119,16 +93,10 @@ class Front:
 def reward_front(rewards: Tensor) -> Front:
     """The highest mean reward at a given mean KL to the reference.
 
-    Args:
-        rewards: ``[P, M]``, rewards of M >= 2 independent samples of the reference for each of P prompts, in the
-            order in which they were drawn: the bias compares every other sample, and sorting would hide it.
-            Prompts may have constant rewards; if all have, the front is the one point (0, mean).
-
-    Returns:
-        :class:`Front` in units of the reward.
-
-    Raises:
-        ValueError: another shape, too few samples, or a reward that is not finite.
+    From ``[P, M]`` rewards of M >= 2 independent samples of the reference for each of P prompts, in the order in
+    which they were drawn: the bias compares every other sample, and sorting would hide it. If all prompts have
+    constant rewards, the front is the one point (0, mean). Raises ValueError for another shape, or a reward that is
+    not finite.
     """
     return _front(_checked(rewards), ranked=False)
 
@@ -136,8 +104,7 @@ def reward_front(rewards: Tensor) -> Front:
 def win_rate_front(rewards: Tensor) -> Front:
     """The highest mean win rate against one sample of the reference (a tie counts 1/2) at a given mean KL to it.
 
-    It depends on the order of the rewards alone. Without ties it is one and the same function for all rewards,
-    that of uniform ones: at beta, win rate 1 / (1 - exp(-1 / beta)) - beta.
+    Without ties it is one and the same function for all rewards: at beta, win rate 1 / (1 - exp(-1 / beta)) - beta.
 
     Arguments, result and errors as for :func:`reward_front`; values are win rates, from 1/2.
     """
@@ -185,16 +152,10 @@ def _tilted(rewards: Tensor, ranked: bool) -> tuple[Tensor, Tensor]:
 
 
 def tilted_means(rewards: Tensor, inverse_beta: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """KL to the reference, and means of ``values``, under each prompt's samples tilted by their rewards.
+    """KL to the reference in nats, and means of ``values``, under each prompt's samples tilted by their rewards.
 
-    Args:
-        rewards: ``[P, M]``, none above 0 (less the best of its prompt, which changes no weight): so exp cannot
-            overflow.
-        inverse_beta: ``[B]``, 1 / beta.
-        values: ``[P, M]`` each.
-
-    Returns:
-        (KL in nats, a mean of each of ``values``), ``[B, P]`` each.
+    Of ``[P, M]`` rewards, none above 0 (less the best of its prompt, which changes no weight), so that exp cannot
+    overflow, ``[B]`` 1 / beta, and values ``[P, M]``: ``[B, P]`` each.
     """
     parts = []
     for some in inverse_beta.split(max(1, _CHUNK // rewards.numel())):
@@ -208,14 +169,7 @@ def tilted_means(rewards: Tensor, inverse_beta: Tensor, *values: Tensor) -> tupl
 
 @dataclass(frozen=True)
 class BestOfNCurve:
-    """Best-of-n of the reference, prompt by prompt: column i is ``ns[i]``.
-
-    Attributes:
-        ns: the n of Best-of-n.
-        kl: ``[P, len(ns)]`` float64, KL(Best-of-n || reference) in nats.
-        reward: ``[P, len(ns)]``, mean reward.
-        win_rate: ``[P, len(ns)]``, against one sample of the reference, a tie counts 1/2.
-    """
+    """Best-of-n of the reference for n in ``ns``: ``[P, len(ns)]`` float64 each; KL in nats, a tie counts 1/2."""
 
     ns: tuple[int, ...]
     kl: Tensor
@@ -228,17 +182,10 @@ class BestOfNCurve:
 
 
 def best_of_n_curve(rewards: Tensor, ns: Sequence[int]) -> BestOfNCurve:
-    """Reward, win rate and KL of Best-of-n for several n, from samples of the reference.
+    """Reward, win rate and KL of Best-of-n for several n, 1 <= n < M, from samples of the reference, ``[P, M]``.
 
     Rewards by :func:`~bond_plugin.bestofn.estimates.expected_max` and win rates by :func:`bon_win_rate`, both
-    unbiased; KLs by :func:`bon_kl_from_samples`.
-
-    Args:
-        rewards: ``[P, M]``, rewards of M samples of the reference for each of P prompts.
-        ns: each 1 <= n < M.
-
-    Raises:
-        ValueError: another shape, or a reward that is not finite.
+    unbiased; KLs by :func:`bon_kl_from_samples`. Raises ValueError for another shape, or a reward that is not finite.
     """
     rewards, ns = _checked(rewards), tuple(ns)
     kl, reward, win_rate = (
@@ -249,7 +196,7 @@ def best_of_n_curve(rewards: Tensor, ns: Sequence[int]) -> BestOfNCurve:
 
 
 def bon_kl_from_samples(rewards: Tensor, n: int) -> Tensor:
-    """KL(Best-of-n || reference), from rewards of samples of the reference.
+    """KL(Best-of-n || reference) in nats, from rewards of samples of the reference, ``[P, M]`` to ``[P]`` float64.
 
     The samples stand for stretches [a, b] of the quantile: rewards that occur once for 1 / M of a continuous
     distribution, where the density of Best-of-n is n u^(n-1), and rewards that occur m >= 2 times for a level of
@@ -258,16 +205,8 @@ def bon_kl_from_samples(rewards: Tensor, n: int) -> Tensor:
         once      integral of n u^(n-1) log(n u^(n-1)) du = [ u^n (log n + (n - 1) (log u - 1/n)) ] from a to b
         a level   (b^n - a^n) log((b^n - a^n) / (b - a))
 
-    Without ties the sum is log n - (n - 1) / n whatever the rewards are; where every level occurs at least twice
-    it is the KL of the empirical distribution's Best-of-n. A level that occurs once among the
-    samples counts as continuous, which for n well below M makes little difference.
-
-    Args:
-        rewards: ``[P, M]`` float64.
-        n: >= 1.
-
-    Returns:
-        ``[P]`` float64, in nats, at most :func:`~bond_plugin.bestofn.distribution.bon_kl_bound`.
+    Without ties the sum is log n - (n - 1) / n; where every level occurs at least twice, the KL of the empirical
+    distribution's Best-of-n. A level that occurs once counts as continuous: little difference for n well below M.
     """
     low, high = quantiles(rewards, rewards)
     log_ratio = log_bon_ratio(low, high, n)
@@ -286,19 +225,12 @@ def _continuous_kl(u: Tensor, n: int) -> Tensor:
 def bon_win_rate(rewards: Tensor, n: int) -> Tensor:
     """How often Best-of-n beats one more sample of the reference, estimated without bias; a tie counts 1/2.
 
-    Each of the M samples is the opponent once; the best of n others is below it, or not above it, in
+    Each of the M samples is the opponent once; the best of n < M others is below it, or not above it, in
 
         C(#{lower}, n) / C(M - 1, n)     and     C(#{lower or equal} - 1, n) / C(M - 1, n)
 
-    of all choices. The win rate is one minus the average of both: n / (n + 1) whatever the rewards are, when no
-    two are equal. :func:`~bond_plugin.bestofn.estimates.win_rate` is the same for samples of two distributions.
-
-    Args:
-        rewards: ``[P, M]`` float64.
-        n: 1 <= n < M.
-
-    Returns:
-        ``[P]`` float64, in [1/2, n / (n + 1)].
+    of all choices. The win rate is one minus the average of both: n / (n + 1) when no two are equal.
+    ``[P, M]`` float64 to ``[P]`` float64.
     """
     others = rewards.shape[-1] - 1
     # C(c, n) / C(M - 1, n) for c = 0 .. M - 1: going down from c to c - 1 multiplies by (c - n) / c.
@@ -310,13 +242,9 @@ def bon_win_rate(rewards: Tensor, n: int) -> Tensor:
 
 
 def pareto_front(kl: Tensor, value: Tensor) -> Tensor:
-    """Which points no other point beats: none has a KL as low and a value as high, and one of them better.
+    """Which of ``[n]`` points no other beats: none has a KL as low and a value as high, and one of them better.
 
-    Args:
-        kl, value: ``[n]``.
-
-    Returns:
-        ``[n]`` bool. Points that are equal in both stand or fall together.
+    Points that are equal in both stand or fall together. ``[n]`` bool.
     """
     no_worse = (kl <= kl.unsqueeze(-1)) & (value >= value.unsqueeze(-1))
     better = (kl < kl.unsqueeze(-1)) | (value > value.unsqueeze(-1))
@@ -324,15 +252,7 @@ def pareto_front(kl: Tensor, value: Tensor) -> Tensor:
 
 
 def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
-    """Linear interpolation in each row; constant beyond the knots at either end.
-
-    Args:
-        x: ``[B, G]``.
-        knots, values: ``[B, K]``, K >= 1; knots do not decrease.
-
-    Returns:
-        ``[B, G]``.
-    """
+    """Linear in each row at ``[B, G]``; knots ``[B, K]`` do not decrease, and beyond them it is constant."""
     if knots.shape[-1] == 1:
         return values.expand(x.shape).clone()
     right = torch.searchsorted(knots.contiguous(), x.contiguous(), right=True).clamp(1, knots.shape[-1] - 1)

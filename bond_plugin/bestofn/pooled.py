@@ -30,18 +30,17 @@ def mixture_weights(policy_ratio: Tensor, source_ratio: Tensor, n: int) -> tuple
     At m > 0, a <= S / m, whatever the policy. The mean of ``a * f(y)`` over the S samples is unbiased for the
     mean of f under the source, that of ``p * f(y)`` for the mean under the policy.
 
-    What compares samples with each other is exact for m = 0 only. For m > 0 the *others* of a sample are not the
-    mixture q, because n and m are fixed: by enumeration at n = m, :func:`pooled_tilt` and the gradient made of it
-    have a bias as 1 / (S - 1) for N = 2, for N = 3 within 3 % of that, and the log-quantile of 0.070, 0.053, 0.033
-    nats at S = 4, 8, 16 for the lowest generation, 0.012, 0.005, 0.002 for the best. None where source = mu.
+    What compares samples with each other is exact for m = 0 only: for m > 0 the *others* of a sample are not the
+    mixture q. By enumeration at n = m, :func:`pooled_tilt` and its gradient have a bias as 1 / (S - 1) for N = 2, the
+    log-quantile of up to 0.070, 0.053, 0.033 nats at S = 4, 8, 16; none where source = mu.
 
     Args:
-        policy_ratio: ``[P, S]``, log pi(y) - log mu(y) of every sample; zeros where mu is the policy.
-        source_ratio: ``[P, S]``, log source(y) - log mu(y) of every sample. ``-inf`` where the source has no mass.
+        policy_ratio, source_ratio: ``[P, S]``, log pi(y) - log mu(y) and log source(y) - log mu(y); of the latter
+            ``-inf`` where the source has no mass.
         n: how many of the S samples were drawn from mu, 1 <= n <= S; the rest from the source.
 
     Returns:
-        (a, p), ``[P, S]`` float64, >= 0. At n = S, a = exp(source_ratio) and p = exp(policy_ratio).
+        (a, p), ``[P, S]`` float64, >= 0.
 
     Raises:
         ValueError: a ratio that is NaN, or a weight beyond float64.
@@ -66,14 +65,12 @@ def pooled_tilt(rewards: Tensor, weights: Tensor, n: int | Tensor, normalised: b
     g_N(y_i) = (p_<=^N - p_<^N) / (p_<= - p_<), Theorem 1 of arXiv 2407.14622 with ties broken at random, given y_i.
 
     Args:
-        rewards: ``[P, S]``, finite.
-        weights: ``[P, S]``, a of :func:`mixture_weights`.
+        rewards, weights: ``[P, S]``, the former finite, the latter a of :func:`mixture_weights`.
         n: N of Best-of-N, 1 <= N <= S. Of the best of a random number of samples the probabilities of N = 1, 2, ...
             k, ``[k]``, k <= S: the above of each N times its probability. Those of N = 1 multiply the source by 1.
-        normalised: divide by the sum of the products over *all* subsets of N - 1 others. The result is then
-            in [0, N] and does not depend on the weights' scale, but it has a bias as 1 / S. By enumeration for
-            weights of 2, 2/3 and 4/5, where g is up to N: at S = 4, 8, 16 at most 0.053, 0.025, 0.012 for N = 2
-            and 0.176, 0.098, 0.050 for N = 3.
+        normalised: divide by the sum of the products over *all* subsets of N - 1 others. The result is then in
+            [0, N] and does not depend on the weights' scale, but has a bias as 1 / S: by enumeration for weights of
+            2, 2/3 and 4/5, at S = 4, 8, 16 at most 0.053, 0.025, 0.012 for N = 2.
 
     Returns:
         ``[P, S]`` float64, >= 0. 0 where fewer than N - 1 others have a positive weight.
@@ -86,13 +83,8 @@ def pooled_tilt(rewards: Tensor, weights: Tensor, n: int | Tensor, normalised: b
 def pooled_quantiles(rewards: Tensor, weights: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
     """p_< and p_<= of every sample under the source, from the prompt's other samples.
 
-    Args:
-        rewards, weights: as for :func:`pooled_tilt`.
-        normalised: divide by the weights of all others instead of by their number.
-
-    Returns:
-        (p_lt, p_le), ``[P, S]`` float64, 0 <= p_lt <= p_le. With weights other than one, not normalised, they may be
-        above 1: without bias, the mean of what the others weigh.
+    As :func:`pooled_tilt`; ``normalised`` divides by the weights of all others instead of by their number. Otherwise
+    they are without bias, and may be above 1. (p_lt, p_le), ``[P, S]`` float64.
     """
     ordered, index = rewards.sort(dim=-1)
     of = weights.gather(-1, index)
@@ -111,25 +103,18 @@ def harmonic_log_quantile(rewards: Tensor, weights: Tensor, normalised: bool = F
 
         -sum_{j=1..k} (1 / j) e_j(weights of those above i) / C(k, j)
 
-    Its expectation given y_i is -sum_{j=1..k} (1 - F)^j / j, the Taylor series of log F cut at k: always finite, with
-    no floor to choose. With all weights one it is H_c - H_k, for c samples below and H_j = 1 + 1/2 + ... + 1/j.
+    Its expectation given y_i is -sum_{j=1..k} (1 - F)^j / j, the Taylor series of log F cut at k: always finite. With
+    all weights one it is H_c - H_k, for c samples below and H_j = 1 + 1/2 + ... + 1/j. An equal counts as half a
+    sample above, so that F is (p_< + p_<=) / 2 and log F is log g_2 / 2 itself.
 
-    An equal counts as half a sample above, so that F is (p_< + p_<=) / 2 and log F is log g_2 / 2 itself. (The mean
-    over random orders of equals is the mean of logs, which lies below the log of the mean that Best-of-N weighs a
-    level by: for 0/1 rewards by up to a nat.)
-
-    Ranks within a prompt are not independent: their sum is fixed. With all weights one and no equals, subtracting the
-    leave-one-out mean only multiplies the result by S / (S - 1), up to a constant, and so changes its proportion to
-    anything it is added to. Subtract a constant instead: the mean is -k / (k + 1).
+    Ranks within a prompt are not independent: with all weights one and no equals, subtracting the leave-one-out mean
+    multiplies the result by S / (S - 1), up to a constant. Subtract a constant instead: the mean is -k / (k + 1).
 
     Args:
-        rewards: ``[P, S]``, finite, S >= 2.
-        weights: ``[P, S]``, a of :func:`mixture_weights`.
-        normalised: divide by e_j of all others instead of C(k, j). The result is then in [-H_k, 0] and does
-            not depend on the weights' scale; samples of weight zero are as if they were not there. Against the
-            series this has a bias as 1 / S at a fixed F, which goes through S F and so falls late at the lowest
-            ranks. By enumeration for weights of 2, 2/3 and 4/5, at S = 8, 16, 32: 0.019, 0.009, 0.005 nats for
-            the best generation, 0.131, 0.151, 0.122 for the lowest, with F < 0.2.
+        rewards, weights: ``[P, S]``, as for :func:`pooled_tilt`, S >= 2.
+        normalised: divide by e_j of all others instead of C(k, j). The result is then in [-H_k, 0] and does not
+            depend on the weights' scale, but has a bias as 1 / S: by enumeration for weights of 2, 2/3 and 4/5, at
+            S = 8, 16, 32, 0.019, 0.009, 0.005 nats for the best generation; 0.131, 0.151, 0.122 for the lowest.
         ratio: in (0, 1]. Term j is multiplied by its j-th power, which makes it the series of log(1 - ratio (1 - F)).
 
     Returns:
@@ -174,11 +159,7 @@ def _harmonic_integral(rewards: Tensor, weights: Tensor) -> Tensor:
 def effective_sample_size(weights: Tensor) -> Tensor:
     """(sum a)^2 / sum a^2 / S: the share of a prompt's samples that its weights leave (Kish 1965).
 
-    Args:
-        weights: ``[P, S]`` float64, a of :func:`mixture_weights`.
-
-    Returns:
-        ``[P]``, in [1 / S, 1]; 0 where all weights are zero.
+    ``[P, S]`` float64 weights, a of :func:`mixture_weights`, to ``[P]`` in [1 / S, 1]; 0 where all are zero.
     """
     largest = weights.amax(dim=-1, keepdim=True)
     scaled = weights / torch.where(largest > 0, largest, 1.0)
@@ -225,14 +206,8 @@ def _before(logs: Tensor, segment: Tensor, degree: int) -> Tensor:
     """log e_j, j <= degree, of the weights of all samples before each one in its segment.
 
     A scan by doubling (Hillis and Steele 1986): after each step an entry holds the product of the last 1, 2, 4, ...
-    factors 1 + a x up to its own, as far as they belong to its segment.
-
-    Args:
-        logs: ``[P, S]``, log a in the order of the samples.
-        segment: ``[P, S]``, which segment each sample belongs to; segments are contiguous.
-
-    Returns:
-        ``[degree + 1, P, S]``, or fewer coefficients where no segment is long enough to have them.
+    factors 1 + a x up to its own, as far as they belong to its segment. ``[P, S]`` logs, and contiguous segments, to
+    ``[degree + 1, P, S]``, or fewer coefficients where no segment is long enough to have them.
     """
     products, shift = torch.stack([torch.zeros_like(logs), logs]), 1
     while (same := segment[:, shift:] == segment[:, :-shift]).any():

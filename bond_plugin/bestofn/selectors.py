@@ -22,15 +22,8 @@ from bond_plugin.bestofn.estimates import expected_at_max
 def random_argmax(rewards: Tensor, generator: torch.Generator) -> Tensor:
     """Where the highest reward is; of equals, uniformly at random.
 
-    Theorem 1 of BOND (arXiv 2407.14622) assumes that the reward orders generations strictly. Its proof needs *some*
-    strict order among equals; a random one (rather than the position in the batch) favours no sample.
-
-    Args:
-        rewards: ``[..., k]``, finite, of the samples that are compared with each other.
-        generator: source of the random order among equals, on the CPU.
-
-    Returns:
-        ``[..., 1]`` int64, in 0 ... k - 1.
+    Theorem 1 of BOND (arXiv 2407.14622) needs *some* strict order among equals; a random one favours no sample.
+    ``[..., k]`` finite rewards to ``[..., 1]`` int64; the generator, on the CPU, orders equals.
     """
     tie_break = torch.rand(rewards.shape, generator=generator, dtype=torch.float64, device="cpu")
     shuffled = tie_break.argsort(dim=-1)
@@ -38,47 +31,22 @@ def random_argmax(rewards: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled.gather(-1, by_reward[..., -1:]).to(rewards.device)
 
 
-def best(rewards: Tensor, answers: Tensor, temperature: float) -> Tensor:
-    top = (rewards == rewards.amax(dim=-1, keepdim=True)).double()
-    return top / top.sum(dim=-1, keepdim=True)
-
-
-def soft(rewards: Tensor, answers: Tensor, temperature: float) -> Tensor:
-    return torch.softmax(rewards.double() / temperature, dim=-1)
-
-
-def majority(rewards: Tensor, answers: Tensor, temperature: float) -> Tensor:
-    return vote(answers, torch.ones(answers.shape, dtype=torch.float64))
-
-
-def weighted(rewards: Tensor, answers: Tensor, temperature: float) -> Tensor:
-    return vote(answers, rewards)
-
-
 #: (rewards ``[..., N]``, answers ``[..., N]`` as :func:`vote` has them, temperature of ``soft``) to the probability
 #: of each sample, ``[..., N]`` float64. ``best`` and ``soft`` do not look at answers, ``majority`` not at rewards.
 SELECTORS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "best": best,
-    "soft": soft,
-    "majority": majority,
-    "weighted": weighted,
+    "best": lambda rewards, _, __: _among(rewards == rewards.amax(dim=-1, keepdim=True)),
+    "soft": lambda rewards, _, temperature: torch.softmax(rewards.double() / temperature, dim=-1),
+    "majority": lambda _, answers, __: vote(answers, torch.ones(answers.shape, dtype=torch.float64)),
+    "weighted": lambda rewards, answers, _: vote(answers, rewards),
 }
 VOTES = ("majority", "weighted")
 
 
 def vote(answers: Tensor, weights: Tensor) -> Tensor:
-    """The answer with the largest sum of weights.
+    """The answer with the largest sum of weights: ``[..., N]`` float64, the probability of each sample.
 
-    Args:
-        answers: ``[..., N]`` int64 from -1, small, equal numbers for equal answers; samples with -1 have no answer
-            and no vote.
-        weights: ``[..., N]``, at least 0.
-
-    Returns:
-        ``[..., N]`` float64, the probability of each sample.
-
-    Raises:
-        ValueError: a negative weight: another vote for an answer would count against it.
+    Equal answers, ``[..., N]`` int64, are equal small numbers; -1 is no answer and no vote. Raises ValueError for a
+    negative weight: another vote for an answer would count against it.
     """
     if (weights < 0).any():
         raise ValueError(f"votes are weighted with numbers of at least 0, got {weights.min().item():g}")
@@ -89,8 +57,11 @@ def vote(answers: Tensor, weights: Tensor) -> Tensor:
         return sums.scatter_add(-1, places, values).gather(-1, places)
 
     votes = of_answer(weights.double() * (answers >= 0))
-    top = (votes == votes.amax(dim=-1, keepdim=True)).double() / of_answer(torch.ones_like(votes))
-    return top / top.sum(dim=-1, keepdim=True)
+    return _among((votes == votes.amax(dim=-1, keepdim=True)) / of_answer(torch.ones_like(votes)))
+
+
+def _among(shares: Tensor) -> Tensor:
+    return shares.double() / shares.double().sum(dim=-1, keepdim=True)
 
 
 def pick(probabilities: Tensor, generator: torch.Generator | None) -> int:
@@ -112,15 +83,8 @@ def expected(
 ) -> float:
     """The mean of ``values`` at the sample that a selector selects of n, estimated without bias from k >= n samples.
 
-    The mean over all subsets of n of the k samples; of other selectors than ``best`` over so many of them at random,
-    with the selector's own probabilities in each.
-
-    Args:
-        name: of :data:`SELECTORS`.
-        rewards, answers, values: ``[k]``, independent samples of one prompt.
-        n: 1 <= n <= k.
-        temperature: of ``soft``.
-        seed, subsets: which subsets, and how many.
+    The mean over all subsets of n of the k samples of a prompt, ``[k]`` each; of other selectors than ``best`` over
+    ``subsets`` of them at random, with the selector's own probabilities in each.
     """
     k = len(values)
     if name == "best":

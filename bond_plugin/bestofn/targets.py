@@ -9,9 +9,8 @@ best of a *random number* n of samples of the source. So with G the integral of 
     best_of_poisson  n = 1 + Poisson(mu)   G = F exp(-mu (1-F))                 log g = log(1 + mu F) - mu (1-F)
     exponential      n = Poisson(1/T) > 0  G = (exp(F/T) - 1) / (exp(1/T) - 1)  log g = F/T - log Z
 
-with log Z = log(T (exp(1/T) - 1)). Best-of-Poisson is arXiv 2506.19248's. The exponential tilt is what reinforcement
-learning with the reward F and the KL coefficient T has for its optimum; no policy has a higher win rate against the
-source at its KL. That its n is a Poisson variable, given that it is above 0, is the power series of exp.
+with log Z = log(T (exp(1/T) - 1)). Best-of-Poisson is arXiv 2506.19248's. The exponential tilt is the optimum of
+reinforcement learning with the reward F and the KL coefficient T; no policy has a higher win rate at its KL.
 
 Where rewards tie, a level of mass p_<= - p_< is multiplied by (G(p_<=) - G(p_<)) / (p_<= - p_<): that is what becomes
 of it when ties are broken uniformly at random (for Best-of-N Theorem 1 of arXiv 2407.14622).
@@ -40,8 +39,7 @@ class Target:
     Attributes:
         scale: log g / scale is the reward whose optimum under the KL coefficient 1 / scale is the target.
         vanishes: g(0) = 0, so that an estimated quantile must not be 0.
-        samples: how many samples of the source are enough to draw from the target: the least of which the law of n
-            has at most :data:`TAIL` above.
+        samples: of the source, enough to draw from the target: the law of n has at most :data:`TAIL` above.
     """
 
     scale: float
@@ -49,14 +47,7 @@ class Target:
     samples: int
 
     def log_tilt(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
-        """log of (G(p_<=) - G(p_<)) / (p_<= - p_<), in nats; where the two are equal, log g.
-
-        Args:
-            p_lt, p_le: any shape, 0 <= p_lt <= p_le.
-
-        Returns:
-            The same shape, float64.
-        """
+        """log of (G(p_<=) - G(p_<)) / (p_<= - p_<), in nats, float64; where the two are equal, log g. Any shape."""
         raise NotImplementedError
 
     def _of_ties(self, p_lt: Tensor, p_le: Tensor) -> Tensor:
@@ -65,13 +56,9 @@ class Target:
         return torch.where(p_le > p_lt, self.log_tilt(p_lt, p_le) - self.log_tilt(middle, middle), 0.0)
 
     def pooled(self, rewards: Tensor, weights: Tensor, normalised: bool = False) -> tuple[Tensor, Tensor]:
-        """The factor of each sample and log g - log g(1), estimated from the other samples of its prompt.
+        """The factor of each sample and log g - log g(1), ``[P, S]`` float64 each, from the others of its prompt.
 
-        Args:
-            rewards, weights, normalised: as for :func:`~bond_plugin.bestofn.pooled.pooled_tilt`.
-
-        Returns:
-            ``[P, S]`` float64 each.
+        Arguments as for :func:`~bond_plugin.bestofn.pooled.pooled_tilt`.
         """
         raise NotImplementedError
 
@@ -101,9 +88,8 @@ class BestOfN(Target):
         """By :func:`pooled_tilt` and :func:`harmonic_log_quantile`, with equals as one half in the latter.
 
         That is right for N = 2, whose g is linear. Of other N the mean of g over a level of equal rewards is not g
-        of its middle; the difference of their logarithms is added. By enumeration as below, at S = 8, 16, 32, the
-        bias is at most 0.020, 0.007, 0.003 nats for N = 4, and 0.077, 0.036, 0.017 for N = 8; without it 0.69 and
-        2.77 at any S.
+        of its middle; the difference of their logarithms is added. By enumeration as below the bias is then at most
+        0.020, 0.007, 0.003 nats for N = 4 (without it 0.69 at any S), and 0.077, 0.036, 0.017 for N = 8.
         """
         tilt = pooled_tilt(rewards, weights, self.n, normalised)
         log_tilt = (self.n - 1) * harmonic_log_quantile(rewards, weights, normalised)
@@ -139,10 +125,9 @@ class _Poisson(Target):
         The factor is without bias that of the best of min(n, S) samples: S is all there are.
 
         log(1 - ratio (1 - F)) is estimated by its Taylor series cut at S - 1, and rate (1 - F) by what lies above,
-        without bias, at F half-way between p_< and p_<=. Where others tie with the sample, ``log_tilt(p_<, p_<=) -
-        log_tilt(F, F)`` of their estimates is added, which has a bias as 1 / S. By enumeration for 0/1 rewards,
-        a quarter of them right, and samples of the source itself: at S = 8, 16, 32 at most 0.080, 0.038, 0.019
-        nats for T = 0.1, and 0.058, 0.028, 0.014 for a mean of 8; without it 1.7 and 1.3 at any S.
+        without bias, at F half-way between p_< and p_<=. What is added where others tie has a bias as 1 / S: by
+        enumeration for 0/1 rewards, a quarter of them right, and samples of the source itself, at S = 8, 16, 32 at
+        most 0.080, 0.038, 0.019 nats for T = 0.1 (without it 1.7), and 0.058, 0.028, 0.014 for a mean of 8.
         """
         tilt = pooled_tilt(rewards, weights, self.law(rewards.shape[-1]), normalised)
         above = pooled_tilt(-rewards, weights, 2, normalised) / 2
@@ -192,16 +177,10 @@ class Exponential(_Poisson):
 
 
 def target_of(name: str, n: float, temperature: float, prefix: str = "bond") -> Target:
-    """The target that the flags of a method say.
-
-    Args:
-        name: one of :data:`TARGETS`.
-        n: N of Best-of-N, >= 2 and whole; the mean number of samples of Best-of-Poisson, 1 + mu, above 1.
-        temperature: T of the exponential tilt, > 0.
-        prefix: what the flags begin with, for the messages.
+    """The target that the flags of a method say: n is whole, >= 2; of Best-of-Poisson 1 + mu, any number above 1.
 
     Raises:
-        ValueError: a number out of its range; the message names the flag.
+        ValueError: a number out of its range; the message names the flag, which begins with ``prefix``.
     """
     if name == "exponential":
         if not 1 / _MOST <= temperature < math.inf:

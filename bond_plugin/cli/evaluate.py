@@ -259,11 +259,11 @@ def read_prompts(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, A
     from bond_plugin.offline import prompts
 
     flags = ("--input-key", "--label-key", "--apply-chat-template")
-    columns = prompts.Columns(args.input_key, args.label_key, run.data.apply_chat_template, flags)
+    keys, chat = (args.input_key, args.label_key), run.data.apply_chat_template
     try:
         tokenizer = prompts.tokenizer_of(run)
-        template = prompts.chat_template(tokenizer) if columns.chat else None
-        rows = prompts.read_rows(args.prompts, prompts.Lines(columns, template))
+        template = prompts.chat_template(tokenizer) if chat else None
+        rows = prompts.read_rows(args.prompts, prompts.Lines(keys, flags, chat, template))
         return tokenizer, prompts.held_out(rows, run.data, tokenizer, "--apply-chat-template")
     except prompts.DataError as error:
         raise ValueError(f"--prompts {error}") from error

@@ -22,7 +22,7 @@ from typing import Any
 
 from bond_plugin.files import open_file, unwritable
 from bond_plugin.host import models
-from bond_plugin.offline.prompts import Columns, Lines, chat_template, template_problem, whole_table
+from bond_plugin.offline.prompts import Lines, chat_template, template_problem, whole_table
 from bond_plugin.words import did_you_mean, reason
 
 #: Flags, most of them the host's, by what each of their numbers must be.
@@ -282,7 +282,7 @@ def _prompts(args: SimpleNamespace, dest: str, template: Callable[[list[Any]], s
     """Problems of the lines of a flag's files, and notes, each with the flag."""
     data = args.data
     flags = ("--data.input_key", "--data.label_key", "--data.apply_chat_template")
-    lines = Lines(Columns(data.input_key, data.label_key, data.apply_chat_template, flags), template, table=True)
+    lines = Lines((data.input_key, data.label_key), flags, data.apply_chat_template, template, table=True)
     found, notes, count = [], [], 0
     for path in filter(Path.exists, map(Path, data_sets(args, dest))):
         kind = _kind(path)

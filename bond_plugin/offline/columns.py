@@ -31,11 +31,8 @@ _KINDS = [TypeAdapter(Annotated[list[kind], Field(min_length=1)]) for kind in (s
 class Scored:
     """The responses of each prompt with their rewards: of those that fit the first ``--cache.samples``.
 
-    A response fits if its tokens and EOS are no more than ``--rollout.max_new_tokens``. Cut off there it would have
-    no EOS, and a reward that is of its whole text: what does not fit is left out.
-
-    Attributes:
-        what: all of it in words, with how many are left out.
+    A response fits if its tokens and EOS are no more than ``--rollout.max_new_tokens``: cut off there it would have
+    no EOS, and a reward of its whole text. ``what`` says all of it in words, with how many are left out.
 
     Raises:
         ContentError: a row has something else (it is named with the column), or fewer than two of a prompt fit.

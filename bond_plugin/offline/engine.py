@@ -2,8 +2,8 @@
 
 :func:`stream` starts ``python -m bond_plugin.offline.engine`` for each engine. On its standard input a process gets
 the job, then the numbers of the chunks that it is to sample, and at the end ``null``; it sends the samples back, one
-JSON line a chunk. :func:`sample` waits for all of them. vLLM keeps the memory it has taken until its process ends, so
-only a process of its own gives it back; and two models can be sampled one after the other on one device.
+JSON line a chunk. vLLM keeps the memory it has taken until its process ends, so only a process of its own gives it
+back.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class PromptSamples:
     Attributes:
         prompt_ids: [tokens], what was kept of the prompt, without special tokens.
         response_ids: [n][tokens], the response without its prompt, with the EOS token if it came.
-        queries: [n], prompt and response decoded together with special tokens: what the host gives to a reward
-            function.
+        queries: [n], prompt and response decoded together with special tokens: what a reward function gets.
         responses: [n], the responses decoded alone, special tokens included.
         log_probs: [n][tokens] in nats, of each response token where it was drawn, or ``None``.
     """
@@ -68,7 +67,7 @@ def gpus() -> list[str]:
 
 
 def count(tensor_parallel_size: int = 1, asked: int | None = None) -> int:
-    """How many engines to start: ``asked``, or as many as there are GPUs for; no more than that, and at least one.
+    """How many engines to start: ``asked``, or as many as there are GPUs for, and no more than that; at least one.
 
     Without a GPU ``asked``, or one.
     """
@@ -80,8 +79,7 @@ def count(tensor_parallel_size: int = 1, asked: int | None = None) -> int:
 def sample(model: str | Path, prompts: Sequence[str], n: int, *, engines: int = 1, **how: Any) -> list[PromptSamples]:
     """Draw ``n`` responses for each prompt from a model's own distribution: no top-p, top-k or least length.
 
-    Arguments and errors as for :func:`stream` without ``chunk``. Each engine has every ``engines``-th prompt, all at
-    once.
+    As :func:`stream`; each engine has every ``engines``-th prompt, all at once.
     """
     striped = [place for first in range(engines) for place in range(first, len(prompts), engines)]
     chunk = max(1, -(-len(prompts) // engines))
@@ -110,24 +108,21 @@ def stream(
 ) -> Iterator[list[PromptSamples]]:
     """Draw ``n`` responses for each prompt as the host's rollouts do, and yield them a chunk of prompts at a time.
 
-    Each response has a random seed of its own, made of ``seed``, its prompt and its place among the prompt's. So what
-    is drawn does not depend on which other prompts are asked for, but for rounding: a model's log-probabilities
-    depend a little on what is computed beside them. A chunk is sampled by one engine, alone, so with the same chunks
-    the same machine gives the same samples, whatever the number of engines. While chunks are being used, others are
-    sampled: two for each engine.
+    Each response has a random seed of its own, made of ``seed``, its prompt and its place among the prompt's: what is
+    drawn does not depend on the other prompts, but for rounding. A chunk is sampled by one engine, alone, so the same
+    chunks give the same samples on the same machine, whatever the number of engines. While chunks are being used,
+    others are sampled: two for each engine.
 
     Args:
         model: a folder, or a name that Hugging Face's hub knows.
-        prompts: texts, none empty, as the host gives them to its engines, templates applied. Tokenised without
-            special tokens; only the last tokens are kept of one that leaves no room for the response.
+        prompts: texts, none empty, templates applied. Tokenised without special tokens; only the last tokens are kept
+            of one that leaves no room for the response.
         n: samples a prompt, at least 1.
         chunk: prompts in a chunk, at least 1.
         max_new_tokens: tokens after which a response is cut off; ``None`` for as many as ``max_len`` leaves.
         temperature: above 0.
-        seed: see above.
         max_len: tokens of prompt and response together; ``None`` cuts no prompt.
         min_new_tokens: no EOS token before so many tokens.
-        use_fast_tokenizer: as the host's ``--data.disable_fast_tokenizer`` says.
         log_probs: whether they are wanted; of the distribution that is sampled from, temperature included.
         engines: how many; see :func:`count`. No more are started than there are chunks.
         tensor_parallel_size: GPUs of each engine. The first has the first.
@@ -153,13 +148,9 @@ def stream(
         "chunk": chunk,
         "tokenizer": {"trust_remote_code": True, "use_fast": use_fast_tokenizer},
         "log_probs": log_probs,
-        "engine": {
-            "trust_remote_code": True,
-            "seed": seed,
-            "tensor_parallel_size": tensor_parallel_size,
-            **(engine or {}),
-        },
+        "engine": {"trust_remote_code": True, "seed": seed, "tensor_parallel_size": tensor_parallel_size},
     }
+    job["engine"] |= engine or {}
     chunks, devices = -(-len(prompts) // chunk), gpus()
     inbox: queue.SimpleQueue[tuple[_Child, dict[str, Any] | None]] = queue.SimpleQueue()
     children: list[_Child] = []
@@ -174,7 +165,9 @@ def stream(
         given = 0
         for wanted in range(chunks):
             while given < min(chunks, wanted + 2 * len(children)):
-                min(children, key=lambda child: child.has).give(given)
+                least = min(children, key=lambda child: child.has)
+                least.has += 1
+                least.send(given)
                 given += 1
             while wanted not in ready:
                 child, message = inbox.get()
@@ -204,10 +197,7 @@ def stream(
 class _Child:
     """An engine's process, as its parent has it.
 
-    Attributes:
-        has: chunks that it was given and has not sent back.
-        done: responses that it has finished.
-        error: the traceback that it sent.
+    ``has`` chunks that it has not sent back; ``done`` responses; the ``error`` that it sent.
     """
 
     def __init__(self, environment: dict[str, str], inbox: queue.SimpleQueue) -> None:
@@ -233,10 +223,6 @@ class _Child:
     def send(self, order: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # of one that is dead the reader says so
             _send(self.process.stdin, order)
-
-    def give(self, chunk: int) -> None:
-        self.has += 1
-        self.send(chunk)
 
     def close(self) -> None:
         """Once it was killed or has ended."""
@@ -270,17 +256,14 @@ def remaining(
     draw: Callable[[list[str]], Generator[list[PromptSamples]]],
     chunk: int,
 ) -> Iterator[tuple[int, PromptSamples]]:
-    """Sample the prompts that an interrupted run has left.
+    """The places of the prompts that an interrupted run has left, each with its samples. Close it to stop sampling.
 
-    Chunks are of the whole list of prompts, and one that is there in part is drawn again as a whole, so that its
-    samples are computed as they would have been without the interruption.
+    A chunk of the whole list that is there in part is drawn again as a whole, so that its samples are computed as
+    they would have been without the interruption.
 
     Args:
         there: whether the i-th is done; asked again before its samples are given.
         draw: a list of prompts to their samples, ``chunk`` prompts at a time and in order: :func:`stream`.
-
-    Yields:
-        The places of prompts that are not there, each with its samples. Close it to stop the sampling.
     """
     chunks = [range(len(prompts))[start : start + chunk] for start in range(0, len(prompts), chunk)]
     wanted = [i for part in chunks if not all(map(there, part)) for i in part]
@@ -308,7 +291,7 @@ def ticker(say: Callable[[str], None], what: str, unit: str = "responses") -> Pr
 def _environment(model: str) -> dict[str, str]:
     """The child's environment: this package importable, and without a GPU what vLLM needs, hooks included.
 
-    Nothing is looked up elsewhere for a model that is a folder; a name may have to be fetched from the hub first.
+    Nothing is looked up elsewhere for a model that is a folder.
     """
     import torch
 
@@ -393,12 +376,8 @@ def _work(job: dict[str, Any], chunks: Iterable[int], stream: IO[str]) -> None:
             responses = [list(one.token_ids) for one in of_prompt]
             queries = [tokenizer.decode(ids + response, skip_special_tokens=False) for response in responses]
             texts = [tokenizer.decode(response, skip_special_tokens=False) for response in responses]
-            known = None
-            if job["log_probs"]:
-                known = [
-                    [at[token].logprob for token, at in zip(one.token_ids, one.logprobs, strict=True)]
-                    for one in of_prompt
-                ]
+            pairs = (zip(one.token_ids, one.logprobs, strict=True) for one in of_prompt)
+            known = [[at[token].logprob for token, at in each] for each in pairs] if job["log_probs"] else None
             drawn.append(vars(PromptSamples(ids, responses, queries, texts, known)))
         _send(stream, {"chunk": chunk, "samples": drawn})
 

@@ -32,11 +32,7 @@ def of_value(value: Any) -> str:
 
 
 def of_file(path: str | Path) -> str:
-    """A hash of a file's whole content.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """A hash of a file's whole content. Raises OSError if it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**20):  # not the whole at once: it may be a dataset
@@ -48,14 +44,9 @@ def of_model(name: str | Path) -> str | None:
     """A hash of a model's configuration and weights, in less than a second for 70B parameters on a local disk.
 
     Of a weight file larger than 64 MiB the size, its beginning (where safetensors lists the tensors) and 256 pieces
-    at even distances are hashed. So a change confined to a few numbers of a large file may go unnoticed; training,
-    which changes numbers everywhere, does not. The same weights split into other files are another model.
-
-    Args:
-        name: a folder, or a name on Hugging Face's hub, of which only a copy on this machine is looked at.
-
-    Returns:
-        The hash, or ``None`` if the weights are not on this machine.
+    at even distances are hashed: a change of a few numbers may go unnoticed, training does not. The same weights
+    split into other files are another model. Of a name on Hugging Face's hub only a copy on this machine is looked
+    at; ``None`` if the weights are not here.
     """
     folder = _folder(os.fspath(name))
     if folder is None:

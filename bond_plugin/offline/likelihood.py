@@ -27,8 +27,8 @@ class Likelihood:
     Attributes:
         log_probs: ``[models, P, s]``, log π_m(y | x): the sum over the response's tokens.
         kl: ``[P, s]``, sum over positions t of KL(π_0(. | x, y_<t) || π_1(. | x, y_<t)), each exact over the
-            vocabulary; zero where there is one model. Over responses of π_0 its mean is KL(π_0 || π_1) of whole
-            responses (Rao-Blackwellised: same mean as log π_0(y) - log π_1(y), less variance, never negative).
+            vocabulary; zero with one model. Over responses of π_0 its mean is KL(π_0 || π_1) of whole responses
+            (Rao-Blackwellised).
         entropy: ``[P, s]``, likewise the entropy of π_0's next-token distributions, summed.
         by_token: [P][s] of ``[tokens]``, log π_0(y_t | x, y_<t).
     """
@@ -40,11 +40,7 @@ class Likelihood:
 
 
 def load(*paths: str | Path) -> list[Any]:
-    """Models in transformers: in float32 without a GPU, in their own dtype with one.
-
-    Raises:
-        VocabularyError: their vocabularies differ in size.
-    """
+    """Models in float32 without a GPU, else in their dtype. Raises VocabularyError if their sizes differ."""
     import torch
     import transformers
 
@@ -73,19 +69,15 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     distributions: bool = True,
 ) -> Likelihood:
-    """Run the models over the responses.
+    """Run the models over the responses. Logits are float32.
 
     Args:
-        models: one or two or more, from :func:`load`; the first two are those of the KL.
+        models: from :func:`load`; the first two are those of the KL.
         prompt_ids: [P][tokens].
         response_ids: [P][s][tokens], EOS included; as many for each prompt.
         temperature: divides the logits of all.
         progress: called with (responses done, responses in all).
-        distributions: whether KL and entropy are wanted, which take longer than log-probabilities alone; else they
-            are zero.
-
-    Returns:
-        :class:`Likelihood`. Logits are float32.
+        distributions: whether KL and entropy are wanted, which take longer than log-probabilities alone; else zero.
     """
     import torch
 
@@ -141,10 +133,7 @@ def _batch(
         ]
         by_token = [log.gather(-1, targets)[..., 0] for log in logs]
         none = torch.zeros_like(by_token[0])
-        if distributions:
-            own = logs[0].exp()
-            by_token.append((own * (logs[0] - logs[1])).sum(dim=-1) if len(logs) > 1 else none)
-            by_token.append(-(own * logs[0]).sum(dim=-1))
-        else:
-            by_token += [none, none]
+        own = logs[0].exp() if distributions else None
+        by_token.append(none if own is None or len(logs) == 1 else (own * (logs[0] - logs[1])).sum(dim=-1))
+        by_token.append(none if own is None else -(own * logs[0]).sum(dim=-1))
     return torch.stack(by_token).double().cpu() * mask[:, width:]

@@ -87,7 +87,7 @@ def refused(args: SimpleNamespace) -> list[str]:
 def problems(args: SimpleNamespace) -> list[str]:
     """What keeps a training run from using its ``--bond.reward_cache``, each with the fix; empty without one.
 
-    The path is absolute already. Settles the number of samples in ``args``, for the processes that follow.
+    Settles the number of samples in ``args``, for the processes that follow.
     """
     path, run = getattr(args.bond, "reward_cache", ""), plan.of(args)
     stored = run.stored

@@ -1,15 +1,12 @@
 """The numbers of a policy on held-out prompts: reward, win rate, KL to the reference and to Best-of-N, diversity.
 
-The same for ``bond evaluate`` and ``bond bench``. The estimates, for a prompt x, samples y_1..y_K of the policy π and
-q reference samples with rewards r'_1..r'_q:
+The estimates, for a prompt x, samples y_1..y_K of the policy π and q reference samples with rewards r'_1..r'_q:
 
-- KL(π || π_ref): Rao-Blackwellised, whole next-token distributions along y_1..y_K (see
-  :mod:`bond_plugin.offline.likelihood`).
+- KL(π || π_ref): Rao-Blackwellised, see :mod:`bond_plugin.offline.likelihood`.
 - quantile: p_< + (p_<= - p_<) / 2 of r(y) among r'; log quantile: log p_<= with y itself counted among them, so that
   it is finite (arXiv 2407.14622, Figure 2 shows the expected log quantile).
 - KL(π || π_BoN) = KL(π || π_ref) - E_π[log π_BoN / π_ref], the ratio by Theorem 1 with term (B) and quantiles among
-  r' with y counted. This is the paper's estimate, and is biased as theirs: with q samples nothing below 1 / (q + 1)
-  can be told, so the KL of a policy that is often below all of them is underestimated.
+  r' with y counted: the paper's estimate, biased as theirs, as nothing below 1 / (q + 1) can be told.
 - KL(π_BoN || π) = E_BoN[log π_BoN / π_ref + log π_ref - log π] over Best-of-N samples drawn from reference samples
   other than r'.
 """
@@ -40,12 +37,7 @@ class TokenizerError(ValueError):
 
 @dataclass(frozen=True)
 class Scored:
-    """K samples of a policy for each of P prompts.
-
-    Attributes:
-        samples: P.
-        rewards: ``[P, K]`` float64.
-    """
+    """K samples of a policy for each of P prompts, and their rewards, ``[P, K]`` float64."""
 
     samples: list[PromptSamples]
     rewards: Tensor
@@ -66,8 +58,6 @@ def read_samples(path: Path) -> tuple[list[PromptSamples], dict[str, Any]] | Non
 
 
 class _Samples(Open):
-    """What :func:`save_samples` writes: a prompt's tokens, those of each of its responses, and their queries."""
-
     prompt_ids: list[list[int]]
     response_ids: list[list[list[int]]]
     queries: list[list[str]]
@@ -159,16 +149,10 @@ def measure(
 
 
 def best_of_reference(rewards: Tensor, skip: int, levels: Sequence[int], samples: int) -> dict[int, Tensor]:
-    """Places of Best-of-N samples among the reference's: the best of each of ``samples`` groups of N.
+    """Places of Best-of-N samples among the reference's: N to ``[P, samples]`` indices, of the best of groups of N.
 
-    Groups do not overlap, and leave the first ``skip`` samples of a prompt out. Samples are exchangeable, so the
-    first of equals is as good a choice as any.
-
-    Args:
-        rewards: ``[P, M]``, M at least skip + samples * max(levels).
-
-    Returns:
-        N to ``[P, samples]`` of indices below M.
+    Groups do not overlap, and leave the first ``skip`` samples of a prompt out: rewards are ``[P, M]``, M at least
+    skip + samples * max(levels). Samples are exchangeable, so the first of equals is as good a choice as any.
     """
     import torch
 

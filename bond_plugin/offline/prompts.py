@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,11 +45,7 @@ def _tokenizer(name: str, fast: bool, stamps: tuple) -> Any:
 
 
 def training_prompts(args: SimpleNamespace, tokenizer: Any) -> Pairs:
-    """The pairs of a run, each once, in the order of its data.
-
-    Raises:
-        DataError: as :func:`column`.
-    """
+    """The pairs of a run, each once, in the order of its data. Raises DataError as :func:`column`."""
     pairs = column(args, tokenizer, args.data.label_key, "--data.label_key")
     return list({(prompt, label_text(label)): (prompt, label) for prompt, label in pairs}.values())
 
@@ -58,14 +53,8 @@ def training_prompts(args: SimpleNamespace, tokenizer: Any) -> Pairs:
 def column(args: SimpleNamespace, tokenizer: Any, key: str | None, flag: str) -> Pairs:
     """The prompt of each row of a run's data, in its order, and what the row has under ``key``, "" without a key.
 
-    They come from the host's own function, so they are the strings that training looks up. Its data loader, which
-    would need Ray, is left out.
-
-    Args:
-        flag: what names the key, for the message.
-
-    Raises:
-        DataError: a prompt that is no text, or data without the key that should hold it.
+    By the host's own function, so they are the strings that training looks up. ``flag`` names the key in messages.
+    Raises DataError for a prompt that is no text, or data without the key.
     """
     from openrlhf.trainer.ppo_trainer import prepare_datasets
 
@@ -84,16 +73,11 @@ def column(args: SimpleNamespace, tokenizer: Any, key: str | None, flag: str) ->
 
 
 def held_out(rows: list[dict[str, Any]], data: SimpleNamespace, tokenizer: Any, chat_flag: str) -> Pairs:
-    """The pairs of rows from :func:`read_rows`, in their order.
+    """The pairs of rows from :func:`read_rows`, ``input`` (text, or messages) and ``label``, in their order.
 
-    Args:
-        rows: with ``input`` (text, or messages) and ``label``.
-        data: the host's ``--data.*``: ``apply_chat_template`` and ``input_template`` are used.
-        tokenizer: whose chat template is applied.
-        chat_flag: what to set for conversations, for the message.
-
-    Raises:
-        DataError: a prompt that is not text, or fits no chat template. To follow where they come from.
+    ``apply_chat_template`` and ``input_template`` of the host's ``--data.*`` are used; ``chat_flag`` is what the
+    message names for conversations. Raises DataError, to follow where they come from, for what is no text or fits no
+    template.
     """
     from openrlhf.datasets import PromptDataset
 
@@ -108,35 +92,27 @@ def held_out(rows: list[dict[str, Any]], data: SimpleNamespace, tokenizer: Any, 
     return _texts(dataset, chat_flag)
 
 
-@dataclass(frozen=True)
-class Columns:
-    """What a command wants of each line of a file of prompts, and what it calls the flags that say so.
-
-    Attributes:
-        prompt, label: the keys.
-        chat: whether a chat template is applied, so that a prompt may be a conversation.
-        flags: of the two keys, and of the chat template.
-    """
-
-    prompt: str
-    label: str | None
-    chat: bool
-    flags: tuple[str, str, str]
-
-
 class Lines:
     """Reads files of prompts, JSON lines in UTF-8, and says of each line what is wrong with it.
 
     Args:
-        columns: what is wanted.
+        keys: of the prompt and, if there is one, of the label.
+        flags: what a command calls the flags of the two keys, and of the chat template.
+        chat: whether a chat template is applied, so that a prompt may be a conversation.
         template: makes text of a conversation; each order of roles is tried once.
         table: the host reads the files, as one table: a column has values of one kind.
     """
 
     def __init__(
-        self, columns: Columns, template: Callable[[list[Any]], str] | None = None, table: bool = False
+        self,
+        keys: tuple[str, str | None],
+        flags: tuple[str, str, str],
+        chat: bool,
+        template: Callable[[list[Any]], str] | None = None,
+        table: bool = False,
     ) -> None:
-        self._columns, self._template, self._table = columns, template, table
+        (self._prompt, self._label), self._flags, self._chat = keys, flags, chat
+        self._template, self._table = template, table
         self._kinds: dict[str, tuple[str, str]] = {}  # of each column: the kind of its values, and where it was seen
         self._roles: set[tuple[str, ...]] = set()  # orders of roles that were put into the template
         self._dates: dict[str, str] = {}  # where a text was seen that the host takes for a date, by its place
@@ -145,9 +121,7 @@ class Lines:
     def read(self, path: Path, most: float = math.inf) -> Iterator[dict[str, Any] | str]:
         """Of each line the row, ``input`` and ``label`` ("" without a key for it); or what is wrong with it.
 
-        Args:
-            path: the file. Empty lines are passed over.
-            most: bytes after which nothing more is read.
+        Empty lines are passed over, and after ``most`` bytes nothing more is read.
         """
         count = 0
         try:
@@ -157,16 +131,12 @@ class Lines:
                         break
                     if line.strip():
                         count += 1
-                        where = f"{path}, line {number}"
-                        try:
-                            yield self._row(parse_json(line.rstrip()), where)
-                        except ValueError as error:
-                            yield f"{where} {error}"
+                        yield self._row(line, f"{path}, line {number}")
         except OSError as error:
             yield f"{path}: {reason(error)}"
         else:
             if not count:
-                yield f'{path} is empty: it needs a line for each prompt, like {{"{self._columns.prompt}": "..."}}'
+                yield f'{path} is empty: it needs a line for each prompt, like {{"{self._prompt}": "..."}}'
 
     def read_table(self, path: Path, most: int) -> Iterator[dict[str, Any] | str]:
         """The same of the first ``most`` rows of a CSV or Parquet file or a JSON list, with the host's own reader."""
@@ -177,11 +147,7 @@ class Lines:
             try:
                 rows = load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True)
                 for number, item in enumerate(itertools.islice(rows, most), start=1):
-                    where = f"{path}, row {number}"
-                    try:
-                        yield self._row(item, where)
-                    except ValueError as error:
-                        yield f"{where} {error}"
+                    yield self._row(item, f"{path}, row {number}")
             except Exception as error:  # of pandas, pyarrow or datasets, each with kinds of its own
                 yield f"{path}: {shorten(error, 200)}"
             else:
@@ -196,30 +162,38 @@ class Lines:
                 "before each, or give another key"
             )
 
-    def _row(self, item: Any, where: str) -> dict[str, Any]:
-        columns = self._columns
+    def _row(self, item: Any, where: str) -> dict[str, Any] | str:
+        try:
+            if isinstance(item, bytes):
+                item = parse_json(item.rstrip())
+            self._check(item, where)
+        except ValueError as error:
+            return f"{where} {error}"
+        return {"input": item[self._prompt], "label": "" if self._label is None else item[self._label]}
+
+    def _check(self, item: Any, where: str) -> None:
         if not isinstance(item, dict):
             raise ValueError(f"is no JSON object: {shorten(item, 40)}")
-        for flag, key in zip(columns.flags, (columns.prompt, columns.label), strict=False):
+        for flag, key in zip(self._flags, (self._prompt, self._label), strict=False):
             if key is not None and key not in item:
                 raise ValueError(f"has no key '{key}' (it has {', '.join(map(repr, item)) or 'none'}): set {flag}")
-        prompt = item[columns.prompt]
+        prompt = item[self._prompt]
         self._check_prompt(prompt)
         if self._table:
             self._check_kinds(item, where)
         if self._template is not None:
             self._try_template(prompt, self._template)
-        return {"input": prompt, "label": "" if columns.label is None else item[columns.label]}
 
     def _check_prompt(self, prompt: Any) -> None:
-        key, chat = self._columns.prompt, self._columns.flags[2]
+        key = self._prompt
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ValueError(f"has an empty '{key}'; a prompt is a non-empty text")
         elif not isinstance(prompt, list):
             raise ValueError(f"has no text under '{key}', but {shorten(prompt, 40)}")
-        elif not self._columns.chat:
-            raise ValueError(f"has a conversation under '{key}': set {chat}; the chat template makes it text")
+        elif not self._chat:
+            flag = self._flags[2]
+            raise ValueError(f"has a conversation under '{key}': set {flag}; the chat template makes it text")
         elif not prompt or not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in prompt):
             raise ValueError(f"has a message under '{key}' without 'role' and 'content'")
         else:
@@ -238,7 +212,7 @@ class Lines:
             known, seen = self._kinds.setdefault(key, (kind, where))
             if known != kind:
                 raise ValueError(f"has {kind} under '{key}', and {seen} has {known}: a column has values of one kind")
-        for key in {self._columns.prompt, self._columns.label} & item.keys():
+        for key in {self._prompt, self._label} & item.keys():
             for place, value in _leaves(item[key], key):
                 if isinstance(value, str) and _DATE.fullmatch(value):
                     self._dates.setdefault(place, where)
@@ -311,11 +285,7 @@ def chat_template(tokenizer: Any) -> Callable[[list[Any]], str]:
 
 
 def read_rows(path: Path, lines: Lines) -> list[dict[str, Any]]:
-    """The rows of a file, all of them.
-
-    Raises:
-        DataError: the first line that is no use, and how many others are not.
-    """
+    """The rows of a file. Raises DataError: the first line that is no use, and how many others are not."""
     found = list(lines.read(path))
     wrong = [row for row in found if isinstance(row, str)]
     if wrong:

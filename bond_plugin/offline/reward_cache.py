@@ -98,9 +98,8 @@ class _Cached(Line):
 
 @dataclass
 class Entry:
-    """The rewards of a prompt, the line that they came from, its label as JSON, and whether that line has all.
-
-    Beside them where that line begins in the file, if it has the responses' tokens.
+    """The rewards of a prompt, the line they came from, its label as JSON, whether that line has all; and where that
+    line begins in the file, if it has the responses' tokens.
     """
 
     rewards: array
@@ -119,13 +118,7 @@ class Stored(NamedTuple):
 
 
 class Cache(dict[str, Entry]):
-    """The rewards of a file, by prompt, in the order of the file.
-
-    Attributes:
-        path: the file.
-        record: how the samples were made (the first line of a file of ``bond cache``), or ``None`` if the file
-            does not say.
-    """
+    """The rewards of a file, by prompt, in its order; ``record`` says how the samples were made, if it is known."""
 
     def __init__(self, path: Path, record: Record | None = None) -> None:
         super().__init__()
@@ -137,13 +130,10 @@ class Cache(dict[str, Entry]):
         return min((len(self[prompt].rewards) for prompt in wanted), default=0)
 
     def rewards(self, prompts: Sequence[str], samples: int = 0) -> Tensor:
-        """The first M = ``samples`` rewards of each of P prompts, which are as the host feeds them to the policy.
+        """The first ``samples`` rewards (0: as many as all have) of each of P prompts, ``[P, M]`` float64, each of
+        float32.
 
-        Returns:
-            ``[P, M]`` float64, each rounded to float32; M as many as every prompt of the file has if it is 0.
-
-        Raises:
-            ContentError: a prompt is not in the file, or has fewer rewards.
+        Raises ContentError if a prompt is not in the file, or has fewer rewards.
         """
         import torch
 
@@ -153,11 +143,7 @@ class Cache(dict[str, Entry]):
         return torch.stack(rows).double() if rows else torch.zeros(0, samples, dtype=torch.float64)
 
     def stored(self, prompt: str) -> list[Stored]:
-        """The responses of a prompt, read from the file.
-
-        Raises:
-            ContentError: the file has not their tokens.
-        """
+        """The responses of a prompt, read from the file. Raises ContentError: the file has not their tokens."""
         start = self[prompt].start if prompt in self else None
         if start is None:
             raise ContentError(f"{self.path} has no tokens and log-probabilities of the prompt {shorten(prompt)}")
@@ -167,11 +153,7 @@ class Cache(dict[str, Entry]):
         return list(map(Stored, line["tokens"], line["log_probs"], line["rewards"]))
 
     def check(self, prompts: Sequence[str], samples: int = 0) -> None:
-        """Whether every prompt has ``samples`` rewards; 0 for at least one.
-
-        Raises:
-            ContentError: one has not. The message names the first, and says how many there are.
-        """
+        """Raises ContentError if a prompt has not ``samples`` rewards, 0 for one: it names the first."""
         missing = [prompt for prompt in prompts if prompt not in self]
         if missing:
             others = f" (and of {len(missing) - 1} others)" if len(missing) > 1 else ""
@@ -188,9 +170,7 @@ class Cache(dict[str, Entry]):
     def add(self, item: Any, number: int, start: int) -> None:
         """Take in what one line holds, the ``number``-th, which begins at the byte ``start``.
 
-        Raises:
-            ContentError: it is not a line of a reward cache, its rewards are not finite numbers, or they contradict
-                an earlier line.
+        Raises ContentError if it is not of a reward cache, not finite, or contradicts an earlier line.
         """
         where = f"{self.path}, line {number}"
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
@@ -241,9 +221,7 @@ class Cache(dict[str, Entry]):
 def read_cache(path: str | Path) -> Cache:
     """Read a file of ``bond cache`` or of the vBoN authors, whole.
 
-    Raises:
-        ContentError: no such file; a line that is not of a reward cache, or whose rewards are no finite numbers or
-            contradict another's, named by its number; or an empty file.
+    Raises ContentError for no such file, an empty one, or a line that :meth:`Cache.add` does not take.
     """
     path = Path(path)
     try:
@@ -326,15 +304,11 @@ def _describe(value: Any) -> str:
 class Writer(LineFile):
     """Appends prompts to a cache, one line each, on the disk before :meth:`append` returns.
 
-    Opening a file that exists goes on where it ends: a last line that was not finished is taken away, and
-    ``cache`` holds the prompts that are there. Nothing else is ever taken away or written twice.
-
-    Args:
-        path: the file; made if missing, with its folder.
-        record: what the first line says beside the version. An existing file must say the same.
+    Opening a file that exists goes on where it ends: a last line that was not finished is taken away, and ``cache``
+    holds the prompts that are there. Nothing else is ever taken away or written twice.
 
     Raises:
-        ContentError: the file has another record (the message says what differs), or is no file of ``bond cache``.
+        ContentError: the first line has another ``record`` (the message says what differs), or none.
         Busy, OSError: another process writes it, or it cannot be written.
     """
 
@@ -354,15 +328,10 @@ class Writer(LineFile):
         label: Any = None,
         stored: tuple[list[list[int]], list[list[float]]] | None = None,
     ) -> None:
-        """Write one prompt's line; of its M responses the texts, tokens and log-probabilities if they are to be kept.
+        """Write one prompt's line: M finite rewards, and of the responses the texts, tokens and log-probabilities.
 
-        Args:
-            rewards: M finite numbers.
-            label: what the reward was given as the prompt's label, any JSON; ``None`` or "" for none.
-            stored: tokens and log-probabilities.
-
-        Raises:
-            ContentError: a reward is not finite in float32, or the prompt is there already. Nothing is written.
+        Raises ContentError if a reward is not finite in float32, or the prompt is there already. Nothing is written
+        then.
         """
         import numpy
 

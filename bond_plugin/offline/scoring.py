@@ -25,10 +25,9 @@ Score = Callable[[str, Any, PromptSamples], Sequence[float]]
 
 
 def scorer(args: SimpleNamespace, tokenizer: Any) -> Score:
-    """How the host would score by its arguments: with a Python file or servers, or without these a reward model.
+    """How the host would score: with a Python file or servers, or without these a reward model.
 
-    Raises:
-        RewardError: the Python file or the model cannot be loaded.
+    Raises RewardError if they cannot be loaded.
     """
     try:
         if args.reward.remote_url:
@@ -40,11 +39,7 @@ def scorer(args: SimpleNamespace, tokenizer: Any) -> Score:
 
 
 def rewards(score: Score, pairs: Sequence[tuple[str, Any]], drawn: Sequence[PromptSamples]) -> Tensor:
-    """The rewards of K samples of each of P prompts, ``[P, K]`` float64.
-
-    Raises:
-        RewardError: the reward failed, or one is not finite; the prompt is named.
-    """
+    """Rewards of K samples of each of P prompts, ``[P, K]`` float64. Raises RewardError, which names the prompt."""
     import torch
 
     rows = [
@@ -55,11 +50,7 @@ def rewards(score: Score, pairs: Sequence[tuple[str, Any]], drawn: Sequence[Prom
 
 
 def try_out(score: Score, pair: tuple[str, Any], tokenizer: Any) -> None:
-    """Score a prompt without a response: what the reward misses shows now, not after minutes of sampling.
-
-    Raises:
-        RewardError: as :func:`rewards`.
-    """
+    """Score a prompt without a response, as :func:`rewards`: what the reward misses shows before the sampling."""
     rewards(score, [pair], [of_texts(pair[0], [""], tokenizer)])
 
 
@@ -92,7 +83,7 @@ def identity(args: SimpleNamespace) -> dict[str, Any]:
 def room_beside(score: Score, gpus: int) -> dict[str, Any]:
     """Arguments of vLLM's engines that leave a reward model its place on a GPU that one of them uses too.
 
-    They are all engines' arguments: which of them draws a sample must not matter. The engines use the first ``gpus``.
+    They are all engines': which of them draws a sample must not matter. The engines use the first ``gpus``.
     """
     if not (isinstance(score, ModelScore) and score.device.type == "cuda" and score.device.index < gpus):
         return {}
@@ -121,8 +112,7 @@ def sampling(args: SimpleNamespace, score: Score, engines: int, width: int) -> d
 def remote_score(urls: list[str]) -> Score:
     """Rewards of ``--reward.remote_url``, through the host's own calls of it, one query each.
 
-    Raises, when it is called:
-        RewardError: the reward raised (its exception is the cause), or returned no single number.
+    Raises RewardError, when it is called, if the reward raised (the cause), or returned no single number.
     """
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 

@@ -31,8 +31,7 @@ class Selected(Line):
 def read_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Selected]:
     """The lines of a file of ``bond cache`` (its first, a record, is passed over), of ``bond select``, or of others.
 
-    Raises:
-        ContentError: one is something else.
+    Raises ContentError if one is something else.
     """
     for number, line in enumerate(lines, start=1):
         try:
@@ -46,11 +45,7 @@ def read_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Selected]:
 
 
 def read_given(path: Path, samples: int) -> list[Selected]:
-    """Responses that were sampled before, at least ``samples`` of each prompt.
-
-    Raises:
-        ContentError: the file cannot be read, or a line is no use.
-    """
+    """Responses that were sampled before, at least ``samples`` of each prompt. Raises ContentError if not."""
     try:
         with open_file(path) as file:
             found = list(read_lines(path, file))
@@ -89,10 +84,8 @@ def choose(
 ) -> int:
     """The place of the response to the i-th prompt that the command's flags select.
 
-    ``soft`` and ``--ties random`` draw it, each prompt with a seed of its own; else it is the first of equals.
-
-    Raises:
-        SelectionError: votes cannot be weighted with these rewards.
+    ``soft`` and ``--ties random`` draw it, each prompt with a seed of its own; else it is the first of equals. Raises
+    SelectionError if votes cannot be weighted with these rewards.
     """
     generator = None
     if args.ties == "random" or args.selector == "soft":
@@ -105,13 +98,9 @@ def choose(
 
 
 def table(lines: Sequence[Selected], args: argparse.Namespace, right: Sequence[str] | None = None) -> str:
-    """What each N would have given: the mean reward, and of 0/1 rewards or with right answers the accuracy.
+    """What each N would have given: the mean reward, and of 0/1 rewards or with ``right`` answers the accuracy.
 
     Each is a mean over prompts with its 95 % bootstrap interval, of :func:`~bond_plugin.bestofn.selectors.expected`.
-
-    Args:
-        args: the command's flags.
-        right: the right answer of each prompt, if it is known.
     """
     sizes = [len(line.rewards or line.answers or []) for line in lines]
     tensors = [_tensors(line.rewards, line.answers) for line in lines]

@@ -47,8 +47,7 @@ def boxed_or_last_line(response: str) -> str | None:
 def parser(file: Path | None) -> Parser:
     """The parser of a Python file that defines ``answer_func(response) -> str | None``, or our own without a file.
 
-    Raises:
-        SelectionError: it cannot be loaded, or fails on an empty response. Later calls raise it as well.
+    Raises SelectionError, now or when it is called, if it cannot be loaded or fails.
     """
     if file is None:
         return boxed_or_last_line
@@ -84,11 +83,7 @@ class Answer(NamedTuple):
 
 
 def read(text: str) -> Answer | None:
-    """The answer of a text: the one in ``\\boxed{}``, or after such words as "the answer is", or the last number.
-
-    Raises:
-        ImportError: math-verify is missing.
-    """
+    """The answer in ``\\boxed{}``, or after such words as "the answer is", or the last number. Needs math-verify."""
     words = _asked(_words, text, otherwise=None)
     return None if words is None else Answer(words, text)
 

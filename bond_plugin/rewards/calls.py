@@ -22,11 +22,7 @@ _SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<(?:pad|eos|bos|unk|start_of_turn|
 
 
 def setting(name: str, meaning: str) -> str:
-    """The environment variable ``name``.
-
-    Raises:
-        ValueError: it is not set; the message says what it means.
-    """
+    """The environment variable ``name``. Raises ValueError, which says what it means, if it is not set."""
     value = os.environ.get(name, "")
     if not value:
         raise ValueError(f"the environment variable {name} must be set: {meaning}")
@@ -36,8 +32,7 @@ def setting(name: str, meaning: str) -> str:
 def number(name: str, default: float, low: float, high: float = math.inf) -> float:
     """The number in the environment variable ``name``; whole where ``default`` is an ``int``.
 
-    Raises:
-        ValueError: it is no such number, or not from ``low`` to ``high``.
+    Raises ValueError if it is no such number, or not from ``low`` to ``high``.
     """
     text, kind = os.environ.get(name, str(default)), type(default)
     try:
@@ -59,8 +54,7 @@ def plain(text: str) -> str:
 def parts(query: str, prompt: str) -> tuple[str, str]:
     """Question and response of a query, without special tokens and white space around them.
 
-    Raises:
-        ValueError: the query does not begin with its prompt, or ``BOND_REWARD_QUESTION`` finds nothing in it.
+    Raises ValueError if the query does not begin with its prompt, or ``BOND_REWARD_QUESTION`` finds nothing in it.
     """
     if not query.startswith(prompt):
         raise ValueError(
@@ -88,8 +82,7 @@ def loaded(kind: Any, folder: str, device: str) -> Any:
 class Batches:
     """Calls of many threads, done together: the host asks for one reward at a time, from up to 32 threads.
 
-    Args:
-        score: from at most ``size`` items to as many results; never called by two threads at once.
+    ``score`` makes as many results of at most ``size`` items; never called by two threads at once.
     """
 
     def __init__(self, score: Callable[[list[Any]], Sequence[Any]], size: int) -> None:

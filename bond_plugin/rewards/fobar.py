@@ -8,10 +8,9 @@ Chains come from a server of OpenAI's chat interface, such as ``vllm serve``. Ea
 turn. Shares of backward chains are (found + e) / (all + e), e = 1e-8, as in the paper: where no answer leads back,
 the forward share alone decides. A question without a number has P_b = 1 for all answers.
 
-`reward_func` draws forward chains itself, once a question, because the host asks for one response at a time, and does
-not divide by the sum over answers, which is the same for all responses to a prompt. `weigh` takes the responses
-themselves as the forward chains, and divides. Equal answers of a question share their backward chains and so have
-equal rewards. Answers are read and compared by math-verify (``pip install 'openrlhf-bond[fobar]'``).
+`reward_func` draws forward chains itself, once a question, and does not divide by the sum over answers, which is the
+same for all responses to a prompt. `weigh` takes the responses themselves as the forward chains, and divides. Equal
+answers of a question share their backward chains. They are read and compared by math-verify.
 
 Settings, by environment variables: BOND_FOBAR_URL, such as http://localhost:8000/v1; BOND_FOBAR_MODEL, if it serves
 several; BOND_FOBAR_ALPHA (0.5), BOND_FOBAR_CHAINS (8) a question, BOND_FOBAR_TOKENS (512) and BOND_FOBAR_TEMPERATURE
@@ -49,12 +48,7 @@ def masked(question: str) -> list[tuple[str, str]]:
 
 
 def score(forward: float, found: int, chains: int, alpha: float) -> float:
-    """P_f^alpha P_b^(1 - alpha), not divided by its sum over answers.
-
-    Args:
-        forward: share of forward chains with the answer.
-        found: backward chains that found the number, of ``chains``; 0 of 0 where there is no number.
-    """
+    """P_f^alpha P_b^(1 - alpha), with ``found`` of ``chains`` backward chains, 0 of 0 where there is no number."""
     return forward**alpha * ((found + EPSILON) / (chains + EPSILON)) ** (1 - alpha)
 
 
@@ -122,8 +116,7 @@ _asked = functools.cache(Asked)
 def weigh(question: str, responses: Sequence[str]) -> list[float]:
     """P of each response's answer among those of all responses to a question: the largest is Best-of-N's choice.
 
-    Returns:
-        For each response, in [0, 1]; 0 without an answer. Responses of equal answers have equal values.
+    In [0, 1] each, 0 without an answer. Responses of equal answers have equal values.
     """
     with _making:
         server = _server()

@@ -28,16 +28,7 @@ _TOLERANCE = 1e-6
 def forward_backward(
     mean: Tensor, cov: Tensor, gradient: Tensor, hessian: Tensor, step: float
 ) -> tuple[Tensor, Tensor]:
-    """One step of FB-GVI.
-
-    Args:
-        mean, cov: ``[d]``, ``[d, d]``.
-        gradient, hessian: expectations of V's, ``[d]``, ``[d, d]``.
-        step: h, at most 1 over the largest eigenvalue of the Hessian.
-
-    Returns:
-        The next mean and covariance.
-    """
+    """One step of FB-GVI, with expectations of V's gradient and Hessian: the next mean and covariance."""
     pull = torch.eye(len(mean), dtype=mean.dtype) - step * hessian
     values, vectors = torch.linalg.eigh(pull @ cov @ pull.mT)
     values = values.clamp_min(0)
@@ -54,35 +45,27 @@ def fit(
     step: float | None = None,
     steps: int = 1000,
 ) -> tuple[Tensor, Tensor]:
-    """The posterior of w, prior N(0, I / prior).
+    """The posterior of w, prior N(0, I / prior): mean ``[d]`` and ``factor [d, d]``, covariance factor factor'.
 
     Args:
         features: ``[n, d]``; of comparisons, those of the better less those of the worse.
         targets: ``[n]`` scores, f'w plus a Gaussian of standard deviation ``noise``; ``None`` for comparisons,
             each of which has the probability sigmoid(f'w) (Bradley-Terry).
         samples: of w in a step, the stochastic form, which returns the mean over the second half of its steps; 0 for
-            exact expectations.
+            exact expectations, which end where no entry moves by more than 1e-6, else with a ValueError.
         step: h, by default 1, in the stochastic form 0.05.
-        steps: at most; with exact expectations it ends where no entry moves by more than 1e-6.
-
-    Returns:
-        Mean ``[d]`` and ``factor [d, d]`` with covariance = factor factor', float64.
-
-    Raises:
-        ValueError: it has not come to rest after ``steps``.
     """
     features = features.double()
     step = step or (0.05 if samples else 1.0)
-    bound = prior * torch.eye(features.shape[1], dtype=torch.float64)
-    bound += features.mT @ features * (0.25 if targets is None else noise**-2)
-    lower = torch.linalg.cholesky(bound)
+    eye = torch.eye(features.shape[1], dtype=torch.float64)
+    lower = torch.linalg.cholesky(prior * eye + features.mT @ features * (0.25 if targets is None else noise**-2))
     rows = torch.linalg.solve_triangular(lower, features.mT, upper=False).mT  # f'w = row'u with u = lower' w
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     penalty = prior * inverse @ inverse.mT
     nodes, weights = (torch.from_numpy(found) for found in np.polynomial.hermite_e.hermegauss(_NODES))
     weights = weights / weights.sum()
     generator = torch.Generator().manual_seed(0)
-    mean, cov = torch.zeros(len(lower), dtype=torch.float64), torch.eye(len(lower), dtype=torch.float64)
+    mean, cov = torch.zeros(len(lower), dtype=torch.float64), eye
     total = [torch.zeros_like(mean), torch.zeros_like(cov)]
     for done in range(steps):
         if samples:

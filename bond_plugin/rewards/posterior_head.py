@@ -40,8 +40,7 @@ _loading = threading.Lock()
 class Features:
     """From texts to a model's last hidden states at their last token, which is EOS (added where it is not there).
 
-    Args:
-        folder: a causal language model's or a reward model's of the host's ``train_rm``.
+    ``folder``: a causal language model's, or a reward model's of the host's ``train_rm``.
     """
 
     def __init__(self, folder: str, device: str = "cpu") -> None:

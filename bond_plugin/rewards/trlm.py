@@ -4,8 +4,8 @@
     Ba    (1/T) sum_t log P_Ba(q_t | reversed response, q_T, ..., q_t+1)  a model of the reversed order of tokens
     FoBa  the mean of both
 
-T is the number of the query's tokens. It is the same for all responses to a prompt, so dividing by it changes no
-order among them; it makes rewards of short and long prompts comparable. ``reverse.py`` prepares the training of Ba.
+T is the number of the query's tokens, so that rewards of short and long prompts are comparable. ``reverse.py``
+prepares the training of Ba.
 
 Settings, by environment variables: BOND_TRLM_FORWARD, a model's folder, for Fo; BOND_TRLM_BACKWARD, a folder, for Ba,
 with BOND_TRLM_TOKENIZER, the folder of the tokenizer whose tokens were reversed; both for FoBa.
@@ -47,13 +47,9 @@ def reversed_row(tokenizer: Any, question: str, response: str) -> Row:
 
 
 def mean_log_probs(model: Any, rows: Sequence[Row]) -> Tensor:
-    """The mean log-probability of each row's asked tokens after those given.
+    """The mean log-probability of each row's asked tokens after those given, ``[len(rows)]`` float32, on the CPU.
 
-    Returns:
-        ``[len(rows)]`` float32, on the CPU.
-
-    Raises:
-        ValueError: a row has more tokens than the model has positions.
+    Raises ValueError if a row has more tokens than the model has positions.
     """
     given, asked = zip(*rows, strict=True)
     longest = max(len(one) + len(other) for one, other in rows)
