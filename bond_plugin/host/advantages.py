@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from bond_plugin import registry
-from bond_plugin.algorithms import AdvantageInputs, assemble
-from bond_plugin.host import plan, state, transform
+from bond_plugin.algorithms import AdvantageInputs, Needs, assemble
+from bond_plugin.host import plan, state
 from bond_plugin.host.experience import Batch, for_training
 from bond_plugin.host.logits import HIDDEN
 from bond_plugin.host.rewards import finite
@@ -41,7 +41,7 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         for prompt, reward in zip(e.prompts, e.rewards.flatten().tolist(), strict=True):
             finite(reward, prompt)
     if run.transform is not None:
-        return transform.apply(original, self, experiences)
+        return _transformed(original, self, experiences)
     if run.algorithm is None:
         return original(self, experiences)
     needs, n = run.needs, run.rows.policy
@@ -69,13 +69,12 @@ def compute_advantages_and_returns(original: Any, self: Any, experiences: list[A
         if run.stored and not needs.offline:  # beside the policy's, whose engines differ by rounding
             under["behaviour"] = torch.cat([under["policy"][:, :n], drawn[:, n:]], dim=1)
         del drawn
-    known = make_cache.of(args).rewards(batch.prompts, args.bond.cache_samples) if needs.reward_cache else None
     inputs = AdvantageInputs(
         rewards,
         rewards[:, :0] if kept.source_rewards is None else kept.source_rewards,
         under,
         kept.generator("advantages"),
-        reference_rewards=known,
+        reference_rewards=_cached(args, batch, needs),
         classifier_logits=batch.rows([e.values for e in experiences])[:, :n] if needs.classifier else None,
         step=kept.step,
     )
@@ -136,6 +135,40 @@ def engine_gaps(
             away = (drawn - under["policy"])[:, rows][filled[:, rows]]
             found[f"bond/{source}_policy_gap"] = away.abs().mean().item()
     return found
+
+
+def _cached(args: Any, batch: Batch, needs: Needs) -> torch.Tensor | None:
+    """The cached rewards of a batch's prompts, if they are wanted."""
+    return make_cache.of(args).rewards(batch.prompts, args.bond.cache_samples) if needs.reward_cache else None
+
+
+def _transformed(original: Any, self: Any, experiences: list[Any]) -> list[Any]:
+    """Put transformed rewards in the place of the rewards, just before the host makes advantages of them.
+
+    ``info["reward"]``, which the host logs, is the reward as it was.
+    """
+    run, kept = plan.of(self.args), state.of(self)
+    batch = Batch(experiences, run.rows.policy)
+    rewards = batch.rows([e.rewards for e in experiences])
+    kl = batch.tokens([e.kl for e in experiences])
+    under = {"policy": batch.tokens([e.action_log_probs for e in experiences])}
+    if "reference" in run.needs.log_probs:
+        # The host keeps log pi - log pi_ref of each token (its k1 estimate of the KL), not log pi_ref itself.
+        under["reference"] = under["policy"] - kl
+    known = _cached(self.args, batch, run.needs)
+    inputs = AdvantageInputs(rewards, rewards[:, :0], under, kept.generator("transform"), known)
+    found = run.transform.transform(inputs)
+    kept.metrics |= {**found.metrics, "reward/policy": rewards.mean().item()}
+    if self.args.algo.kl.init_coef > 0:
+        kept.metrics["bond/kl_ref"] = kl.sum(dim=-1).mean().item()
+    as_they_were = [e.rewards.float() for e in experiences]
+    transformed = batch.in_turn(assemble.checked("rewards", found.rewards, rewards.shape)).float()
+    for e, values in zip(experiences, transformed.split([len(e.sequences) for e in experiences]), strict=True):
+        e.rewards = values
+    made = original(self, experiences)
+    for e, reward in zip(experiences, as_they_were, strict=True):
+        e.info["reward"] = reward  # the host has put there what it was given
+    return made
 
 
 @torch.no_grad()

@@ -99,7 +99,6 @@ openrlhf.trainer.ppo_utils.experience_maker
 openrlhf.utils.deepspeed.deepspeed
     DeepspeedStrategy.setup_distributed(self, timeout) => loss:setup_distributed
     DeepspeedStrategy._ds_init_train_model(self, model, cfg) => weights:init_train_model
-    DeepspeedStrategy.optimizer_step(self, _optimizer, model, _scheduler, name, kwargs) => weights:optimizer_step
     DeepspeedStrategy.save_ckpt(self, model, save_dir, tag, max_num, max_mem, client_state, save_latest,
         metric_value, metric_key) => checkpoints:save_ckpt
     DeepspeedStrategy.load_ckpt(self, model, load_dir, tag, load_module_strict, load_optimizer_states,
@@ -114,9 +113,6 @@ openrlhf.utils.deepspeed.deepspeed_utils
     offload_deepspeed_states(model, pin_memory, non_blocking) => weights:move_states
     reload_deepspeed_states(model, non_blocking) => weights:move_states
 openrlhf.trainer.ray.ppo_actor
-    ActorPPOTrainer.__init__(self, strategy, actor, ema_model, actor_optim, actor_scheduler, ema_beta,
-        micro_train_batch_size, buffer_limit, buffer_cpu_offload, eps_clip, tokenizer, dataloader_pin_memory,
-        vllm_engines, kwargs) => loss:actor_trainer_init
     ActorPPOTrainer.ppo_train(self, kl_ctl) => loss:ppo_train
     ActorPPOTrainer.broadcast_to_vllm(self) => sync:broadcast_to_vllm
     ActorPPOTrainer.training_step(self, experience, kl_ctl, step, loss_batch_info) => loss:training_step
@@ -230,9 +226,9 @@ def policy_loss_values() -> int:
 
 def check_all() -> None:
     """Import every hooked module of the host and so install (and check) every hook, before Ray starts."""
-    for module in _by_module():
-        if module.startswith("openrlhf."):
-            importlib.import_module(module)
+    for hook in _active():
+        if hook.module.startswith("openrlhf."):
+            importlib.import_module(hook.module)
 
 
 def states() -> Iterator[tuple[str, str]]:
@@ -246,19 +242,12 @@ def _active() -> Iterator[Hook]:
     return (hook for hook in HOOKS if on_cpu() or not hook.cpu)
 
 
-def _by_module() -> dict[str, list[Hook]]:
-    grouped: dict[str, list[Hook]] = {}
-    for hook in _active():
-        grouped.setdefault(hook.module, []).append(hook)
-    return grouped
-
-
 def _install_module(module: ModuleType) -> None:
     if module.__name__ == "torch" and on_cpu() and "torch" not in _installed:
         cpu.patch_torch()
         _installed.add("torch")
-    for hook in _by_module().get(module.__name__, ()):
-        if hook.target not in _installed:
+    for hook in _active():
+        if hook.module == module.__name__ and hook.target not in _installed:
             _install(hook, module)
             _installed.add(hook.target)
 
@@ -273,28 +262,24 @@ def _install(hook: Hook, module: ModuleType) -> None:
     except AttributeError:
         raise _mismatch(hook, "it does not exist there") from None
     if hook.parameters is not None:
-        found = None
-        if callable(original):
-            found = tuple(name for name in inspect.signature(original).parameters if name != _RAY_PARAMETER)
+        found = inspect.signature(original).parameters if callable(original) else ()
+        found = tuple(name for name in found if name != _RAY_PARAMETER)
         if found != hook.parameters:
-            raise _mismatch(
-                hook,
-                f"it has the parameters ({', '.join(found or ())}) where ({', '.join(hook.parameters)}) "
-                "were expected",
-            )
+            parameters, expected = ", ".join(found), ", ".join(hook.parameters)
+            raise _mismatch(hook, f"it has the parameters ({parameters}) where ({expected}) were expected")
     if hook.per_object or hook.ours is None:
         return
     ours = _ours(hook)
     setattr(owner, name, _bound(ours, original) if callable(original) and not isinstance(original, type) else ours)
 
 
-def attach(instance: Any, owner: str) -> None:
-    """Put the ``per_object`` hooks of the class ``owner`` (``module:Class``) on one of its objects."""
+def attach(trainer: Any) -> None:
+    """Put the ``per_object`` hooks, which are all of the host's trainer, on one."""
     for hook in _active():
-        if hook.per_object and hook.target.startswith(f"{owner}."):
+        if hook.per_object:
             name = hook.target.rpartition(".")[2]
-            original = getattr(instance, name).__func__
-            setattr(instance, name, functools.partial(_ours(hook), original, instance))
+            original = getattr(trainer, name).__func__
+            setattr(trainer, name, functools.partial(_ours(hook), original, trainer))
 
 
 def _ours(hook: Hook) -> Callable[..., Any]:
@@ -326,18 +311,12 @@ def _mismatch(hook: Hook, what: str) -> HostMismatch:
 class _Finder(importlib.abc.MetaPathFinder):
     """Runs :func:`_install_module` right after one of the hooked modules has been executed."""
 
-    def __init__(self) -> None:
-        self._looking: set[str] = set()
-
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         # Every import of the process comes by here, thousands in one that imports the host.
-        if name not in _MODULES or name in self._looking:
+        if name not in _MODULES:
             return None
-        self._looking.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._looking.discard(name)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

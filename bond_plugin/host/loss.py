@@ -95,32 +95,30 @@ class PromptMeanLoss(nn.Module):
         return (loss, found.clip_fraction, moved, None, None)[: self._values]
 
 
-def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """Put a registered policy loss in the place of the host's."""
-    original(self, *args, **kwargs)
-    name = self.args.actor.policy_loss_type
-    if name not in checks.HOST_LOSSES:
-        loss = registry.policy_loss(name, plan.of(self.args).algorithm)
-        self.actor_loss_fn = PromptMeanLoss(loss, self.args, batches.divisor(self.strategy))
-
-
 def training_step(
     original: Any, self: Any, experience: Any, kl_ctl: float, step: int, loss_batch_info: Any = None
 ) -> dict:
-    """One micro-batch: hand the loss what it needs to know of the rows; report the loss as it is meant."""
+    """One micro-batch, and the anchor after an optimiser step (DeepSpeed decides which calls are one).
+
+    A loss of ours is handed what it needs to know of the rows, and reported as it is meant.
+    """
     batches.mark(self, self.actor, step)
     known, hidden = experience.info.pop(ROWS, None), experience.info.pop(logits.HIDDEN, None)
-    loss = self.actor_loss_fn
-    if not isinstance(loss, PromptMeanLoss):
-        return original(self, experience, kl_ctl, step, loss_batch_info)
-    run, compared = plan.of(self.args), experience.base_action_log_probs
-    loss.known = {} if compared is None else {"under": {run.in_slot: compared}}
-    if known is not None:
-        from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
-        loss.known["from_source"] = from_source
-    loss.on_logits = None if hidden is None else logits.OnLogits(run.algorithm.token_losses, torch.cat(hidden))
-    self.actor.bond_on_logits = loss.on_logits
+    loss, kept = self.actor_loss_fn, weights.of(self.actor)
+    ours = isinstance(loss, PromptMeanLoss)
+    if ours:
+        run, compared = plan.of(self.args), experience.base_action_log_probs
+        loss.known = {} if compared is None else {"under": {run.in_slot: compared}}
+        if known is not None:
+            from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
+            loss.known["from_source"] = from_source
+        loss.on_logits = None if hidden is None else logits.OnLogits(run.algorithm.token_losses, torch.cat(hidden))
+        self.actor.bond_on_logits = loss.on_logits
     status = original(self, experience, kl_ctl, step, loss_batch_info)
+    if kept is not None:
+        kept.after_optimizer_step()
+    if not ours:
+        return status
     self.actor.bond_on_logits = None
     # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
     status["metrics"]["bond/loss"] = loss.row_losses * loss.rows.all
@@ -133,8 +131,13 @@ def training_step(
 
 
 def ppo_train(original: Any, self: Any, kl_ctl: float) -> dict:
-    """One rollout's training: the order of rows depends on seed and step alone; measure the anchor after it."""
-    kept = weights.of(self.actor)
+    """One rollout's training, by a registered policy loss if that is wanted: the order of rows depends on seed and
+    step alone; measure the anchor after it.
+    """
+    kept, name = weights.of(self.actor), self.args.actor.policy_loss_type
+    if name not in checks.HOST_LOSSES and not isinstance(self.actor_loss_fn, PromptMeanLoss):
+        loss = registry.policy_loss(name, plan.of(self.args).algorithm)
+        self.actor_loss_fn = PromptMeanLoss(loss, self.args, batches.divisor(self.strategy))
     if kept is not None:
         torch.manual_seed(self.args.train.seed + self.actor.model.global_steps)
     status = original(self, kl_ctl)

@@ -102,22 +102,21 @@ async def _within_time(rewards: Any, prompts: list[str]) -> Any:
             )
 
 
+@functools.cache  # once a process
 def _listen() -> None:
-    """Once a process: hear what the host's executor logs, and let it read what servers send."""
+    """Hear what the host's executor logs, and let it read what servers send."""
     from aiohttp import ClientResponse
 
-    logger = logging.getLogger("openrlhf.utils.agent")
-    if not any(isinstance(handler, _Listener) for handler in logger.handlers):
-        logger.addHandler(_Listener())
-        # Servers send JSON under other content types, too.
-        ClientResponse.json = functools.partialmethod(ClientResponse.json, content_type=None)
+    logging.getLogger("openrlhf.utils.agent").addFilter(_hear)
+    # Servers send JSON under other content types, too.
+    ClientResponse.json = functools.partialmethod(ClientResponse.json, content_type=None)
 
 
-class _Listener(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        heard = _heard.get()
-        if heard is not None:
-            heard.append(record.getMessage())
+def _hear(record: logging.LogRecord) -> bool:
+    heard = _heard.get()
+    if heard is not None:
+        heard.append(record.getMessage())
+    return True
 
 
 @dataclass(frozen=True)

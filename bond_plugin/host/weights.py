@@ -290,14 +290,6 @@ def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
     return prepared
 
 
-def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """The anchor follows each optimiser step (DeepSpeed decides which calls are one)."""
-    original(self, optimizer, model, *args, **kwargs)
-    kept = of(model)
-    if kept is not None:
-        kept.after_optimizer_step()
-
-
 def move_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
     """Between two trainings (``--ds.enable_sleep``) the kept weights leave the GPU with the masters, and come back.
 
