@@ -41,9 +41,8 @@ class Hook:
         target: ``module:qualified.name`` in the host.
         parameters: the names that the target's parameters must have, in order; ``None`` replaces a name that
             is not a function.
-        ours: ``module:name`` of the function called instead, with the original as first argument; ``None`` for what
-            is called and not replaced, which is checked like the others.
-        cpu: only on machines without GPU.
+        ours: ``module:name``, in this package, of the function called instead, with the original as first argument;
+            ``None`` for what is called and not replaced, which is checked like the others.
         per_object: checked when the module is imported, but put on each object by :func:`attach`. For the
             methods of the trainer: Ray copies them into the class it makes of it, past what is set on the base.
     """
@@ -51,15 +50,20 @@ class Hook:
     target: str
     parameters: tuple[str, ...] | None
     ours: str | None
-    cpu: bool = False
     per_object: bool = False
 
     @property
     def module(self) -> str:
         return self.target.partition(":")[0]
 
+    @property
+    def cpu(self) -> bool:
+        """Whether it is for machines without GPU only."""
+        return self.ours is not None and self.ours.startswith("cpu:")
 
-#: A module; below it what we rely on, with its parameters; and after => what of ours is called in its place.
+
+#: A module; below it what we rely on, with its parameters; and after => what of ours is called in its place, that of
+#: ``cpu`` on machines without GPU only.
 _TABLE = """
 openrlhf.utils.config
     hierarchize(args) => flags:remember_arguments
@@ -88,7 +92,7 @@ openrlhf.trainer.ppo_utils.samples_generator
     SamplesGenerator._process_response_into_experience(self, response, generate_kwargs) => rewards:settle
     _collect_prompt_batch(dataloader_iter, num_prompts)
 openrlhf.trainer.ppo_utils.experience_maker
-    RemoteExperienceMaker.make_experience_batch(self, rollout_samples) => experience:make_experience_batch
+    RemoteExperienceMaker.make_experience_batch(self, rollout_samples) => advantages:make_experience_batch
     RemoteExperienceMaker._dispatch_forward(self, group, sync_condition, kwargs) => log_probs:dispatch_forward
     RemoteExperienceMaker._flatten_results(self, refs, duplicate_factor) => log_probs:flatten_results
     RemoteExperienceMaker.compute_advantages_and_returns(self, experiences) =>
@@ -104,6 +108,8 @@ openrlhf.utils.deepspeed.deepspeed
     DeepspeedStrategy.load_ckpt(self, model, load_dir, tag, load_module_strict, load_optimizer_states,
         load_lr_scheduler_states, load_module_only) => checkpoints:load_ckpt
     DeepspeedStrategy.save_model(self, model, tokenizer, output_dir, kwargs) => weights:save_model
+    DeepspeedStrategy.get_ds_train_config(self, optim_dict, max_norm) => cpu:torch_adam
+    DeepspeedStrategy.moving_average(self, model, model_ema, beta, device) => cpu:moving_average
 openrlhf.models.actor
     Actor.forward(self, sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs,
         ring_attn_group, packed_seq_lens, return_entropy, mm_inputs) => logits:forward
@@ -119,7 +125,9 @@ openrlhf.trainer.ray.ppo_actor
 openrlhf.trainer.ray.ppo_critic
     CriticPPOTrainer.training_step(self, experience, step, loss_batch_info) => classifier:training_step
 openrlhf.trainer.ppo_utils.replay_buffer
-    NaiveReplayBuffer.setup_dynamic_batch(self, strategy) => batches:setup_dynamic_batch
+    NaiveReplayBuffer.setup_dynamic_batch(self, strategy) => loss:setup_dynamic_batch
+    NaiveReplayBuffer.__init__(self, sample_batch_size, limit, cpu_offload, packing_samples, dynamic_batch) =>
+        cpu:replay_buffer_init
 openrlhf.utils.agent
     SingleTurnAgentExecutor.execute(self, prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine,
         images) => rewards:execute
@@ -138,17 +146,7 @@ openrlhf.datasets.prompts_dataset
     PromptDataset.__init__(self, dataset, tokenizer, strategy, input_template)
 openrlhf.utils.utils
     get_tokenizer(pretrain, model, padding_side, strategy, use_fast)
-"""
-#: The same on machines without GPU.
-_TABLE_WITHOUT_GPU = """
-openrlhf.utils.deepspeed.deepspeed
-    DeepspeedStrategy.get_ds_train_config(self, optim_dict, max_norm) => cpu:torch_adam
-    DeepspeedStrategy.moving_average(self, model, model_ema, beta, device) => cpu:moving_average
-openrlhf.utils.utils
     convert_to_torch_dtype(param_dtype) => cpu:torch_dtype
-openrlhf.trainer.ppo_utils.replay_buffer
-    NaiveReplayBuffer.__init__(self, sample_batch_size, limit, cpu_offload, packing_samples, dynamic_batch) =>
-        cpu:replay_buffer_init
 openrlhf.utils.distributed_util
     stateless_init_process_group(master_address, master_port, rank, world_size, device) => cpu:GlooGroup
 deepspeed.comm.torch
@@ -161,17 +159,17 @@ vllm.model_executor.layers.utils
 _LINE = re.compile(r"([\w.]+)(?:\((.*)\))?(?: => (\S+))?( on each object)?")
 
 
-def _read(table: str, cpu: bool) -> Iterator[Hook]:
-    for line in re.sub(r"\n {8}", " ", table).strip().splitlines():
+def _read() -> Iterator[Hook]:
+    for line in re.sub(r"\n {8}", " ", _TABLE).strip().splitlines():
         if not line.startswith(" "):
             module = line
             continue
         name, parameters, ours, each = _LINE.fullmatch(line.strip()).groups()
         names = None if parameters is None else tuple(re.findall(r"\w+", parameters))
-        yield Hook(f"{module}:{name}", names, ours and f"bond_plugin.host.{ours}", cpu, each is not None)
+        yield Hook(f"{module}:{name}", names, ours, each is not None)
 
 
-HOOKS: tuple[Hook, ...] = (*_read(_TABLE, cpu=False), *_read(_TABLE_WITHOUT_GPU, cpu=True))
+HOOKS: tuple[Hook, ...] = tuple(_read())
 
 _MODULES = frozenset([*(hook.module for hook in HOOKS), cpu.NEEDS_FLASH_ATTN, "torch"])
 _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's class
@@ -269,8 +267,14 @@ def _install(hook: Hook, module: ModuleType) -> None:
             raise _mismatch(hook, f"it has the parameters ({parameters}) where ({expected}) were expected")
     if hook.per_object or hook.ours is None:
         return
-    ours = _ours(hook)
-    setattr(owner, name, _bound(ours, original) if callable(original) and not isinstance(original, type) else ours)
+    ours = replacement = _ours(hook)
+    if callable(original) and not isinstance(original, type):
+
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return ours(original, *args, **kwargs)
+
+    setattr(owner, name, replacement)
 
 
 def attach(trainer: Any) -> None:
@@ -284,15 +288,7 @@ def attach(trainer: Any) -> None:
 
 def _ours(hook: Hook) -> Callable[..., Any]:
     module, _, name = hook.ours.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _bound(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return ours(original, *args, **kwargs)
-
-    return replacement
+    return getattr(importlib.import_module(f"bond_plugin.host.{module}"), name)
 
 
 def _mismatch(hook: Hook, what: str) -> HostMismatch:

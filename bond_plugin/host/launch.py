@@ -41,11 +41,7 @@ _locks: list[Any] = []  # files of folders that this process holds until it ends
 
 
 class Resolved(SystemExit):
-    """Raised in the place of Ray's start, for a command that wants the run's arguments alone.
-
-    Attributes:
-        arguments: the host's, nested, complete and checked.
-    """
+    """Raised in the place of Ray's start, for a command that wants the host's ``arguments``, checked, alone."""
 
     def __init__(self, arguments: SimpleNamespace) -> None:
         super().__init__(0)
@@ -69,11 +65,7 @@ def run_host(argv: list[str], command: str = "bond train") -> None:
 
 
 def _show_help() -> None:
-    """Let the host make its parser and print it, without what its command imports before (seconds).
-
-    Raises:
-        SystemExit: it did.
-    """
+    """Let the host make its parser, print it and exit, without what its command imports before (seconds)."""
     hooks.check_version()
     os.environ.setdefault(DEVICE_VARIABLE, "cpu")  # which it does not depend on
     flags.extend_parsers()

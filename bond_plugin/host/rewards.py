@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -119,19 +118,8 @@ def _hear(record: logging.LogRecord) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Requests:
-    """What one call asks for, in the place of the host's prompt.
-
-    Attributes:
-        prompts: [requests].
-        labels: [requests], what the reward function is given with each prompt.
-        seeds: [requests], of the random numbers of each sample.
-    """
-
-    prompts: list[str]
-    labels: list[Any]
-    seeds: list[int]
+class Requests(list[tuple[str, Any, int]]):
+    """What one call asks for, in the place of the host's prompt: of each sample prompt, label and seed."""
 
 
 async def execute(original: Any, self: Any, prompt: str | Requests, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +130,7 @@ async def execute(original: Any, self: Any, prompt: str | Requests, *args: Any, 
     """
     if isinstance(prompt, Requests):
         samples = []
-        for text, label, seed in zip(prompt.prompts, prompt.labels, prompt.seeds, strict=True):
+        for text, label, seed in prompt:
             params = deepcopy(kwargs["sampling_params"])
             params.seed = seed
             options = kwargs | {"label": label, "sampling_params": params}
