@@ -304,10 +304,7 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "policy in fp32, so no reference model is loaded",
     },
     "--ref.eta": {"default": 0.02, "help": "step of --ref.update ema each optimiser step, in (0, 1]"},
-    "--ref.interval": {
-        "default": 50,
-        "help": "optimiser steps between two copies of --ref.update periodic, >= 1",
-    },
+    "--ref.interval": {"default": 50, "help": "optimiser steps between two copies of --ref.update periodic, >= 1"},
     "--bond.logits_mb": {
         "default": 256.0,
         "metavar": "MIB",

@@ -311,7 +311,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         # Every import of the process comes by here, thousands in one that imports the host.
         if name not in _MODULES:
             return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if not isinstance(finder, _Finder))
         spec = next(filter(None, found), None)
         if spec is None or spec.loader is None:
             return spec

@@ -76,17 +76,6 @@ def _show_help() -> None:
     exec(code, {"argparse": argparse, "os": os, "datetime": datetime.datetime})
 
 
-def run_module(module: str, argv: list[str]) -> None:
-    """Run another of the host's commands, such as ``openrlhf.cli.train_sft``, in this process with our hooks."""
-    settle_device([])
-    load_plugins()
-    if "RANK" not in os.environ:  # what a launcher tells the only process of a run; 0 is a port that is free
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(alone)
-    sys.argv = [module, *argv]
-    runpy.run_module(module, run_name="__main__", alter_sys=False)
-
-
 def started() -> bool:
     """Whether Ray runs in this process: before it, errors are about flags."""
     ray = sys.modules.get("ray")
