@@ -23,7 +23,7 @@ from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 
-from bond_plugin.host import loss, plan
+from bond_plugin.host import loss, plan, weights
 from bond_plugin.host.state import ROWS, Row
 
 STEPS, TOKENS, LENGTH = 2, 48, 20
@@ -131,7 +131,12 @@ def run(kind: str, stage: int, mode: str) -> dict:
         return step(*a, **k)
 
     engine.step, engine.backward = watched, counted
-    status = fit()
+    status, kept = fit(), weights.of(model)
+    if kept is not None:
+        both = zip(kept._sets["reference"], kept._sharded.masters(), strict=True)
+        moved = torch.stack([(master - initial).norm().square() for initial, master in both]).sum()
+        dist.all_reduce(moved)
+        found["eta"], found["behind"] = args.bond.eta, status["bond/anchor_distance"] / moved.sqrt().item()
     found["finite"] = all(torch.isfinite(torch.as_tensor(v)).all().item() for v in status.values())
     found["steps"], found["last_rate"] = engine.global_steps, scheduler.get_last_lr()[0]
     found["window"] = sum(getattr(trainer.replay_buffer, "dynamic_optimizer_step", []))
