@@ -60,7 +60,7 @@ def once(way: str, samples: int, tokens: int, out: Path) -> None:
     from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
     from bond_plugin.algorithms import assemble
-    from bond_plugin.host import advantages, experience, state
+    from bond_plugin.host import advantages, state
     from bond_plugin.offline.reward_cache import Writer
 
     generator = torch.Generator().manual_seed(0)
@@ -131,7 +131,7 @@ def once(way: str, samples: int, tokens: int, out: Path) -> None:
 
         setattr(owner, name, call)
 
-    batch = experience.Batch
+    batch = advantages.Batch
     for owner, name, part in (
         (batch, "tokens", "tokens"), (batch, "__init__", "rows"), (batch, "rows", "rows"),
         (batch, "spread", "spread"), (assemble, "advantages", "algorithm"), (advantages, "engine_gaps", "gaps"),

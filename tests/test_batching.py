@@ -87,6 +87,14 @@ def test_a_dynamic_batch_has_the_gradient_of_a_static_one(trained: dict[int, dic
     torch.testing.assert_close(dynamic["gradient"], static["gradient"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("ranks", RUNS)
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_the_anchor_follows_a_step_of_the_hosts_trainer(trained: dict[int, dict], ranks: int, mode: str) -> None:
+    """Once: it is behind the policy by all that one step has moved that, less eta of it."""
+    found = trained[ranks][f"jbond:2:{mode}"]
+    assert found["behind"] == pytest.approx(1 - found["eta"], abs=1e-3) and found["eta"] > 0.01
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_without_the_mark_all_but_the_last_micro_batch_are_lost(trained: dict[int, dict], stage: int) -> None:
     wanted = trained[1][f"rloo:{stage}:static"]["gradient"]

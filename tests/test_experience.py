@@ -13,12 +13,12 @@ import torch
 from bond_plugin.algorithms import assemble
 from bond_plugin.host import advantages, log_probs, plan, weights
 from bond_plugin.host.advantages import (
+    Batch,
     EngineGapError,
     compute_advantages_and_returns,
     cumulative_returns,
     engine_gaps,
 )
-from bond_plugin.host.experience import Batch
 from bond_plugin.host.rewards import RewardError
 
 

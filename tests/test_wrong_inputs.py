@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -143,6 +144,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 MODELS: dict[str, Callable[[Path], Any]] = {
     "m-config": without("config.json"),
     "m-list": written("config.json", b"[]"),
+    "m-half": written("config.json", b'{"a": '),
     "m-type": config(model_type="lama"),
     "m-layers": config(num_hidden_layers="two"),
     "m-class": config(architectures=["LlamaForSequenceClassification"]),
@@ -152,9 +154,12 @@ MODELS: dict[str, Callable[[Path], Any]] = {
     "m-lfs-tokenizer": written("tokenizer.json", LFS),
     "m-empty": written("model.safetensors", b""),
     "m-header": written("model.safetensors", b"\xff" * 100),
+    "m-letters": written("model.safetensors", b"\x05" + b"\0" * 7 + b"abcdefgh"),
+    "m-cut": lambda folder: os.truncate(folder / "model.safetensors", 5000),
     "m-index": written("model.safetensors.index.json", b'{"weight_map": 3}'),
     "m-part": written("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
     "m-tokenizer": written("tokenizer.json", b'{"version": '),
+    "m-no-tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "m-eos": tokenizer("tokenizer_config.json", eos_token=None),
     "m-embeddings": config(vocab_size=1),
     "m-positions": config(max_position_embeddings=31),

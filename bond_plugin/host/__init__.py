@@ -6,11 +6,11 @@ files hold what is attached, one file for each thing.
 Before Ray starts: ``flags`` (parser), ``plan`` (what the arguments ask for), ``inputs`` and ``checks`` (what is
 refused), ``identity`` (whose checkpoints a folder holds), ``launch`` (Ray), ``run`` (the host's other commands).
 
-In a run: ``sampling`` (rollouts), ``rewards`` (in the engines: samples and their rewards), ``experience`` and
-``advantages`` (from samples to advantages), ``log_probs`` (under other weights), ``transform`` (other rewards for the
-host's estimators), ``loss`` (policy loss), ``batches`` (micro-batches by tokens), ``weights`` (anchor and reference),
-``checkpoints``, ``classifier`` (learned quantile), ``state`` (what is kept on the host's objects),
-``metrics`` (what a run shows), ``watch`` (what has died), ``cpu`` (machines without GPU).
+In a run: ``sampling`` (rollouts), ``rewards`` (in the engines: samples and their rewards), ``advantages`` (from
+samples to advantages, and reward transforms), ``log_probs`` (under other weights), ``loss`` (policy loss, and
+micro-batches by tokens), ``weights`` (anchor and reference), ``checkpoints``, ``classifier`` (learned quantile),
+``state`` (what is kept on the host's objects), ``metrics`` (what a run shows), ``watch`` (what has died), ``cpu``
+(machines without GPU).
 
 Importing this module is cheap, and :func:`load` imports nothing heavy either: it arms hooks which act when
 a module of the host is imported. It may be called any number of times, in any process.

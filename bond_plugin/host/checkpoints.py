@@ -136,10 +136,7 @@ def _named(args: Any, folder: Path, names: tuple[str, ...] = (_LATEST, _UNIVERSA
 def latest(args: Any, folder: Path, universal: bool = False) -> str | None:
     """The checkpoint to resume from: the newest that policy and critic both have; ``None`` if there is none yet.
 
-    Args:
-        args: the run's.
-        folder: of the policy or the critic.
-        universal: of those that DeepSpeed's conversion made.
+    In the folder of one of the two; with ``universal`` of those that DeepSpeed's conversion made.
 
     Raises:
         CheckpointError: ``latest`` names a folder that is not there.

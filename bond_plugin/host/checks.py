@@ -129,10 +129,7 @@ def loaded(args: SimpleNamespace) -> dict[str, SimpleNamespace]:
 def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = None) -> tuple[list[str], list[str]]:
     """Fill in what the algorithm and the device imply where the user said nothing, and set aside what has no meaning.
 
-    Args:
-        args: the run's arguments; changed.
-        given: the destinations of the flags that the user gave.
-        critic: what the user gave for ``--critic.model_name_or_path``.
+    That changes the arguments. ``given`` and ``critic`` are as in :class:`~bond_plugin.host.flags.Invocation`.
 
     Returns:
         Notes to print; and of flags that were given and are set aside, a line each.

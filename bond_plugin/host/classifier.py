@@ -13,20 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bond_plugin.host import batches, plan
+from bond_plugin.host import loss, plan
 from bond_plugin.host.state import ROWS
 
 
 def logits_of(critic: Any, sequences: Tensor, attention_mask: Tensor) -> Tensor:
-    """The logit at each row's last token.
-
-    Args:
-        critic: the prepared critic.
-        sequences, attention_mask: ``[B, T]``.
-
-    Returns:
-        ``[B]`` float32.
-    """
+    """The prepared critic's logit at the last token of each row of ``[B, T]``: ``[B]`` float32."""
     # The model gives values for all tokens but the last one: append one that nothing attends to.
     padded = torch.nn.functional.pad(sequences, (0, 1))
     attention = torch.nn.functional.pad(attention_mask, (0, 1))
@@ -37,7 +29,7 @@ def logits_of(critic: Any, sequences: Tensor, attention_mask: Tensor) -> Tensor:
 
 def training_step(original: Any, self: Any, experience: Any, step: int, loss_batch_info: Any = None) -> dict:
     """One micro-batch of the critic's training: of the classifier's, where there is one."""
-    batches.mark(self, self.critic, step)
+    loss.mark(self, self.critic, step)
     if not plan.of(self.args).needs.classifier:
         return original(self, experience, step, loss_batch_info)
     args = self.args
@@ -49,13 +41,13 @@ def training_step(original: Any, self: Any, experience: Any, step: int, loss_bat
     logits = logits_of(self.critic, experience.sequences, experience.attention_mask)
     losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     # DeepSpeed averages over ranks and micro-batches: a row's share is of all policy samples of the step.
-    scale = torch.distributed.get_world_size() * batches.divisor(self.strategy) / args.train.batch_size
-    loss = torch.where(trained, losses, 0.0).sum() * scale
-    self.strategy.backward(loss, self.critic, self.critic_optim)
-    if batches.ends_step(self, step):
+    scale = torch.distributed.get_world_size() * loss.divisor(self.strategy) / args.train.batch_size
+    total = torch.where(trained, losses, 0.0).sum() * scale
+    self.strategy.backward(total, self.critic, self.critic_optim)
+    if loss.ends_step(self, step):
         self.strategy.optimizer_step(self.critic_optim, self.critic, self.critic_scheduler, name="critic")
     return {
-        "bond/classifier_loss": loss.item(),
+        "bond/classifier_loss": total.item(),
         "critic_lr": self.critic_scheduler.get_last_lr()[0],
         "critic_grad_norm": self.strategy.get_grad_norm(self.critic),
     }
@@ -65,12 +57,7 @@ def training_step(original: Any, self: Any, experience: Any, step: int, loss_bat
 def logits(worker: Any, all_data: dict[str, list[Tensor]], start: int, end: int) -> list[Tensor]:
     """What a critic's worker answers where the host asks for values: the logits of its share of a rollout.
 
-    Args:
-        all_data: of a rollout, ``sequences`` and ``attention_mask``, each a list of ``[B, T]``.
-        start, end: the worker's share.
-
-    Returns:
-        ``[B]`` float32 each, on the CPU.
+    Of ``sequences`` and ``attention_mask``, lists of ``[B, T]``; each ``[B]`` float32, on the CPU.
     """
     device = torch.cuda.current_device()
     share = zip(all_data["sequences"][start:end], all_data["attention_mask"][start:end], strict=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 NEEDS_FLASH_ATTN = "openrlhf.models.ring_attn_utils"
 
-_updates = 0  # of the weights of this process's engine
+updates = 0  # of the weights of this process's engine
 
 #: Environment of every process of a run on CPU.
 ENVIRONMENT = {
@@ -161,12 +161,6 @@ class GlooGroup:
             tensor.data.copy_(data)
 
 
-def weights_changed() -> None:
-    """This process's engine has loaded new weights."""
-    global _updates
-    _updates += 1
-
-
 def no_shm_op(original: Any) -> None:
     """DeepSpeed's shared-memory all-reduce is a C++ extension compiled at run time; gloo serves."""
     return None
@@ -199,8 +193,8 @@ def live_linear(original: Any, layer: Any, remove_weight: bool) -> None:
     made: list[Any] = [None, -1]  # the copy, and the update it was made after
 
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-        if made[1] != _updates:
-            made[:] = [weight.detach().as_subclass(torch.Tensor).float(), _updates]
+        if made[1] != updates:
+            made[:] = [weight.detach().as_subclass(torch.Tensor).float(), updates]
         bias = None if bias is None else bias.float()
         return torch.nn.functional.linear(x.float(), made[0], bias).to(x.dtype)
 

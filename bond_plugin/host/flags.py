@@ -197,11 +197,7 @@ def remember_arguments(original: Any, args: argparse.Namespace) -> SimpleNamespa
 
 
 def refuse(problems: list[str]) -> None:
-    """End here if there are any.
-
-    Raises:
-        SystemExit: with status 2, after the list was printed.
-    """
+    """If there are any, print the list and exit with status 2."""
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         print(f"bond: error: this run cannot start:\n{lines}", file=sys.stderr, flush=True)
@@ -255,7 +251,8 @@ def _add_choices(parser: argparse.ArgumentParser, option: str, group: str) -> No
             action.help += " Or package.module:Class, a subclass of bond_plugin.algorithms.Algorithm."
 
 
-#: Our flags that do not depend on the algorithm, as ``add_argument`` takes them. docs/pages.py lists them.
+#: Our flags that do not depend on the algorithm, as ``add_argument`` takes them; the default says the type.
+#: docs/pages.py lists them.
 RUN_FLAGS: dict[str, dict[str, Any]] = {
     "--recipe": {
         "metavar": "FILE.yaml",
@@ -306,14 +303,9 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "or as a copy of it from time to time, instead of staying the initial policy. It is kept beside the "
         "policy in fp32, so no reference model is loaded",
     },
-    "--ref.eta": {"type": float, "default": 0.02, "help": "step of --ref.update ema each optimiser step, in (0, 1]"},
-    "--ref.interval": {
-        "type": int,
-        "default": 50,
-        "help": "optimiser steps between two copies of --ref.update periodic, >= 1",
-    },
+    "--ref.eta": {"default": 0.02, "help": "step of --ref.update ema each optimiser step, in (0, 1]"},
+    "--ref.interval": {"default": 50, "help": "optimiser steps between two copies of --ref.update periodic, >= 1"},
     "--bond.logits_mb": {
-        "type": float,
         "default": 256.0,
         "metavar": "MIB",
         "help": "of the policy and the reference only the logits of response tokens are computed, at most so many "
@@ -321,19 +313,16 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "host's own way, all tokens at once (default: %(default)g)",
     },
     "--bond.sync_mb": {
-        "type": float,
         "default": 256.0,
         "metavar": "MIB",
         "help": "weights go to the rollout engines this much at a time, instead of one tensor after the other. 0: "
         "the host's own way (default: %(default)g)",
     },
     "--bond.save_anchor": {
-        "action": argparse.BooleanOptionalAction,
         "default": False,
         "help": "save the anchor beside the final policy, in <ckpt.output_dir>/anchor",
     },
     "--bond.cache_samples": {
-        "type": int,
         "default": 0,
         "metavar": "M",
         "help": f"how many samples a prompt of {REWARD_CACHE} are used; 0: as many as every prompt has",
@@ -373,24 +362,20 @@ CACHE_FLAGS: dict[str, dict[str, Any]] = {
         "help": f"the file to write, or to go on with (default: what {REWARD_CACHE} says)",
     },
     "--cache.samples": {
-        "type": int,
         "default": 300,
         "metavar": "M",
         "help": "samples a prompt; the vBoN paper found about 300 to be enough (default: %(default)s)",
     },
     "--cache.seed": {
-        "type": int,
         "default": 0,
         "metavar": "S",
         "help": "of the sampling: the same seed gives the same samples (default: %(default)s)",
     },
     "--cache.responses": {
-        "action": argparse.BooleanOptionalAction,
         "default": True,
         "help": "write the responses beside their rewards; training does not read them (default: yes)",
     },
     "--cache.log_probs": {
-        "action": argparse.BooleanOptionalAction,
         "default": False,
         "help": "write each response's tokens and their log-probabilities too, for algorithms that train on stored "
         "responses (default: no)",
@@ -405,7 +390,6 @@ CACHE_FLAGS: dict[str, dict[str, Any]] = {
         "help": "score nothing: take the rewards of those responses from this column, a list as long (or one number)",
     },
     "--cache.chunk": {
-        "type": int,
         "default": 0,
         "metavar": "RESPONSES",
         "help": "how many responses are sampled at a time, rounded up to whole prompts: what is lost when it is "
@@ -417,8 +401,14 @@ CACHE_FLAGS: dict[str, dict[str, Any]] = {
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: dict[str, dict[str, Any]]) -> None:
     group = parser.add_argument_group(f"openrlhf-bond: {title}")
     for option, said in flags.items():
-        plugins = {"choices": list(registry.names(registry.REWARD_TRANSFORMS))} if option == TRANSFORM else {}
-        group.add_argument(option, **said, **plugins)
+        default, kind = said.get("default"), {}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif default is not None:
+            kind = {"type": type(default)}
+        elif option == TRANSFORM:
+            kind = {"choices": list(registry.names(registry.REWARD_TRANSFORMS))}
+        group.add_argument(option, **kind, **said)
 
 
 def _settle_output(values: dict[str, Any]) -> None:

@@ -41,9 +41,8 @@ class Hook:
         target: ``module:qualified.name`` in the host.
         parameters: the names that the target's parameters must have, in order; ``None`` replaces a name that
             is not a function.
-        ours: ``module:name`` of the function called instead, with the original as first argument; ``None`` for what
-            is called and not replaced, which is checked like the others.
-        cpu: only on machines without GPU.
+        ours: ``module:name``, in this package, of the function called instead, with the original as first argument;
+            ``None`` for what is called and not replaced, which is checked like the others.
         per_object: checked when the module is imported, but put on each object by :func:`attach`. For the
             methods of the trainer: Ray copies them into the class it makes of it, past what is set on the base.
     """
@@ -51,15 +50,20 @@ class Hook:
     target: str
     parameters: tuple[str, ...] | None
     ours: str | None
-    cpu: bool = False
     per_object: bool = False
 
     @property
     def module(self) -> str:
         return self.target.partition(":")[0]
 
+    @property
+    def cpu(self) -> bool:
+        """Whether it is for machines without GPU only."""
+        return self.ours is not None and self.ours.startswith("cpu:")
 
-#: A module; below it what we rely on, with its parameters; and after => what of ours is called in its place.
+
+#: A module; below it what we rely on, with its parameters; and after => what of ours is called in its place, that of
+#: ``cpu`` on machines without GPU only.
 _TABLE = """
 openrlhf.utils.config
     hierarchize(args) => flags:remember_arguments
@@ -88,7 +92,7 @@ openrlhf.trainer.ppo_utils.samples_generator
     SamplesGenerator._process_response_into_experience(self, response, generate_kwargs) => rewards:settle
     _collect_prompt_batch(dataloader_iter, num_prompts)
 openrlhf.trainer.ppo_utils.experience_maker
-    RemoteExperienceMaker.make_experience_batch(self, rollout_samples) => experience:make_experience_batch
+    RemoteExperienceMaker.make_experience_batch(self, rollout_samples) => advantages:make_experience_batch
     RemoteExperienceMaker._dispatch_forward(self, group, sync_condition, kwargs) => log_probs:dispatch_forward
     RemoteExperienceMaker._flatten_results(self, refs, duplicate_factor) => log_probs:flatten_results
     RemoteExperienceMaker.compute_advantages_and_returns(self, experiences) =>
@@ -99,12 +103,13 @@ openrlhf.trainer.ppo_utils.experience_maker
 openrlhf.utils.deepspeed.deepspeed
     DeepspeedStrategy.setup_distributed(self, timeout) => loss:setup_distributed
     DeepspeedStrategy._ds_init_train_model(self, model, cfg) => weights:init_train_model
-    DeepspeedStrategy.optimizer_step(self, _optimizer, model, _scheduler, name, kwargs) => weights:optimizer_step
     DeepspeedStrategy.save_ckpt(self, model, save_dir, tag, max_num, max_mem, client_state, save_latest,
         metric_value, metric_key) => checkpoints:save_ckpt
     DeepspeedStrategy.load_ckpt(self, model, load_dir, tag, load_module_strict, load_optimizer_states,
         load_lr_scheduler_states, load_module_only) => checkpoints:load_ckpt
     DeepspeedStrategy.save_model(self, model, tokenizer, output_dir, kwargs) => weights:save_model
+    DeepspeedStrategy.get_ds_train_config(self, optim_dict, max_norm) => cpu:torch_adam
+    DeepspeedStrategy.moving_average(self, model, model_ema, beta, device) => cpu:moving_average
 openrlhf.models.actor
     Actor.forward(self, sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs,
         ring_attn_group, packed_seq_lens, return_entropy, mm_inputs) => logits:forward
@@ -114,16 +119,15 @@ openrlhf.utils.deepspeed.deepspeed_utils
     offload_deepspeed_states(model, pin_memory, non_blocking) => weights:move_states
     reload_deepspeed_states(model, non_blocking) => weights:move_states
 openrlhf.trainer.ray.ppo_actor
-    ActorPPOTrainer.__init__(self, strategy, actor, ema_model, actor_optim, actor_scheduler, ema_beta,
-        micro_train_batch_size, buffer_limit, buffer_cpu_offload, eps_clip, tokenizer, dataloader_pin_memory,
-        vllm_engines, kwargs) => loss:actor_trainer_init
     ActorPPOTrainer.ppo_train(self, kl_ctl) => loss:ppo_train
     ActorPPOTrainer.broadcast_to_vllm(self) => sync:broadcast_to_vllm
     ActorPPOTrainer.training_step(self, experience, kl_ctl, step, loss_batch_info) => loss:training_step
 openrlhf.trainer.ray.ppo_critic
     CriticPPOTrainer.training_step(self, experience, step, loss_batch_info) => classifier:training_step
 openrlhf.trainer.ppo_utils.replay_buffer
-    NaiveReplayBuffer.setup_dynamic_batch(self, strategy) => batches:setup_dynamic_batch
+    NaiveReplayBuffer.setup_dynamic_batch(self, strategy) => loss:setup_dynamic_batch
+    NaiveReplayBuffer.__init__(self, sample_batch_size, limit, cpu_offload, packing_samples, dynamic_batch) =>
+        cpu:replay_buffer_init
 openrlhf.utils.agent
     SingleTurnAgentExecutor.execute(self, prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine,
         images) => rewards:execute
@@ -142,17 +146,7 @@ openrlhf.datasets.prompts_dataset
     PromptDataset.__init__(self, dataset, tokenizer, strategy, input_template)
 openrlhf.utils.utils
     get_tokenizer(pretrain, model, padding_side, strategy, use_fast)
-"""
-#: The same on machines without GPU.
-_TABLE_WITHOUT_GPU = """
-openrlhf.utils.deepspeed.deepspeed
-    DeepspeedStrategy.get_ds_train_config(self, optim_dict, max_norm) => cpu:torch_adam
-    DeepspeedStrategy.moving_average(self, model, model_ema, beta, device) => cpu:moving_average
-openrlhf.utils.utils
     convert_to_torch_dtype(param_dtype) => cpu:torch_dtype
-openrlhf.trainer.ppo_utils.replay_buffer
-    NaiveReplayBuffer.__init__(self, sample_batch_size, limit, cpu_offload, packing_samples, dynamic_batch) =>
-        cpu:replay_buffer_init
 openrlhf.utils.distributed_util
     stateless_init_process_group(master_address, master_port, rank, world_size, device) => cpu:GlooGroup
 deepspeed.comm.torch
@@ -165,17 +159,17 @@ vllm.model_executor.layers.utils
 _LINE = re.compile(r"([\w.]+)(?:\((.*)\))?(?: => (\S+))?( on each object)?")
 
 
-def _read(table: str, cpu: bool) -> Iterator[Hook]:
-    for line in re.sub(r"\n {8}", " ", table).strip().splitlines():
+def _read() -> Iterator[Hook]:
+    for line in re.sub(r"\n {8}", " ", _TABLE).strip().splitlines():
         if not line.startswith(" "):
             module = line
             continue
         name, parameters, ours, each = _LINE.fullmatch(line.strip()).groups()
         names = None if parameters is None else tuple(re.findall(r"\w+", parameters))
-        yield Hook(f"{module}:{name}", names, ours and f"bond_plugin.host.{ours}", cpu, each is not None)
+        yield Hook(f"{module}:{name}", names, ours, each is not None)
 
 
-HOOKS: tuple[Hook, ...] = (*_read(_TABLE, cpu=False), *_read(_TABLE_WITHOUT_GPU, cpu=True))
+HOOKS: tuple[Hook, ...] = tuple(_read())
 
 _MODULES = frozenset([*(hook.module for hook in HOOKS), cpu.NEEDS_FLASH_ATTN, "torch"])
 _RAY_PARAMETER = "_ray_trace_ctx"  # added by Ray to the methods of an actor's class
@@ -230,9 +224,9 @@ def policy_loss_values() -> int:
 
 def check_all() -> None:
     """Import every hooked module of the host and so install (and check) every hook, before Ray starts."""
-    for module in _by_module():
-        if module.startswith("openrlhf."):
-            importlib.import_module(module)
+    for hook in _active():
+        if hook.module.startswith("openrlhf."):
+            importlib.import_module(hook.module)
 
 
 def states() -> Iterator[tuple[str, str]]:
@@ -246,19 +240,12 @@ def _active() -> Iterator[Hook]:
     return (hook for hook in HOOKS if on_cpu() or not hook.cpu)
 
 
-def _by_module() -> dict[str, list[Hook]]:
-    grouped: dict[str, list[Hook]] = {}
-    for hook in _active():
-        grouped.setdefault(hook.module, []).append(hook)
-    return grouped
-
-
 def _install_module(module: ModuleType) -> None:
     if module.__name__ == "torch" and on_cpu() and "torch" not in _installed:
         cpu.patch_torch()
         _installed.add("torch")
-    for hook in _by_module().get(module.__name__, ()):
-        if hook.target not in _installed:
+    for hook in _active():
+        if hook.module == module.__name__ and hook.target not in _installed:
             _install(hook, module)
             _installed.add(hook.target)
 
@@ -273,41 +260,35 @@ def _install(hook: Hook, module: ModuleType) -> None:
     except AttributeError:
         raise _mismatch(hook, "it does not exist there") from None
     if hook.parameters is not None:
-        found = None
-        if callable(original):
-            found = tuple(name for name in inspect.signature(original).parameters if name != _RAY_PARAMETER)
+        found = inspect.signature(original).parameters if callable(original) else ()
+        found = tuple(name for name in found if name != _RAY_PARAMETER)
         if found != hook.parameters:
-            raise _mismatch(
-                hook,
-                f"it has the parameters ({', '.join(found or ())}) where ({', '.join(hook.parameters)}) "
-                "were expected",
-            )
+            parameters, expected = ", ".join(found), ", ".join(hook.parameters)
+            raise _mismatch(hook, f"it has the parameters ({parameters}) where ({expected}) were expected")
     if hook.per_object or hook.ours is None:
         return
-    ours = _ours(hook)
-    setattr(owner, name, _bound(ours, original) if callable(original) and not isinstance(original, type) else ours)
+    ours = replacement = _ours(hook)
+    if callable(original) and not isinstance(original, type):
+
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return ours(original, *args, **kwargs)
+
+    setattr(owner, name, replacement)
 
 
-def attach(instance: Any, owner: str) -> None:
-    """Put the ``per_object`` hooks of the class ``owner`` (``module:Class``) on one of its objects."""
+def attach(trainer: Any) -> None:
+    """Put the ``per_object`` hooks, which are all of the host's trainer, on one."""
     for hook in _active():
-        if hook.per_object and hook.target.startswith(f"{owner}."):
+        if hook.per_object:
             name = hook.target.rpartition(".")[2]
-            original = getattr(instance, name).__func__
-            setattr(instance, name, functools.partial(_ours(hook), original, instance))
+            original = getattr(trainer, name).__func__
+            setattr(trainer, name, functools.partial(_ours(hook), original, trainer))
 
 
 def _ours(hook: Hook) -> Callable[..., Any]:
     module, _, name = hook.ours.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _bound(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return ours(original, *args, **kwargs)
-
-    return replacement
+    return getattr(importlib.import_module(f"bond_plugin.host.{module}"), name)
 
 
 def _mismatch(hook: Hook, what: str) -> HostMismatch:
@@ -326,18 +307,12 @@ def _mismatch(hook: Hook, what: str) -> HostMismatch:
 class _Finder(importlib.abc.MetaPathFinder):
     """Runs :func:`_install_module` right after one of the hooked modules has been executed."""
 
-    def __init__(self) -> None:
-        self._looking: set[str] = set()
-
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         # Every import of the process comes by here, thousands in one that imports the host.
-        if name not in _MODULES or name in self._looking:
+        if name not in _MODULES:
             return None
-        self._looking.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._looking.discard(name)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if not isinstance(finder, _Finder))
+        spec = next(filter(None, found), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -211,11 +211,9 @@ def _numbers(args: SimpleNamespace, dest: str) -> list[Any]:
 
 
 def numbers(args: SimpleNamespace, given: frozenset[str]) -> Iterator[str]:
-    """Numbers that make no sense, each with the flag.
+    """Numbers that make no sense, each with the flag; of those that were ``given``, also what is no number.
 
-    Args:
-        args: the run's, before the host divides by any of them.
-        given: the destinations of the flags that the user gave.
+    Before the host divides by any of them.
     """
     for must, (fits, dests) in RANGES.items():
         for dest in dests.split():

@@ -41,11 +41,7 @@ _locks: list[Any] = []  # files of folders that this process holds until it ends
 
 
 class Resolved(SystemExit):
-    """Raised in the place of Ray's start, for a command that wants the run's arguments alone.
-
-    Attributes:
-        arguments: the host's, nested, complete and checked.
-    """
+    """Raised in the place of Ray's start, for a command that wants the host's ``arguments``, checked, alone."""
 
     def __init__(self, arguments: SimpleNamespace) -> None:
         super().__init__(0)
@@ -69,11 +65,7 @@ def run_host(argv: list[str], command: str = "bond train") -> None:
 
 
 def _show_help() -> None:
-    """Let the host make its parser and print it, without what its command imports before (seconds).
-
-    Raises:
-        SystemExit: it did.
-    """
+    """Let the host make its parser, print it and exit, without what its command imports before (seconds)."""
     hooks.check_version()
     os.environ.setdefault(DEVICE_VARIABLE, "cpu")  # which it does not depend on
     flags.extend_parsers()
@@ -82,17 +74,6 @@ def _show_help() -> None:
     parses = next(i for i, line in enumerate(main) if "parse_args" in ast.unparse(line))
     code = compile(ast.Module(main[: parses + 1], []), path, "exec")
     exec(code, {"argparse": argparse, "os": os, "datetime": datetime.datetime})
-
-
-def run_module(module: str, argv: list[str]) -> None:
-    """Run another of the host's commands, such as ``openrlhf.cli.train_sft``, in this process with our hooks."""
-    settle_device([])
-    load_plugins()
-    if "RANK" not in os.environ:  # what a launcher tells the only process of a run; 0 is a port that is free
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(alone)
-    sys.argv = [module, *argv]
-    runpy.run_module(module, run_name="__main__", alter_sys=False)
 
 
 def started() -> bool:

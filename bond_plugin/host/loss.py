@@ -7,6 +7,7 @@ whole optimiser step.
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from bond_plugin import registry
 from bond_plugin.algorithms.assemble import PolicyLoss, weighed_loss
 from bond_plugin.algorithms.base import LossInputs
-from bond_plugin.host import batches, checks, hooks, logits, plan, weights
+from bond_plugin.host import checks, hooks, logits, plan, weights
 from bond_plugin.host.state import ROWS
 
 
@@ -95,32 +96,30 @@ class PromptMeanLoss(nn.Module):
         return (loss, found.clip_fraction, moved, None, None)[: self._values]
 
 
-def actor_trainer_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """Put a registered policy loss in the place of the host's."""
-    original(self, *args, **kwargs)
-    name = self.args.actor.policy_loss_type
-    if name not in checks.HOST_LOSSES:
-        loss = registry.policy_loss(name, plan.of(self.args).algorithm)
-        self.actor_loss_fn = PromptMeanLoss(loss, self.args, batches.divisor(self.strategy))
-
-
 def training_step(
     original: Any, self: Any, experience: Any, kl_ctl: float, step: int, loss_batch_info: Any = None
 ) -> dict:
-    """One micro-batch: hand the loss what it needs to know of the rows; report the loss as it is meant."""
-    batches.mark(self, self.actor, step)
+    """One micro-batch, and the anchor after an optimiser step (DeepSpeed decides which calls are one).
+
+    A loss of ours is handed what it needs to know of the rows, and reported as it is meant.
+    """
+    mark(self, self.actor, step)
     known, hidden = experience.info.pop(ROWS, None), experience.info.pop(logits.HIDDEN, None)
-    loss = self.actor_loss_fn
-    if not isinstance(loss, PromptMeanLoss):
-        return original(self, experience, kl_ctl, step, loss_batch_info)
-    run, compared = plan.of(self.args), experience.base_action_log_probs
-    loss.known = {} if compared is None else {"under": {run.in_slot: compared}}
-    if known is not None:
-        from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
-        loss.known["from_source"] = from_source
-    loss.on_logits = None if hidden is None else logits.OnLogits(run.algorithm.token_losses, torch.cat(hidden))
-    self.actor.bond_on_logits = loss.on_logits
+    loss, kept = self.actor_loss_fn, weights.of(self.actor)
+    ours = isinstance(loss, PromptMeanLoss)
+    if ours:
+        run, compared = plan.of(self.args), experience.base_action_log_probs
+        loss.known = {} if compared is None else {"under": {run.in_slot: compared}}
+        if known is not None:
+            from_source = torch.tensor([row.from_source for row in known], device=experience.sequences.device)
+            loss.known["from_source"] = from_source
+        loss.on_logits = None if hidden is None else logits.OnLogits(run.algorithm.token_losses, torch.cat(hidden))
+        self.actor.bond_on_logits = loss.on_logits
     status = original(self, experience, kl_ctl, step, loss_batch_info)
+    if kept is not None:
+        kept.after_optimizer_step()
+    if not ours:
+        return status
     self.actor.bond_on_logits = None
     # The host averages over rows; the mean over prompts of a step is rows / prompts times that.
     status["metrics"]["bond/loss"] = loss.row_losses * loss.rows.all
@@ -133,11 +132,51 @@ def training_step(
 
 
 def ppo_train(original: Any, self: Any, kl_ctl: float) -> dict:
-    """One rollout's training: the order of rows depends on seed and step alone; measure the anchor after it."""
-    kept = weights.of(self.actor)
+    """One rollout's training, by a registered policy loss if that is wanted: the order of rows depends on seed and
+    step alone; measure the anchor after it.
+    """
+    kept, name = weights.of(self.actor), self.args.actor.policy_loss_type
+    if name not in checks.HOST_LOSSES and not isinstance(self.actor_loss_fn, PromptMeanLoss):
+        loss = registry.policy_loss(name, plan.of(self.args).algorithm)
+        self.actor_loss_fn = PromptMeanLoss(loss, self.args, divisor(self.strategy))
     if kept is not None:
         torch.manual_seed(self.args.train.seed + self.actor.model.global_steps)
     status = original(self, kl_ctl)
     if kept is not None and "anchor" in kept:
         status["bond/anchor_distance"] = kept.anchor_distance()
     return status
+
+
+# Dynamic batches (``--train.dynamic_batch_enable``): an optimiser step in as few micro-batches as tokens allow.
+#
+# The host makes them of about equal numbers of tokens, another number of them each step, with a loss that already is
+# a share of the whole step's. DeepSpeed therefore runs with one micro-batch a step and takes *every* backward pass
+# for the last. Under ZeRO-1 and 2 each then begins the gradient anew, and all but the last micro-batch's are lost.
+
+
+def mark(trainer: Any, model: Any, step: int) -> None:
+    """Before the backward pass of an epoch's micro-batch ``step``: tell DeepSpeed whether it ends an optimiser step.
+
+    Of the host's trainer of the policy or of the critic, and of what that trains, prepared.
+    """
+    if trainer.args.train.dynamic_batch_enable:
+        weights.engine_of(model).set_gradient_accumulation_boundary(ends_step(trainer, step))
+
+
+def ends_step(trainer: Any, step: int) -> bool:
+    """Whether the optimiser is to be called after this micro-batch (otherwise DeepSpeed decides when it steps)."""
+    return not trainer.args.train.dynamic_batch_enable or bool(trainer.replay_buffer.dynamic_optimizer_step[step])
+
+
+def divisor(strategy: Any) -> int:
+    """By how much DeepSpeed divides the loss of each micro-batch."""
+    return 1 if strategy.use_dynamic_batch else strategy.accumulated_gradient
+
+
+def setup_dynamic_batch(original: Any, self: Any, strategy: Any) -> None:
+    """The host counts the policy's samples where it cuts a rollout into steps; source samples are rows too."""
+    counted = copy.copy(strategy)
+    counted.args = copy.deepcopy(strategy.args)
+    counted.args.rollout.n_samples_per_prompt = plan.of(strategy.args).rows.all
+    counted.args.train.batch_size = strategy.train_batch_size  # rows, see `setup_distributed`
+    original(self, counted)

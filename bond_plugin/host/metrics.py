@@ -65,8 +65,7 @@ class MetricsFile:
                 aside = aside.with_stem(f"{aside.stem}.1")
             self.path.rename(aside)
             return
-        kept = [line for number, line in _lines(self.path) if number <= step]
-        write_whole(self.path, b"".join(kept))
+        write_whole(self.path, b"".join(line for number, _, line in _lines(self.path) if number <= step))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one step.
@@ -90,23 +89,16 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     by_step = {
-        step: {
-            name: _number(value) for name, value in parse_json(line, finite=False).items() if type(value) in _NUMBERS
-        }
-        for step, line in _lines(path)
+        step: {name: _number(value) for name, value in values.items() if type(value) in _NUMBERS}
+        for step, values, _ in _lines(path)
     }
     if not by_step:
         raise ContentError(f"{path} has no line with a step: did the run log one?")
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Steps, and lines as they are in the file, without a last one that a kill cut short.
-
-    Raises:
-        ContentError: another line is no JSON.
-        OSError: it cannot be read.
-    """
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+    """Steps, and what their lines say and are in the file, without a last one that a kill cut short."""
     with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") or not line.strip():
@@ -117,7 +109,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 raise ContentError(f"{path}, line {number} {error}") from error
             step = values.get("step") if isinstance(values, dict) else None
             if type(step) is int:
-                yield step, line
+                yield step, values, line
 
 
 def _number(value: Any) -> Any:

@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,37 +101,25 @@ async def _within_time(rewards: Any, prompts: list[str]) -> Any:
             )
 
 
+@functools.cache  # once a process
 def _listen() -> None:
-    """Once a process: hear what the host's executor logs, and let it read what servers send."""
+    """Hear what the host's executor logs, and let it read what servers send."""
     from aiohttp import ClientResponse
 
-    logger = logging.getLogger("openrlhf.utils.agent")
-    if not any(isinstance(handler, _Listener) for handler in logger.handlers):
-        logger.addHandler(_Listener())
-        # Servers send JSON under other content types, too.
-        ClientResponse.json = functools.partialmethod(ClientResponse.json, content_type=None)
+    logging.getLogger("openrlhf.utils.agent").addFilter(_hear)
+    # Servers send JSON under other content types, too.
+    ClientResponse.json = functools.partialmethod(ClientResponse.json, content_type=None)
 
 
-class _Listener(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        heard = _heard.get()
-        if heard is not None:
-            heard.append(record.getMessage())
+def _hear(record: logging.LogRecord) -> bool:
+    heard = _heard.get()
+    if heard is not None:
+        heard.append(record.getMessage())
+    return True
 
 
-@dataclass(frozen=True)
-class Requests:
-    """What one call asks for, in the place of the host's prompt.
-
-    Attributes:
-        prompts: [requests].
-        labels: [requests], what the reward function is given with each prompt.
-        seeds: [requests], of the random numbers of each sample.
-    """
-
-    prompts: list[str]
-    labels: list[Any]
-    seeds: list[int]
+class Requests(list[tuple[str, Any, int]]):
+    """What one call asks for, in the place of the host's prompt: of each sample prompt, label and seed."""
 
 
 async def execute(original: Any, self: Any, prompt: str | Requests, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +130,7 @@ async def execute(original: Any, self: Any, prompt: str | Requests, *args: Any, 
     """
     if isinstance(prompt, Requests):
         samples = []
-        for text, label, seed in zip(prompt.prompts, prompt.labels, prompt.seeds, strict=True):
+        for text, label, seed in prompt:
             params = deepcopy(kwargs["sampling_params"])
             params.seed = seed
             options = kwargs | {"label": label, "sampling_params": params}

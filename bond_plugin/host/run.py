@@ -9,9 +9,13 @@ GPU ``--ds.param_dtype fp32`` is possible as well, which is faster there than bf
 
 from __future__ import annotations
 
+import os
+import runpy
 import sys
 
 _USAGE = "usage: python -m bond_plugin.host.run MODULE [the module's own flags], e.g. openrlhf.cli.train_sft --help"
+#: What a launcher tells the only process of a run; 0 is a port that is free.
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def main(argv: list[str]) -> int:
@@ -19,11 +23,16 @@ def main(argv: list[str]) -> int:
     if not argv or not argv[0].startswith("openrlhf."):
         print(_USAGE, file=sys.stderr)
         return 2
-    from bond_plugin.host import hooks, launch
+    from bond_plugin.host import hooks, launch, load_plugins
     from bond_plugin.registry import RegistryError
 
     try:
-        launch.run_module(argv[0], argv[1:])
+        launch.settle_device([])
+        load_plugins()
+        if "RANK" not in os.environ:
+            os.environ.update(_ALONE)
+        sys.argv = argv
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=False)
     except (RegistryError, hooks.HostMismatch) as error:
         print(f"bond: error: {error}", file=sys.stderr)
         return 2

@@ -20,6 +20,7 @@ from bond_plugin.host import flags, hooks, log_probs, metrics, plan, state, weig
 from bond_plugin.host.rewards import Requests
 from bond_plugin.offline import make_cache
 from bond_plugin.offline.engine import prompt_tokens
+from bond_plugin.offline.prompts import Pairs
 
 #: Response tokens of a step, of source samples too: what two algorithms cost beside each other.
 TOKENS = "rollout/generated_tokens"
@@ -156,11 +157,13 @@ def _of_several(sampler: Any, options: dict[str, Any]) -> tuple[list[Any], None,
         sampler._dataloader_iter = None
         return [], None, len(prompts), True
 
+    pairs = list(zip(prompts, labels, strict=True))
+
     def draw(name: str, count: int) -> list[Any]:
         if name == "stored":
-            return _stored(sampler, count, prompts, labels, options)
+            return _stored(sampler, count, pairs, options)
         kept.engines.hold(name, kept.timings)
-        return _draw(sampler, name, count, prompts, labels, options)
+        return _draw(sampler, name, count, pairs, options)
 
     samples = draw("stored" if needs.offline else "policy", args.rollout.n_samples_per_prompt)
     if needs.source_samples:
@@ -168,9 +171,7 @@ def _of_several(sampler: Any, options: dict[str, Any]) -> tuple[list[Any], None,
     return samples, None, len(prompts), exhausted
 
 
-def _draw(
-    sampler: Any, source: str, count: int, prompts: list[str], labels: list[Any], options: dict[str, Any]
-) -> list[Any]:
+def _draw(sampler: Any, source: str, count: int, pairs: Pairs, options: dict[str, Any]) -> list[Any]:
     """``count`` samples for each prompt from what the engines hold, in the order of the prompts."""
     from tqdm import tqdm
     from vllm import SamplingParams
@@ -191,15 +192,11 @@ def _draw(
     calls = []
     for e, engine in enumerate(sampler.vllm_engines):
         # All samples of a prompt go to one engine, where they can share its prefix.
-        places = [(i, j) for i in range(e, len(prompts), len(sampler.vllm_engines)) for j in range(count)]
+        places = [(i, j) for i in range(e, len(pairs), len(sampler.vllm_engines)) for j in range(count)]
         for start in range(0, len(places), _REQUESTS):
             part = places[start : start + _REQUESTS]
             ref = engine.generate_responses.remote(
-                prompt=Requests(
-                    prompts=[prompts[i] for i, _ in part],
-                    labels=[labels[i] for i, _ in part],
-                    seeds=[kept.seed(source, i, j) for i, j in part],
-                ),
+                prompt=Requests((*pairs[i], kept.seed(source, i, j)) for i, j in part),
                 label=None,
                 sampling_params=params,
                 max_length=options.get("max_len", 2048),
@@ -208,23 +205,23 @@ def _draw(
             )
             calls.append((ref, part))
     drawn = {}
-    with tqdm(total=len(prompts) * count, desc=f"Generate {source} samples") as progress:
+    with tqdm(total=len(pairs) * count, desc=f"Generate {source} samples") as progress:
         for ref, part in calls:
             (responses,) = ray.get(ref)
             for place, response in zip(part, responses, strict=True):
                 drawn[place] = sampler._process_response_into_experience(response, **options)
             progress.update(len(part))
-    samples = [drawn[i, j] for i in range(len(prompts)) for j in range(count)]
+    samples = [drawn[i, j] for i in range(len(pairs)) for j in range(count)]
     kept.timings[f"timing/generate_{source}"] = time.time() - started
     kept.metrics[TOKENS] += _tokens(samples)
     return samples
 
 
-def _stored(sampler: Any, count: int, prompts: list[str], labels: list[Any], options: dict[str, Any]) -> list[Any]:
+def _stored(sampler: Any, count: int, pairs: Pairs, options: dict[str, Any]) -> list[Any]:
     """``count`` of the reward cache's responses for each prompt, others at each step, in the order of the prompts."""
     generator, tokenizer = state.of(sampler).generator("stored"), sampler.tokenizer
     samples = []
-    for prompt, label in zip(prompts, labels, strict=True):
+    for prompt, label in pairs:
         before, _ = prompt_tokens(tokenizer, prompt, options.get("max_new_tokens"), options.get("max_len"))
         there = make_cache.of(sampler.args).stored(prompt)
         for place in torch.randperm(len(there), generator=generator)[:count].tolist():

@@ -8,6 +8,7 @@ one call, one broadcast, one loading (an engine takes but one type), while the n
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,7 @@ class Parcel:
     """What stands in the place of engines and process group while the host's loop runs on rank 0.
 
     Args:
-        engines: the real ones.
-        group: the real one.
+        engines, group: the real ones.
         capacity: bytes that are sent at a time; a larger tensor goes alone.
 
     Attributes:
@@ -92,12 +92,9 @@ def broadcast_to_vllm(original: Any, self: Any) -> None:
     if not capacity or group is None or isinstance(group, str) or self.use_cuda_ipc:
         original(self)
         return
-    parcel = Parcel(engines, group, capacity)
-    self._model_update_group, self.vllm_engines = parcel, parcel.engines
-    try:
-        original(self)
-    finally:
-        self._model_update_group, self.vllm_engines = group, engines
+    sender, parcel = copy.copy(self), Parcel(engines, group, capacity)
+    sender._model_update_group, sender.vllm_engines = parcel, parcel.engines
+    original(sender)
 
 
 def update_weight(original: Any, self: Any, name: Any, dtype: Any, shape: Any, empty_cache: bool = False) -> None:
@@ -115,4 +112,4 @@ def update_weight(original: Any, self: Any, name: Any, dtype: Any, shape: Any, e
     self._model_update_group.broadcast(data, src=0, stream=torch.cuda.current_stream())
     parts = zip(name, data.split(sizes), shape, strict=True)
     self.model_runner.model.load_weights(weights=[(n, part.view(tuple(s))) for n, part, s in parts])
-    cpu.weights_changed()
+    cpu.updates += 1

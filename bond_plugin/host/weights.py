@@ -290,21 +290,11 @@ def init_train_model(original: Any, self: Any, model: Any, cfg: dict) -> Any:
     return prepared
 
 
-def optimizer_step(original: Any, self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """The anchor follows each optimiser step (DeepSpeed decides which calls are one)."""
-    original(self, optimizer, model, *args, **kwargs)
-    kept = of(model)
-    if kept is not None:
-        kept.after_optimizer_step()
-
-
 def move_states(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
     """Between two trainings (``--ds.enable_sleep``) the kept weights leave the GPU with the masters, and come back.
 
-    The host leaves the 16-bit parameters there, for sending them to the engines and for log-probabilities; so other
-    weights can be put in their place (copied from the CPU) and taken out again at any time. Run on CPU alone, where
-    DeepSpeed moves the masters to other memory; that they change their device on a GPU was read in DeepSpeed 0.19.6
-    (``offload_states`` in ``runtime/zero/stage_1_and_2.py`` and ``stage3.py``).
+    The host leaves the 16-bit parameters there, so other weights can be put in their place at any time. Run on CPU
+    alone; that the masters change their device on a GPU was read in DeepSpeed 0.19.6 (``offload_states``).
     """
     original(model, *args, **kwargs)
     kept = of(model)

@@ -23,11 +23,11 @@ from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 
-from bond_plugin.host import batches, plan
+from bond_plugin.host import loss, plan, weights
 from bond_plugin.host.state import ROWS, Row
 
 STEPS, TOKENS, LENGTH = 2, 48, 20
-mark, setup = batches.mark, batches.setup_dynamic_batch
+mark = loss.mark
 with open(sys.argv[1]) as file:
     argv = json.load(file)
 words = list(sys.argv)
@@ -71,7 +71,7 @@ def run(kind: str, stage: int, mode: str) -> dict:
     args.train.micro_batch_size = 1
     steps = STEPS if mode == "windows" else 1
     args.rollout.batch_size *= steps
-    batches.mark = (lambda *_: None) if mode == "broken" else mark
+    loss.mark = (lambda *_: None) if mode == "broken" else mark
 
     strategy = DeepspeedStrategy(
         seed=0, max_norm=args.actor.max_norm, micro_train_batch_size=1, train_batch_size=args.train.batch_size,
@@ -131,7 +131,12 @@ def run(kind: str, stage: int, mode: str) -> dict:
         return step(*a, **k)
 
     engine.step, engine.backward = watched, counted
-    status = fit()
+    status, kept = fit(), weights.of(model)
+    if kept is not None:
+        both = zip(kept._sets["reference"], kept._sharded.masters(), strict=True)
+        moved = torch.stack([(master - initial).norm().square() for initial, master in both]).sum()
+        dist.all_reduce(moved)
+        found["eta"], found["behind"] = args.bond.eta, status["bond/anchor_distance"] / moved.sqrt().item()
     found["finite"] = all(torch.isfinite(torch.as_tensor(v)).all().item() for v in status.values())
     found["steps"], found["last_rate"] = engine.global_steps, scheduler.get_last_lr()[0]
     found["window"] = sum(getattr(trainer.replay_buffer, "dynamic_optimizer_step", []))

@@ -95,6 +95,7 @@ def run(what: str, stage: int) -> dict:
             loss = engine(input_ids=ids, labels=ids).loss
             strategy.backward(loss, actor, None)
             strategy.optimizer_step(None, actor, None)
+            kept.after_optimizer_step()
             now = masters()
             for name in exact:
                 exact[name] = (1 - ETA) * exact[name] + ETA * now[name]

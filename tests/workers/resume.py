@@ -83,6 +83,7 @@ def train(strategy: DeepspeedStrategy, actor: Actor, micro: int, steps: int = ST
         ids = torch.randint(2, 28, (ROWS, 16), generator=data)[place : place + micro].to(DEVICE)
         strategy.backward(actor.model(input_ids=ids, labels=ids).loss, actor, None)
         strategy.optimizer_step(None, actor, None)
+        weights.of(actor).after_optimizer_step()
 
 
 def run(what: str, kind: str, stage: str, name: str = "") -> dict:
