@@ -150,7 +150,7 @@ def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
     made = runner.Runner(Matrix("", Measuring(prompts="x"), ()), tmp_path, [], print)
     made.configurations = {cell.name: {"bond": {"device": "cpu"}}}
     made.free.put({})
-    made.processes.stop()
+    made.processes.stopped.set()
     with pytest.raises(runner.BenchError):
         made.cell(cell, "reference")
     assert not list(tmp_path.rglob("result.json"))
@@ -181,7 +181,7 @@ def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None
     import threading
 
     processes = runner.Processes()
-    threading.Timer(1.0, processes.stop).start()
+    threading.Timer(1.0, processes.stopped.set).start()
     started = time.monotonic()
     with pytest.raises(runner.BenchError, match="ended with status -15"):
         processes.run("this", ["-c", "import time; time.sleep(60)"], tmp_path / "log")

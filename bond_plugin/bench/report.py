@@ -23,7 +23,7 @@ from bond_plugin.bench.document import (
 )
 from bond_plugin.bench.resampling import RESAMPLES, Estimate
 from bond_plugin.bench.results import read_results
-from bond_plugin.bench.summary import BEST_OF_N, MEASURES, Policy, Summary, strength_text
+from bond_plugin.bench.summary import BEST_OF_N, MEASURES, Policy, Summary
 from bond_plugin.files import write_whole
 
 PICTURES = "figures"
@@ -70,11 +70,6 @@ def contents(summary: Summary) -> list[Block]:
 
 
 # Numbers and their words.
-
-
-def with_interval(estimate: Estimate) -> str:
-    entry = _entry(estimate)
-    return entry if isinstance(entry, str) else " ".join(entry)
 
 
 def _entry(estimate: Estimate | None, digits: int = 3, scale: float = 1.0) -> Entry:
@@ -130,12 +125,12 @@ def outcome(summary: Summary) -> str:
         return f"No run finished: all {len(summary.results.cells)} failed."
     leader = max(summary.methods, key=lambda method: _defined(method.area["reward"].value))
     best = leader.best
-    gain = best.estimates["reward_gain"]
-    strength = strength_text(best.strength)
-    policy = f"its best policy ({strength})" if strength else "its policy"
+    policy = f"its best policy ({best.strength})" if best.strength else "its policy"
     worth = f"one sample of {policy} {_worth(summary, best)}, at a KL of {best.kl:.2f} nats"
-    if gain.low <= 0:
-        worth = f"its reward cannot be told from the reference's (gain {with_interval(gain)})"
+    if best.estimates["reward_gain"].low <= 0:
+        gain = _entry(best.estimates["reward_gain"])
+        said = gain if isinstance(gain, str) else " ".join(gain)
+        worth = f"its reward cannot be told from the reference's (gain {said})"
     if len(summary.methods) == 1:
         return f"{leader.label}: {worth}."
     gaps = {}  # how far the leader lies above each other method
@@ -195,14 +190,14 @@ def conditions(summary: Summary) -> str:
 
 
 def failures(summary: Summary) -> list[Block]:
-    failed = summary.results.failed
+    failed = [cell for cell in summary.results.cells if cell.error is not None]
     if not failed:
         return []
     count = f"{len(failed)} of {len(summary.results.cells)} runs failed and {'is' if len(failed) == 1 else 'are'}"
     return [
         Heading("Failed runs"),
         Paragraph(f"{count} in no number below."),
-        *(Log(cell.cell, (cell.error or "").strip()) for cell in failed),
+        *(Log(cell.cell, cell.error.strip()) for cell in failed),
     ]
 
 

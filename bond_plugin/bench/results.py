@@ -7,6 +7,7 @@ and the key. P is the number of held-out prompts, M the number of samples of the
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,7 +18,6 @@ from pydantic import Strict as StrictMode
 from torch import Tensor
 from typing_extensions import Self
 
-from bond_plugin.bench.matrix import Measuring
 from bond_plugin.files import ContentError, open_file, parse_json
 from bond_plugin.schema import Open, Strict, explain
 from bond_plugin.words import reason, shorten
@@ -25,8 +25,6 @@ from bond_plugin.words import reason, shorten
 REFERENCE, RESULTS = "reference.json", "results.jsonl"
 #: Values of a policy that come one a prompt.
 PER_PROMPT = ("reward", "win_rate", "kl", "quantile", "log_quantile", "entropy", "length")
-#: Curves over a training run, beside the generated tokens.
-CURVES = ("reward", "kl", "log_quantile")
 
 
 class ResultsError(ContentError):
@@ -109,7 +107,7 @@ class Curve(Open):
 
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
-        lengths = {key: len(getattr(self, key)) for key in ("generated_tokens", *CURVES)}
+        lengths = {key: len(getattr(self, key)) for key in Curve.model_fields}
         if len(set(lengths.values())) > 1:
             said = ", ".join(f"{key} {length}" for key, length in lengths.items())
             raise ValueError(f"the lists differ in length: {said}")
@@ -189,15 +187,11 @@ class Results:
     """A results folder. ``cells`` are in the matrix' order."""
 
     reference: Reference
-    cells: tuple[Result, ...]
+    cells: list[Result]
 
     @property
-    def done(self) -> tuple[Result, ...]:
-        return tuple(cell for cell in self.cells if cell.error is None)
-
-    @property
-    def failed(self) -> tuple[Result, ...]:
-        return tuple(cell for cell in self.cells if cell.error is not None)
+    def done(self) -> list[Result]:
+        return [cell for cell in self.cells if cell.error is None]
 
 
 def read_results(folder: Path) -> Results:
@@ -212,44 +206,41 @@ def read_results(folder: Path) -> Results:
     given = {key: content.get(key) if isinstance(content, dict) else None for key in ("prompts", "bon_levels")}
     prompts, levels = (value if isinstance(value, list) else [] for value in given.values())
     context = {"prompts": len(prompts), "levels": [n for n in levels if isinstance(n, int)]}
-    reference = _checked(Reference, content, f"{path}:", context)
+    reference = checked(Reference, content, f"{path}:", context)
 
     path, cells = folder / RESULTS, {}
-    methods: dict[str, set[str]] = {}  # by label
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
         content = _parse(line, where)
         name = f" cell {shorten(content['cell'])}:" if isinstance(content, dict) and "cell" in content else ""
-        cell = _checked(Result, content, f"{where}:{name}", context)
+        cell = checked(Result, content, f"{where}:{name}", context)
         if cell.cell in cells:
             raise ResultsError(f"{where}: a second cell {cell.cell!r}; remove one of the two lines")
         cells[cell.cell] = cell
-        methods.setdefault(cell.label, set()).add(cell.method)
     if not cells:
         raise ResultsError(f"{path} has no cell: run `bond bench` first")
     # Methods that share a label are told apart by their keys.
-    labels = [
-        f"{cell.label} ({cell.method})" if len(methods[cell.label]) > 1 else cell.label for cell in cells.values()
-    ]
-    told = (cell.model_copy(update={"label": label}) for cell, label in zip(cells.values(), labels, strict=True))
-    return Results(reference, tuple(told))
-
-
-def check(content: Any, where: str, prompts: int, measuring: Measuring) -> Result:
-    """One result, of so many prompts that were measured so; ``where`` it is begins the message.
-
-    Raises:
-        ResultsError: a key is missing, or has the wrong form.
-    """
-    return _checked(Result, content, where, {"prompts": prompts, "levels": measuring.bon_levels})
+    labels = Counter(label for _, label in {(cell.method, cell.label) for cell in cells.values()})
+    for name, cell in cells.items():
+        if labels[cell.label] > 1:
+            cells[name] = cell.model_copy(update={"label": f"{cell.label} ({cell.method})"})
+    return Results(reference, list(cells.values()))
 
 
 _Model = TypeVar("_Model", bound=Strict)
 
 
-def _checked(model: type[_Model], content: Any, where: str, context: dict[str, Any]) -> _Model:
+def checked(model: type[_Model], content: Any, where: str, context: dict[str, Any]) -> _Model:
+    """A reference or a result; ``where`` it is begins the message.
+
+    Args:
+        context: how many ``prompts`` there are, and of which ``levels`` of Best-of-N the KLs are.
+
+    Raises:
+        ResultsError: a key is missing, or has the wrong form.
+    """
     try:
         return model.model_validate(content, context=context)
     except ValidationError as error:

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -58,11 +59,11 @@ class BenchError(RuntimeError):
     """The comparison cannot go on. The message says why and what to do."""
 
 
+@dataclass
 class Processes:
-    """Runs processes, and ends them all when asked."""
+    """Runs processes; once ``stopped`` is set, they are ended, and no more are started."""
 
-    def __init__(self) -> None:
-        self.stopped = False
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(
         self, what: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}, memory: bool = False
@@ -74,9 +75,9 @@ class Processes:
             they share counts once).
 
         Raises:
-            BenchError: it failed, with what its log says; or it was not started, after :meth:`stop`.
+            BenchError: it failed, with what its log says; or it was not started.
         """
-        if self.stopped:
+        if self.stopped.is_set():
             raise BenchError("stopped")
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -91,7 +92,7 @@ class Processes:
                     peak = used if peak is None else max(peak, used)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=_LOOK_EVERY)
-                if self.stopped:
+                if self.stopped.is_set():
                     process.terminate()
         finally:
             process.terminate()  # if this was interrupted
@@ -99,10 +100,6 @@ class Processes:
             said = _error(log.read_text(errors="replace"))
             raise BenchError(f"{what} ended with status {process.returncode}: {said}")
         return peak
-
-    def stop(self) -> None:
-        """End everything that runs, within the time between two looks at it."""
-        self.stopped = True
 
 
 def _memory(pid: int) -> float:
@@ -160,14 +157,14 @@ class Runner:
         Raises:
             BenchError: the cells that cannot run, each with its reason.
         """
-        self.say(f"checking the flags of {len(self.matrix.cells)} cells")
+        first, *_ = cells = self.matrix.cells
+        self.say(f"checking the flags of {len(cells)} cells")
         (self.output / "checks").mkdir(exist_ok=True)
         with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
-            problems = [problem for problem in pool.map(self._check, self.matrix.cells) if problem]
+            problems = [problem for problem in pool.map(self._check, cells) if problem]
         if problems:
             raise BenchError("these cells cannot run:\n  " + "\n  ".join(problems))
-        first = self.matrix.cells[0]
-        for cell, name in itertools.product(self.matrix.cells, (*_SHARED, *_TEMPLATES)):
+        for cell, name in itertools.product(cells, (*_SHARED, *_TEMPLATES)):
             mine, theirs = (_get(self.configurations[one.name], name) for one in (cell, first))
             if mine != theirs:
                 raise BenchError(
@@ -275,7 +272,7 @@ class Runner:
             if not self.keep_policies:
                 shutil.rmtree(folder / "policy")
         except BenchError as error:
-            if self.processes.stopped:
+            if self.processes.stopped.is_set():
                 raise
             result |= {"status": "failed", "error": str(error)}
         finally:
@@ -379,7 +376,8 @@ class Runner:
         for cell in (*cells, *self.matrix.others):
             found = results[cell.name] = self.finished(cell, reference)
             if found is not None:
-                stored.check(found, f"{self._folder(cell) / 'result.json'}:", len(self.rows), self.matrix.evaluation)
+                context = {"prompts": len(self.rows), "levels": self.matrix.evaluation.bon_levels}
+                stored.checked(stored.Result, found, f"{self._folder(cell) / 'result.json'}:", context)
         waiting = [cell for cell in cells if results[cell.name] is None]
         done = len(cells) - len(waiting)
         if done:
@@ -401,7 +399,7 @@ class Runner:
                     rest = f"; about {timedelta(seconds=int(left))} left" if count < len(waiting) else ""
                     self.say(f"{done + count}/{len(cells)} {result['cell']}: {self._said(result)}{rest}")
             except BaseException:
-                self.processes.stop()
+                self.processes.stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return sum(result is not None and result["status"] == "failed" for result in results.values())
@@ -517,7 +515,5 @@ def _error(text: str) -> str:
 
 
 def _get(configuration: dict[str, Any], name: str) -> Any:
-    node: Any = configuration
-    for part in name.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
+    group, key = name.split(".")
+    return configuration[group].get(key)

@@ -102,13 +102,12 @@ def main(argv: list[str]) -> int:
     from bond_plugin.host.rewards import RewardError
     from bond_plugin.offline import engine, likelihood, measure
 
-    counts, cache = (args.samples, args.kl_samples, args.seed), args.output_dir / "cache"
     try:
-        result = two.Evaluation(pairs, score, run, *counts, cache, timed(), args.engines).of(args.before, args.after)
+        result = two.Evaluation(args, pairs, score, run, timed()).run()
     except (engine.SamplingError, RewardError, likelihood.VocabularyError, measure.TokenizerError) as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 1
-    files = {args.output_dir / "evaluation.json": result.to_json() + "\n"}
+    files = {args.output_dir / "evaluation.json": two.to_json(result) + "\n"}
     if metrics is not None:
         files[args.output_dir / "curves.png"] = figures.png(figures.run_curves(metrics, result))
     for path, content in files.items():

@@ -8,14 +8,15 @@ import functools
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from bond_plugin import options
 from bond_plugin.cli import evaluate
 from bond_plugin.files import Busy, unwritable
+from bond_plugin.words import timed
 
 _DESCRIPTION = """\
 Sample N responses to each prompt, score them, and select one:
@@ -72,11 +73,7 @@ def main(argv: list[str]) -> int:
         from bond_plugin.offline import engine, selecting
         from bond_plugin.rewards.answers import SelectionError
 
-        started = time.monotonic()
-
-        def say(message: str) -> None:
-            print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
-
+        say = timed()
         say(f"{job.total} prompts into {args.output}" + (f"; {len(lines)} are there already" if lines else ""))
         tick = engine.ticker(say, "selected", "prompts")
         try:
@@ -99,12 +96,7 @@ def main(argv: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="bond select",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("select", _DESCRIPTION, _EPILOG)
     what = parser.add_argument_group("what to select from").add_argument
     what("--model", metavar="DIR", type=Path, help="the policy to sample: weights and tokenizer")
     what("--prompts", metavar="FILE.jsonl", type=Path, help="prompts, a JSON object a line")

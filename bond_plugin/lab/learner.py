@@ -112,8 +112,8 @@ class Learner:
             ContractError: the method returns something of another shape than its interface says, or not finite.
         """
         tokens = self.policy.token_log_probs()
-        offline = self._parameters("stored") if self.needs.offline else None
-        drawn = self._draw(self.policy.log_probs(offline).detach(), self.training.samples)
+        behaviour = self._log_probs("stored") if self.needs.offline else self.policy.log_probs()
+        drawn = self._draw(behaviour.detach(), self.training.samples)
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
             rows, under, advantages, targets = made(drawn, tokens.detach())
@@ -137,29 +137,21 @@ class Learner:
         self.step += 1
         return found.row_loss.sum() / self.training.prompts, classified
 
-    def gradient(self) -> Tensor:
-        """``[d]``: the gradient that one batch gives."""
-        return torch.autograd.grad(self.losses()[0], self.policy.parameters)[0]
-
     def move_anchor(self, step: int) -> bool:
         """After optimiser step ``step`` (from 1); returns whether a periodic anchor has been renewed."""
-        with torch.no_grad():
-            if self.needs.anchor_eta is not None:
-                self.anchor += self.needs.anchor_eta * (self.policy.parameters - self.anchor)
-            elif self.needs.anchor_interval is not None and step % self.needs.anchor_interval == 0:
-                self.anchor.copy_(self.policy.parameters)
-                return True
-        return False
+        parameters = self.policy.parameters.detach()
+        if self.needs.anchor_eta is not None:
+            self.anchor += self.needs.anchor_eta * (parameters - self.anchor)
+        renewed = self.needs.anchor_interval is not None and step % self.needs.anchor_interval == 0
+        if renewed:
+            self.anchor.copy_(parameters)
+        return renewed
 
-    def _parameters(self, name: str) -> Tensor:
-        """Of the anchor or the reference, of which stored responses are too."""
-        return self.anchor if name == "anchor" else torch.zeros_like(self.anchor)
-
-    def _token_log_probs(self, name: str) -> Tensor:
-        """``[S, A]`` under other weights."""
+    def _log_probs(self, name: str) -> Tensor:
+        """``[S]`` under other weights; stored responses are the reference's."""
         if name == "teacher":
-            return token_log_probs(self.problem.best_of(TEACHER))
-        return self.policy.token_log_probs(self._parameters(name))
+            return self.problem.best_of(TEACHER)
+        return self.policy.log_probs(self.anchor if name == "anchor" else torch.zeros_like(self.anchor))
 
     def _token_losses(self, rows: Tensor) -> Tensor:
         """``[B, A]``, of the method's loss on logits; the hidden states are the logits themselves."""
@@ -176,7 +168,7 @@ class Learner:
         """What each of the rows was drawn from, where some are stored responses: ``[P, n + f, A]``."""
         if not (self.needs.offline or self.needs.source == "stored"):
             return {}
-        stored = self.policy.token_log_probs(self._parameters("stored"))[rows]
+        stored = token_log_probs(self._log_probs("stored"))[rows]
         own = torch.arange(rows.shape[-1]) < (0 if self.needs.offline else self.rows.policy)
         return {"behaviour": torch.where(own.unsqueeze(-1), tokens[rows], stored)}
 
@@ -188,10 +180,7 @@ class Learner:
     def _transformed(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, None]:
         """REINFORCE on the transformed reward less its KL penalty, with the mean of the others as baseline."""
         rewards = self.problem.rewards[drawn]
-        under = {
-            "policy": tokens[drawn],
-            "reference": self.policy.token_log_probs(self._parameters("reference"))[drawn],
-        }
+        under = {"policy": tokens[drawn], "reference": token_log_probs(self._log_probs("reference"))[drawn]}
         batch = AdvantageInputs(rewards, rewards[:, :0], under, self.generator, self.cache)
         rewards = assemble.checked("rewards", self.method.transform(batch).rewards, drawn.shape)
         returns = rewards - (self.method.kl_coefficient or 0.0) * batch.log_ratio("reference")
@@ -200,10 +189,10 @@ class Learner:
 
     def _assembled(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
         needs, rewards = self.needs, self.problem.rewards
-        source = self._draw(self.policy.log_probs(self._parameters(needs.source)), needs.source_samples)
+        source = self._draw(self._log_probs(needs.source), needs.source_samples)
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
         rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
-        under = {name: self._token_log_probs(name)[rows] for name in needs.log_probs}
+        under = {name: token_log_probs(self._log_probs(name))[rows] for name in needs.log_probs}
         under |= self._behaviour(rows, tokens)
         inputs = AdvantageInputs(
             rewards[drawn],

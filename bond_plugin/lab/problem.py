@@ -68,9 +68,9 @@ class EnumerablePolicy:
         at = self.parameters if parameters is None else parameters
         return (self.log_ref + self.features @ at).log_softmax(dim=-1)
 
-    def token_log_probs(self, parameters: Tensor | None = None) -> Tensor:
+    def token_log_probs(self) -> Tensor:
         """``[S, A]``, log pi(token | tokens before it), 0 outside the mask; rows add up to :meth:`log_probs`."""
-        return token_log_probs(self.log_probs(parameters))
+        return token_log_probs(self.log_probs())
 
 
 def token_log_probs(log_probs: Tensor) -> Tensor:
