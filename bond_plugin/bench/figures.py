@@ -97,7 +97,10 @@ def front(summary: Summary, measure: str) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6, 6.2), layout="constrained")
         axes = figure.subplots()
-        right = _right_end(summary)
+        # Beyond all points, and beyond Best-of-4 if the points are few and near.
+        last = max((point.estimates["kl"].high for point in summary.points), default=0.0)
+        fourth = summary.best_of[max(n for n in summary.best_of if n <= 4)]["kl"].value
+        right = 1.12 * max(last, fourth, 1e-3)
         top = _limit(axes, summary, measure, right)
         _best_of_n(axes, summary, measure, right)
         if measure == "win_rate":  # in reward it is the limit
@@ -115,13 +118,6 @@ def front(summary: Summary, measure: str) -> Figure:
         axes.set(xlabel=NAMES["kl"], ylabel=NAMES[measure])
         _legend_below(figure, axes, summary)
         return figure
-
-
-def _right_end(summary: Summary) -> float:
-    """The KL at which the picture ends: beyond all points, and beyond Best-of-4 if the points are few and near."""
-    last = max((point.estimates["kl"].high for point in summary.points), default=0.0)
-    fourth = summary.best_of[max(n for n in summary.best_of if n <= 4)]["kl"].value
-    return 1.12 * max(last, fourth, 1e-3)
 
 
 def _limit(axes: Axes, summary: Summary, measure: str, right: float) -> float:
@@ -256,10 +252,7 @@ def _curve(cell: Result, key: str) -> tuple[Tensor, Tensor]:
 
 
 def mean_curve(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The mean of several curves, over the tokens that all of them cover.
-
-    Args:
-        runs: (tokens ``[S_i]`` increasing, values ``[S_i]``) each, S_i >= 1.
+    """The mean of several curves, (increasing tokens, values) each, over the tokens that all of them cover.
 
     Returns:
         (tokens, mean), on the tokens of the first run inside the common range; its first value if there is none.

@@ -35,19 +35,14 @@ _DIGITS = {"entropy": 2, "length": 1}  # of estimates with others than three
 
 
 def write_report(out_dir: Path, resamples: int = RESAMPLES) -> list[Path]:
-    """Write the report about a results folder into that folder.
-
-    Args:
-        out_dir: holds ``reference.json`` and ``results.jsonl``; an earlier report in it is replaced.
-        resamples: of the bootstrap behind the intervals.
+    """Write the report about a results folder into that folder; an earlier one in it is replaced.
 
     Returns:
         The files written: ``report.html``, ``report.md`` and the pictures of the latter, ``figures/*.png``.
 
     Raises:
-        bond_plugin.bench.results.ResultsError: a file cannot be used.
+        bond_plugin.bench.results.ResultsError: ``reference.json`` or ``results.jsonl`` cannot be used.
     """
-    out_dir = Path(out_dir)
     summary = Summary(read_results(out_dir), resamples)
     title, blocks = summary.results.reference.title, contents(summary)
     files = {f"{PICTURES}/{block.name}.png": block.png for block in blocks if isinstance(block, Picture)}
@@ -123,7 +118,8 @@ def outcome(summary: Summary) -> str:
     """One sentence: whose front is highest, above which others that is sure, and what one sample is worth."""
     if not summary.methods:
         return f"No run finished: all {len(summary.results.cells)} failed."
-    leader = max(summary.methods, key=lambda method: _defined(method.area["reward"].value))
+    defined = [method for method in summary.methods if math.isfinite(method.area["reward"].value)]
+    leader = max(defined or summary.methods, key=lambda method: method.area["reward"].value)
     best = leader.best
     policy = f"its best policy ({best.strength})" if best.strength else "its policy"
     worth = f"one sample of {policy} {_worth(summary, best)}, at a KL of {best.kl:.2f} nats"
@@ -146,10 +142,6 @@ def outcome(summary: Summary) -> str:
     }
     parts = [text.format(_listed(labels)) for text, labels in said.items() if labels]
     return f"{leader.label} has the highest reward front, {_listed(parts)}; {worth}."
-
-
-def _defined(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -63,31 +63,20 @@ class Example(Strict):
 
 
 class Measured(Open):
-    """A policy on the held-out prompts. Tensors are ``[P]`` float64, each entry a mean over samples.
-
-    Attributes:
-        reward: mean reward.
-        win_rate: against the reference's samples.
-        kl, entropy: KL(pi || pi_ref) and the entropy, nats a response.
-        quantile, log_quantile: of the policy's samples among the reference's; nats.
-        length: tokens.
-        backward_kl, forward_kl: N to KL(pi || pi_BoN) and KL(pi_BoN || pi), nats.
-        distinct_1, distinct_2: share of distinct uni- and bigrams among the samples of a prompt.
-        pass_at: k to pass@k, for rewards of 0 and 1; empty for others.
-    """
+    """A policy on the held-out prompts. Tensors are ``[P]`` float64, each entry a mean over samples."""
 
     reward: ByPrompt
-    win_rate: ByPrompt
-    kl: ByPrompt
-    quantile: ByPrompt
-    log_quantile: ByPrompt
-    entropy: ByPrompt
-    length: ByPrompt
-    backward_kl: ByN
-    forward_kl: ByN
-    distinct_1: FiniteFloat
-    distinct_2: FiniteFloat
-    pass_at: ByN = Field(default={})
+    win_rate: ByPrompt  # against the reference's samples
+    kl: ByPrompt  # KL(pi || pi_ref), nats a response
+    quantile: ByPrompt  # of the policy's samples among the reference's
+    log_quantile: ByPrompt  # nats
+    entropy: ByPrompt  # nats a response
+    length: ByPrompt  # tokens
+    backward_kl: ByN  # N to KL(pi || pi_BoN), nats
+    forward_kl: ByN  # N to KL(pi_BoN || pi), nats
+    distinct_1: FiniteFloat  # share of distinct unigrams among the samples of a prompt
+    distinct_2: FiniteFloat  # of bigrams
+    pass_at: ByN = Field(default={})  # k to pass@k, for rewards of 0 and 1; empty for others
 
     @model_validator(mode="after")
     def _has_all_levels(self, info: ValidationInfo) -> Self:
@@ -115,14 +104,13 @@ class Curve(Open):
 
 
 class Costs(Open):
-    """What a run cost. ``peak_memory_gib`` is NaN where it was not measured. ``cached_tokens`` are those of the
-    reward cache that the run used, made before it and perhaps for other runs too; 0 without one."""
+    """What a run cost."""
 
     steps: int
     generated_tokens: int
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of the reward cache that the run used, made before it and perhaps for other runs too
     seconds: FiniteFloat
-    peak_memory_gib: Logged
+    peak_memory_gib: Logged  # NaN where it was not measured
     curve: Curve
 
     @property
@@ -155,11 +143,7 @@ class Result(Open):
 
 
 class Reference(Open):
-    """The reference policy, and the settings that all cells have in common.
-
-    Attributes:
-        rewards: ``[P, M]`` float64.
-    """
+    """The reference policy, and the settings that all cells have in common."""
 
     title: str
     command: str
@@ -170,7 +154,7 @@ class Reference(Open):
     quantile_samples: int
     bon_levels: list[int]
     prompts: Annotated[list[str], Field(min_length=1)]
-    rewards: Annotated[Tensor, BeforeValidator(_numbers)]
+    rewards: Annotated[Tensor, BeforeValidator(_numbers)]  # [P, M] float64
     evaluation: Measured
     examples: list[Example]
 
@@ -233,13 +217,9 @@ _Model = TypeVar("_Model", bound=Strict)
 
 
 def checked(model: type[_Model], content: Any, where: str, context: dict[str, Any]) -> _Model:
-    """A reference or a result; ``where`` it is begins the message.
+    """A reference or a result with so many ``prompts`` and such ``levels`` of Best-of-N as ``context`` says.
 
-    Args:
-        context: how many ``prompts`` there are, and of which ``levels`` of Best-of-N the KLs are.
-
-    Raises:
-        ResultsError: a key is missing, or has the wrong form.
+    Raises ResultsError, which begins with ``where``, if a key is missing or has the wrong form.
     """
     try:
         return model.model_validate(content, context=context)

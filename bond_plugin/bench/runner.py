@@ -70,12 +70,8 @@ class Processes:
     ) -> float | None:
         """Run ``python arguments``, its output in ``log``; ``what`` it is is for the message.
 
-        Returns:
-            With ``memory`` the largest memory of its processes together in GiB (proportional set size, so that what
-            they share counts once).
-
-        Raises:
-            BenchError: it failed, with what its log says; or it was not started.
+        With ``memory`` returns the largest memory of its processes together in GiB (proportional set size, so that
+        what they share counts once). Raises BenchError if it failed, with what its log says, or was not started.
         """
         if self.stopped.is_set():
             raise BenchError("stopped")
@@ -124,27 +120,17 @@ def _memory(pid: int) -> float:
 
 @dataclass
 class Runner:
-    """Checks, trains and measures the cells of a matrix: see :func:`opened`.
-
-    Attributes:
-        matrix: what.
-        output: the folder of results.
-        rows: held-out prompts.
-        say: takes messages, one for each cell among them.
-        parallel: cells at a time; 0 finds out.
-        keep_policies: keep trained weights (they are deleted after they were measured otherwise).
-        command: what made the results, for the report.
-        configurations: by cell, the host's nested arguments, and how many GPUs the run takes.
-    """
+    """Checks, trains and measures the cells of a matrix: see :func:`opened`."""
 
     matrix: Matrix
-    output: Path
-    rows: list[dict[str, Any]]
-    say: Callable[[str], None]
-    parallel: int = 0
-    keep_policies: bool = False
-    command: str = "bond bench"
+    output: Path  # the folder of results
+    rows: list[dict[str, Any]]  # held-out prompts
+    say: Callable[[str], None]  # takes messages, one for each cell among them
+    parallel: int = 0  # cells at a time; 0 finds out
+    keep_policies: bool = False  # keep trained weights (they are deleted after they were measured otherwise)
+    command: str = "bond bench"  # what made the results, for the report
     processes: Processes = field(default_factory=Processes)
+    #: By cell, the host's nested arguments, and how many GPUs the run takes.
     configurations: dict[str, dict[str, Any]] = field(default_factory=dict)
     _contents: dict[str, str | None] = field(default_factory=dict)  # hashes of files and models by path
     free: queue.SimpleQueue[dict[str, str]] = field(default_factory=queue.SimpleQueue)  # of the slots
@@ -154,8 +140,7 @@ class Runner:
     def check(self) -> None:
         """Resolve every cell's flags as the host would, without starting it, and see that all compare alike.
 
-        Raises:
-            BenchError: the cells that cannot run, each with its reason.
+        Raises BenchError with all the cells that cannot run, each with its reason.
         """
         first, *_ = cells = self.matrix.cells
         self.say(f"checking the flags of {len(cells)} cells")
@@ -256,16 +241,13 @@ class Runner:
             "seed": cell.seed,
             "flags": cell.own,
         }
-        trained, variables = folder / "trained.json", self.free.get()
+        variables = self.free.get()
         try:
-            known = _kept(trained, self._training_key(cell))
-            if known is None or not (folder / "policy").is_dir():
-                known = self._train_cell(cell, folder, variables)
-                write_json(trained, known)
+            training = self._trained(cell, folder, variables)
             found = self._measure(str(folder / "policy"), folder, self.configurations[cell.name], variables)
             result |= {
                 "status": "done",
-                "training": known["training"] | {"cached_tokens": found["cached_tokens"]},
+                "training": training | {"cached_tokens": found["cached_tokens"]},
                 "examples": found["examples"],
                 "evaluation": found["evaluation"],
             }
@@ -280,7 +262,12 @@ class Runner:
         write_json(folder / "result.json", {"key": self._key(cell, reference), **result})
         return result
 
-    def _train_cell(self, cell: Cell, folder: Path, variables: Mapping[str, str]) -> dict[str, Any]:
+    def _trained(self, cell: Cell, folder: Path, variables: Mapping[str, str]) -> dict[str, Any]:
+        """What a cell's training logged and cost; it is run unless its policy is there."""
+        path, key = folder / "trained.json", self._training_key(cell)
+        known = _kept(path, key)
+        if known is not None and (folder / "policy").is_dir():
+            return known["training"]
         for old in ("policy", "run", "checkpoints"):
             shutil.rmtree(folder / old, ignore_errors=True)
         started = time.monotonic()
@@ -291,7 +278,8 @@ class Runner:
         training = _training(policy / "metrics.jsonl")
         (policy / "metrics.jsonl").replace(folder / "metrics.jsonl")
         training |= {"seconds": round(seconds, 1), "peak_memory_gib": None if peak is None else round(peak, 2)}
-        return {"key": self._training_key(cell), "training": training}
+        write_json(path, {"key": key, "training": training})
+        return training
 
     def _measure(
         self, model: str | None, folder: Path, configuration: dict[str, Any], variables: Mapping[str, str] = {}
@@ -422,8 +410,7 @@ class Runner:
 def opened(matrix: Matrix, output: Path, say: Callable[[str], None], **options: Any) -> Iterator[Runner]:
     """The :class:`Runner` of a matrix, while no other one writes its folder.
 
-    Raises:
-        BenchError: the held-out prompts are of no use, or another process writes the folder.
+    Raises BenchError if the held-out prompts are of no use, or another process writes the folder.
     """
     given, template = matrix.evaluation, "data.apply_chat_template"
     names = ("evaluation.input_key", "evaluation.label_key", f"{template} in 'common'")

@@ -107,10 +107,6 @@ BEST_OF_N = "Best-of-N"
 class Summary:
     """Everything that the report says. The same results give the same numbers.
 
-    Args:
-        results: as read.
-        resamples: of the bootstrap.
-
     Attributes:
         reference: the reference policy as a point without cells.
         points, methods: of the runs that are done.

@@ -36,24 +36,18 @@ _EXAMPLES = 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How two models are compared.
+    """How two models are compared, by the command's flags.
 
-    Attributes:
-        flags: of the command: the models' folders ``before`` and ``after``, ``samples`` a prompt from each,
-            ``kl_samples`` of them on which the KL is computed, ``seed`` (``after`` is sampled with the next one, so
-            that the two are independent), ``engines``, and ``output_dir``, whose ``cache/`` keeps samples and rewards
-            for a second call with the same settings.
-        pairs: held-out prompts, templates applied, and a label each.
-        score: the reward.
-        args: the host's arguments, as the training has them.
-        say: takes progress messages.
+    These are the models' folders ``before`` and ``after``, ``samples`` a prompt from each, ``kl_samples`` of them on
+    which the KL is computed, ``seed`` (``after`` is sampled with the next one, so that the two are independent),
+    ``engines``, and ``output_dir``, whose ``cache/`` keeps samples and rewards for a second call with them.
     """
 
     flags: Namespace
-    pairs: Pairs
+    pairs: Pairs  # held-out prompts, templates applied, and a label each
     score: scoring.Score
-    args: SimpleNamespace
-    say: Callable[[str], None]
+    args: SimpleNamespace  # the host's, as the training has them
+    say: Callable[[str], None]  # takes progress messages
 
     def run(self) -> dict[str, Any]:
         """Sample both models on the same prompts, score the samples, and compute the KL between the models.
@@ -152,10 +146,8 @@ class Evaluation:
     def rewards(self, name: str, samples: list[engine.PromptSamples], path: Path) -> Tensor:
         """``[P, K]``. Kept rewards are used if they still hold for a few queries.
 
-        A reward's content is part of the key; what it reads itself (a classifier, a server) cannot be.
-
-        Raises:
-            ContentError: what was kept is something else.
+        A reward's content is part of the key; what it reads itself (a classifier, a server) cannot be. Raises
+        ContentError if what was kept is something else.
         """
         kept = read_json(path, list)
         if kept is not None:

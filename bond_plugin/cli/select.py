@@ -95,7 +95,6 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
     parser = options.parser("select", _DESCRIPTION, _EPILOG)
     what = parser.add_argument_group("what to select from").add_argument
     what("--model", metavar="DIR", type=Path, help="the policy to sample: weights and tokenizer")
@@ -136,11 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Look at all that needs neither models nor the host.
-
-    Raises:
-        ValueError: the first problem found.
-    """
+    """Raises ValueError for the first problem that neither models nor the host are needed to see."""
     evaluate.check_sampling(args, _NUMBERS)
     if not 0 < args.reward_temperature < math.inf:
         raise ValueError(f"--reward-temperature must be above 0, got {args.reward_temperature}")
@@ -170,8 +165,7 @@ def check(args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
     """Everything before the sampling: prompts, reward, answers, and the settings by which a file is known again.
 
-    Raises:
-        ValueError: one of them is of no use.
+    Raises ValueError if one of them is of no use.
     """
     from bond_plugin.offline import engine, fingerprints, prompts, scoring, selecting
     from bond_plugin.rewards import answers, calls

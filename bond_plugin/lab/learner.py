@@ -38,35 +38,24 @@ _EVERY = 5  # steps between two measurements
 class Training:
     """How a policy is trained.
 
-    Attributes:
-        steps: optimiser steps (Adam).
-        lr: learning rate. It falls to 0 along a cosine over the run, or from each renewal of a periodic anchor
-            to the next; under a moving average, whose target never rests, it stays.
-        prompts: P, copies of the one problem in a batch.
-        samples: n, samples of the policy a prompt.
-        cached: M, rewards of the reference a prompt that are drawn before training, where they are wanted.
-        seed: of everything that is drawn.
+    The learning rate falls to 0 along a cosine over the run, or from each renewal of a periodic anchor to the next;
+    under a moving average, whose target never rests, it stays.
     """
 
-    steps: int = 160
-    lr: float = 0.25
-    prompts: int = 256
-    samples: int = 8
-    cached: int = 300
-    seed: int = 0
+    steps: int = 160  # optimiser steps (Adam)
+    lr: float = 0.25  # learning rate
+    prompts: int = 256  # P, copies of the one problem in a batch
+    samples: int = 8  # n, samples of the policy a prompt
+    cached: int = 300  # M, rewards of the reference a prompt that are drawn before training, where they are wanted
+    seed: int = 0  # of everything that is drawn
 
 
 @dataclass(frozen=True)
 class Run:
-    """What :func:`train` returns.
+    """What :func:`train` returns."""
 
-    Attributes:
-        trajectory: exact measurements, the first before any step and the last at the end.
-        rounds: one at the end of each period of a periodic anchor.
-    """
-
-    trajectory: list[Point]
-    rounds: list[Point]
+    trajectory: list[Point]  # exact measurements, the first before any step and the last at the end
+    rounds: list[Point]  # one at the end of each period of a periodic anchor
 
     @property
     def end(self) -> Point:
@@ -108,8 +97,7 @@ class Learner:
     def losses(self) -> tuple[Tensor, Tensor | None]:
         """The loss of one fresh batch, and that of the classifier, each ``[]`` with gradient.
 
-        Raises:
-            ContractError: the method returns something of another shape than its interface says, or not finite.
+        Raises ContractError if the method returns something of another shape than its interface says, or not finite.
         """
         tokens = self.policy.token_log_probs()
         behaviour = self._log_probs("stored") if self.needs.offline else self.policy.log_probs()
@@ -164,14 +152,6 @@ class Learner:
         losses = assemble.checked("token_losses", losses, (int(mask.sum()),), finite=False)
         return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, losses)
 
-    def _behaviour(self, rows: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """What each of the rows was drawn from, where some are stored responses: ``[P, n + f, A]``."""
-        if not (self.needs.offline or self.needs.source == "stored"):
-            return {}
-        stored = token_log_probs(self._log_probs("stored"))[rows]
-        own = torch.arange(rows.shape[-1]) < (0 if self.needs.offline else self.rows.policy)
-        return {"behaviour": torch.where(own.unsqueeze(-1), tokens[rows], stored)}
-
     def _draw(self, log_probs: Tensor, count: int) -> Tensor:
         size = self.training.prompts * count
         drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
@@ -193,7 +173,10 @@ class Learner:
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
         rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
         under = {name: token_log_probs(self._log_probs(name))[rows] for name in needs.log_probs}
-        under |= self._behaviour(rows, tokens)
+        if needs.offline or needs.source == "stored":  # what each of the rows was drawn from
+            own = torch.arange(rows.shape[-1]) < (0 if needs.offline else self.rows.policy)
+            stored = token_log_probs(self._log_probs("stored"))[rows]
+            under["behaviour"] = torch.where(own.unsqueeze(-1), tokens[rows], stored)
         inputs = AdvantageInputs(
             rewards[drawn],
             rewards[source],
@@ -210,12 +193,7 @@ class Learner:
 def train(problem: Problem, method: Method, policy: EnumerablePolicy, n: Goal, training: Training) -> Run:
     """Train ``policy`` in place, measuring it exactly against Best-of-n of the reference every few steps.
 
-    Args:
-        problem: where rewards and reference come from.
-        method: an algorithm or a reward transform, as training builds it.
-        policy: from :meth:`Problem.policy`; its parameters move.
-        n: of the Best-of-n it is measured against, or another target; it need not be the method's own.
-        training: batch, steps, learning rate and seed.
+    ``n`` may be another target, too; it need not be the method's own.
 
     Raises:
         ContractError: see :meth:`Learner.losses`.
