@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from conftest import Tiny, moved_model
 from enumerated import bon_log_probs
 
-from bond_plugin.bench.measure import Job, _plain, numbers
+from bond_plugin.bench.measure import _plain, numbers
 from bond_plugin.bestofn.distribution import level_probabilities
 from bond_plugin.host.rewards import RewardError
 from bond_plugin.offline import measure, scoring
@@ -56,10 +55,10 @@ def draw(logs: torch.Tensor, values: torch.Tensor, seed: int) -> Scored:
     return Scored(samples_of(tokens.tolist()), values.gather(-1, tokens))
 
 
-def job_for(model: Path | None, tiny: Tiny, settings: dict[str, Any]) -> Job:
+def job_for(model: Path | None, tiny: Tiny, settings: dict[str, Any]) -> SimpleNamespace:
     """Without a model, of the reference."""
     own = {"actor": {"model_name_or_path": str(tiny.model)}, "rollout": {"max_new_tokens": 1, "temperature": 1.0}}
-    return Job(model and str(model), output="", reference_samples="", rows=[], configuration=own, evaluation=settings)
+    return SimpleNamespace(model=model and str(model), configuration=own, evaluation=settings)
 
 
 @pytest.fixture(scope="module", params=["strict", "tied"])
@@ -140,11 +139,6 @@ def test_a_reward_that_is_no_number_is_an_error_that_names_the_prompt(value: flo
 
     with pytest.raises(RewardError, match="'second'"):
         scoring.rewards(score, [("p", ""), ("second", ""), ("p", "")], samples_of([[5]] * 3))
-
-
-def test_the_reference_draws_by_another_seed(case: SimpleNamespace) -> None:
-    job = replace(case.job, evaluation={"seed": 7})
-    assert job.seed != replace(job, model=None).seed
 
 
 def test_best_of_reference_takes_disjoint_groups_after_those_of_the_quantiles() -> None:

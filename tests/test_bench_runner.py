@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,20 +28,13 @@ bond_plugin.host.experience.EngineGapError: the gap is 3
 """
 
 
-def test_the_error_of_a_log_is_its_exception_and_not_its_last_line() -> None:
-    assert runner._error(LOG) == "bond_plugin.host.experience.EngineGapError: the gap is 3"
-
-
-def test_our_own_message_wins_and_comes_with_what_it_lists() -> None:
-    log = "note\nbond: error: this run cannot start:\n  - first\n  - second\n"
-    assert runner._error(log) == "bond: error: this run cannot start:\n  - first\n  - second"
+def test_the_error_of_a_log_is_our_own_message_else_its_exception_else_its_last_lines() -> None:
+    own = "bond: error: this run cannot start:\n  - first\n  - second"
+    assert runner._error(f"note\n{own}\n") == own
     assert runner._error("usage: x\nbond train: error: unknown flag --x\n") == "bond train: error: unknown flag --x"
-
-
-def test_without_an_exception_the_last_lines_are_kept() -> None:
-    log = "\n".join(f"line {i}" for i in range(100))
-    assert runner._error(log).splitlines()[-1] == "line 99"
-    assert len(runner._error(log).splitlines()) == 12
+    assert runner._error(LOG) == "bond_plugin.host.experience.EngineGapError: the gap is 3"
+    lines = [f"line {i}" for i in range(100)]
+    assert runner._error("\n".join(lines)).splitlines() == lines[-12:]
 
 
 def write(path: Path, *lines: dict) -> Path:
@@ -150,7 +144,7 @@ def test_a_cell_that_was_stopped_has_not_failed(tmp_path: Path) -> None:
     made = runner.Runner(Matrix("", Measuring(prompts="x"), ()), tmp_path, [], print)
     made.configurations = {cell.name: {"bond": {"device": "cpu"}}}
     made.free.put({})
-    made.processes.stop()
+    made.processes.stopped.set()
     with pytest.raises(runner.BenchError):
         made.cell(cell, "reference")
     assert not list(tmp_path.rglob("result.json"))
@@ -178,10 +172,8 @@ def test_processes_report_status_log_and_memory(tmp_path: Path, monkeypatch: pyt
 
 
 def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
-    import threading
-
     processes = runner.Processes()
-    threading.Timer(1.0, processes.stop).start()
+    threading.Timer(1.0, processes.stopped.set).start()
     started = time.monotonic()
     with pytest.raises(runner.BenchError, match="ended with status -15"):
         processes.run("this", ["-c", "import time; time.sleep(60)"], tmp_path / "log")
@@ -208,16 +200,9 @@ SMALL = "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}"
     ("text", "flags", "said"),
     [
         ("methods: {}", [], "'common' is missing"),
-        (
-            "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}",
-            ["--only", "b"],
-            "--only b: the file has a",
-        ),
-        (
-            "common: {}\nevaluation: {prompts: none.jsonl}\nmethods: {a: {}}",
-            [],
-            "none.jsonl: no such file",
-        ),
+        (SMALL, ["--only", "b"], "--only b: the file has a"),
+        (SMALL, [], "none.jsonl: no such file"),
+        (SMALL, ["--report"], "reference.json: no such file"),
     ],
 )
 def test_an_unusable_matrix_is_an_error_before_anything_starts(
@@ -227,13 +212,6 @@ def test_an_unusable_matrix_is_an_error_before_anything_starts(
     path.write_text(text)
     assert main(["bench", str(path), "--output-dir", str(tmp_path / "out"), *flags]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_report_of_nothing_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "matrix.yaml"
-    path.write_text(SMALL)
-    assert main(["bench", str(path), "--output-dir", str(tmp_path / "out"), "--report"]) == 2
-    assert "reference.json" in capsys.readouterr().err
 
 
 def test_time_left_is_not_fooled_by_cells_that_were_resumed_or_failed() -> None:

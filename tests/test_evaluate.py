@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
@@ -320,14 +321,15 @@ def fake(trained: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 
 def evaluated(
-    before: Path, after: Path, reward: Path, cache: Path, prompts: Sequence[str] = ("ab", "cd"), **sampling: Any
-) -> two.BeforeAfter:
+    before: Path, after: Path, reward: Path, output_dir: Path, prompts: Sequence[str] = ("ab", "cd"), **sampling: Any
+) -> dict[str, Any]:
     args = recipe.namespace(command._Run().model_dump())
     args.reward.remote_url = [str(reward)]
     args.rollout.max_new_tokens, args.rollout.temperature = 32, 1.0
     pairs, score = [(prompt, "") for prompt in prompts], scoring.scorer(args, None)
-    how = {"samples": 8, "kl_samples": 2, "seed": 0, **sampling}
-    return two.Evaluation(pairs, score, args, cache=cache, say=lambda message: None, **how).of(before, after)
+    how = {"samples": 8, "kl_samples": 2, "seed": 0, "engines": None, **sampling}
+    flags = argparse.Namespace(before=before, after=after, output_dir=output_dir, **how)
+    return two.Evaluation(flags, pairs, score, args, lambda message: None).run()
 
 
 def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: FakeEngine, tmp_path: Path) -> None:
@@ -335,19 +337,20 @@ def test_report_is_made_of_means_over_prompts(tiny: Tiny, trained: Path, fake: F
     before, after = (
         torch.tensor([[float((i + j + first) % 3 != 0) for j in range(8)] for i in range(3)]) for first in (0, 1)
     )
-    assert result.reward_before.value == pytest.approx(before.mean().item())
-    assert result.reward_after.value == pytest.approx(after.mean().item())
-    assert result.gain.value == pytest.approx((after - before).mean().item())
+    assert result["reward_before"].value == pytest.approx(before.mean().item())
+    assert result["reward_after"].value == pytest.approx(after.mean().item())
+    assert result["gain"].value == pytest.approx((after - before).mean().item())
     gains = (after - before).mean(dim=1)
-    assert gains.min() - 1e-9 <= result.gain.low <= result.gain.value <= result.gain.high <= gains.max() + 1e-9
+    gain = result["gain"]
+    assert gains.min() - 1e-9 <= gain.low <= gain.value <= gain.high <= gains.max() + 1e-9
     pairs = (after[:, :, None] - before[:, None, :]).sign()
-    assert result.win_rate.value == pytest.approx(((pairs + 1) / 2).mean().item())
-    assert list(result.best_of) == [2, 4, 8]
-    assert result.best_of[4].value == pytest.approx(expected_max(before, 4).mean().item())
-    assert result.length_before == 2.5
+    assert result["win_rate"].value == pytest.approx(((pairs + 1) / 2).mean().item())
+    assert list(result["best_of"]) == [2, 4, 8]
+    assert result["best_of"][4].value == pytest.approx(expected_max(before, 4).mean().item())
+    assert result["length_before"] == 2.5
     assert [seed for _, seed in fake.calls] == [0, 1]
-    shown = json.loads(result.to_json())
-    assert shown["best_of"]["2"]["mean"] == pytest.approx(result.best_of[2].value)
+    shown = json.loads(two.to_json(result))
+    assert shown["best_of"]["2"]["mean"] == pytest.approx(result["best_of"][2].value)
     assert shown["examples"][0]["before"].startswith("ab")
 
 
@@ -416,7 +419,7 @@ def test_samples_and_rewards_are_reused_until_something_changes(
     shutil.copytree(trained, model)
     reward.write_text(source)
 
-    def run(**settings: Any) -> tuple[int, int, two.BeforeAfter]:
+    def run(**settings: Any) -> tuple[int, int, dict[str, Any]]:
         fake.calls.clear()
         counts.write_text("")
         result = evaluated(tiny.model, model, reward, tmp_path / "cache", **settings)
@@ -442,7 +445,7 @@ def test_samples_and_rewards_are_reused_until_something_changes(
     state.write_text("1")
     sampled, scored, after = run()
     assert sampled == 0
-    assert after.reward_before.value == pytest.approx(before.reward_before.value + 1)
+    assert after["reward_before"].value == pytest.approx(before["reward_before"].value + 1)
 
 
 # The picture and the table.
@@ -452,22 +455,24 @@ def estimate(mean: float) -> Estimate:
     return Estimate(mean, mean - 0.25, mean + 0.25)
 
 
-def made_up(after: float) -> two.BeforeAfter:
-    return two.BeforeAfter(
-        before="a",
-        after="b",
-        prompts=64,
-        sampling={"samples": 16, "max_new_tokens": 32, "temperature": 1.0},
-        reward_before=estimate(-123.456),
-        reward_after=estimate(after),
-        gain=estimate(after),
-        win_rate=estimate(0.7),
-        kl=estimate(3.5),
-        best_of={2: estimate(0.6), 4: estimate(1.2), 8: estimate(1.6), 16: estimate(2.0)},
-        length_before=31.5,
-        length_after=30.25,
-        examples=[],
-    )
+def made_up(after: float) -> dict[str, Any]:
+    return {
+        "before": "a",
+        "after": "b",
+        "prompts": 64,
+        "reward_before": estimate(-123.456),
+        "reward_after": estimate(after),
+        "gain": estimate(after),
+        "win_rate": estimate(0.7),
+        "kl": estimate(3.5),
+        "best_of": {2: estimate(0.6), 4: estimate(1.2), 8: estimate(1.6), 16: estimate(2.0)},
+        "length_before": 31.5,
+        "length_after": 30.25,
+        "examples": [],
+        "samples": 16,
+        "max_new_tokens": 32,
+        "temperature": 1.0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,10 @@ def test_prompts_are_the_same_tokens_in_training_cache_evaluate_and_bench(
         make_cache.make(args)
     rows = [{"input": text, "label": ""} for text in texts if isinstance(text, str)]
     settings = {"seed": 1, "reference_samples": 2, "samples": 2}
-    job = bench_measure.Job(None, "", "", rows, configuration(args), settings)
+    job = SimpleNamespace(model=None, rows=rows, configuration=configuration(args), evaluation=settings)
     with pytest.raises(Sampled):
         bench_measure.run(job)
+    assert asked[1][1]["seed"] == 2  # the reference's own
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     args.ckpt.output_dir = str(run)

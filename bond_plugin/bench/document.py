@@ -8,62 +8,24 @@ from __future__ import annotations
 import base64
 import html
 import re
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jinja2
 
 #: A cell of a table: text, or a number and its interval.
 Entry = str | tuple[str, str]
 
-
-@dataclass(frozen=True)
-class Heading:
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-    important: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows as long as the header. The first ``text_columns`` columns are text, the others numbers."""
-
-    name: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[Entry]]
-    text_columns: int = 1
-
-
-@dataclass(frozen=True)
-class Picture:
-    """``alt`` says what is to be seen, for those who cannot; the Markdown shows the file ``name.png``."""
-
-    name: str
-    alt: str
-    caption: str
-    svg: bytes
-    png: bytes
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts side by side under a common title: (name, text) each."""
-
-    title: str
-    texts: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Log:
-    """Text of a program, line by line."""
-
-    name: str
-    text: str
-
+Heading = namedtuple("Heading", "text")
+Paragraph = namedtuple("Paragraph", "text important", defaults=[False])
+#: Rows as long as the header. The first ``text_columns`` columns are text, the others numbers.
+Table = namedtuple("Table", "name header rows text_columns", defaults=[1])
+#: ``alt`` says what is to be seen, for those who cannot; the Markdown shows the file ``name.png``.
+Picture = namedtuple("Picture", "name alt caption svg png")
+#: Texts side by side under a common title: (name, text) each.
+Texts = namedtuple("Texts", "title texts")
+#: Text of a program, line by line.
+Log = namedtuple("Log", "name text")
 
 Block = Heading | Paragraph | Table | Picture | Texts | Log
 

@@ -23,8 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from bond_plugin.bench.results import Result
-from bond_plugin.bench.summary import Method, Policy, Summary, strength_text
-from bond_plugin.bench.two import BeforeAfter
+from bond_plugin.bench.summary import Method, Policy, Summary
 from bond_plugin.bestofn.limits import interpolate, over_root
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B2E83")
@@ -98,7 +97,10 @@ def front(summary: Summary, measure: str) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6, 6.2), layout="constrained")
         axes = figure.subplots()
-        right = _right_end(summary)
+        # Beyond all points, and beyond Best-of-4 if the points are few and near.
+        last = max((point.estimates["kl"].high for point in summary.points), default=0.0)
+        fourth = summary.best_of[max(n for n in summary.best_of if n <= 4)]["kl"].value
+        right = 1.12 * max(last, fourth, 1e-3)
         top = _limit(axes, summary, measure, right)
         _best_of_n(axes, summary, measure, right)
         if measure == "win_rate":  # in reward it is the limit
@@ -116,13 +118,6 @@ def front(summary: Summary, measure: str) -> Figure:
         axes.set(xlabel=NAMES["kl"], ylabel=NAMES[measure])
         _legend_below(figure, axes, summary)
         return figure
-
-
-def _right_end(summary: Summary) -> float:
-    """The KL at which the picture ends: beyond all points, and beyond Best-of-4 if the points are few and near."""
-    last = max((point.estimates["kl"].high for point in summary.points), default=0.0)
-    fourth = summary.best_of[max(n for n in summary.best_of if n <= 4)]["kl"].value
-    return 1.12 * max(last, fourth, 1e-3)
 
 
 def _limit(axes: Axes, summary: Summary, measure: str, right: float) -> float:
@@ -242,7 +237,7 @@ def _runs(axes: Axes, point: Policy, key: str, look: _Look, place: int) -> None:
     for tokens, values in runs:
         axes.plot(tokens, values, color=look["color"], linewidth=0.6, alpha=0.35 * opacity)
     if runs:
-        label = strength_text(point.strength) or "mean of the seeds"
+        label = point.strength or "mean of the seeds"
         _smooth(axes, *mean_curve(runs), **look | {"linestyle": line, "alpha": opacity, "label": label})
 
 
@@ -257,10 +252,7 @@ def _curve(cell: Result, key: str) -> tuple[Tensor, Tensor]:
 
 
 def mean_curve(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The mean of several curves, over the tokens that all of them cover.
-
-    Args:
-        runs: (tokens ``[S_i]`` increasing, values ``[S_i]``) each, S_i >= 1.
+    """The mean of several curves, (increasing tokens, values) each, over the tokens that all of them cover.
 
     Returns:
         (tokens, mean), on the tokens of the first run inside the common range; its first value if there is none.
@@ -280,13 +272,14 @@ def smoothed(values: Tensor) -> Tensor:
     return mean(values[None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[0]
 
 
-def run_curves(metrics: Sequence[dict[str, Any]], result: BeforeAfter) -> Figure:
+def run_curves(metrics: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure:
     """Reward, KL and expected log quantile over the steps of one run, each raw and smoothed.
 
     Args:
         metrics: by step, with any of ``reward/policy``, ``reward/anchor``, ``bond/kl_ref``, ``bond/kl_anchor`` and
             ``bond/log_quantile``.
-        result: adds the held-out rewards of both models and of Best-of-N as level lines.
+        result: of :class:`bond_plugin.bench.two.Evaluation`; adds the held-out rewards of both models and of
+            Best-of-N as level lines.
     """
     blue, orange, green = _COLOURS[:3]
     panels = (
@@ -321,13 +314,13 @@ def _run_curve(axes: Axes, metrics: Sequence[dict[str, Any]], key: str, label: s
         _smooth(axes, steps, values, "o", color=colour, label=label)
 
 
-def _levels(axes: Axes, result: BeforeAfter) -> None:
+def _levels(axes: Axes, result: dict[str, Any]) -> None:
     """Held-out rewards as horizontal lines, named at the right edge of the panel."""
     levels = [
-        ("before", result.reward_before.value, _GREY, "-"),
-        ("after", result.reward_after.value, _COLOURS[0], "-"),
+        ("before", result["reward_before"].value, _GREY, "-"),
+        ("after", result["reward_after"].value, _COLOURS[0], "-"),
     ]
-    levels += [(f"Best-of-{n}", level.value, _GREY, ":") for n, level in sorted(result.best_of.items())]
+    levels += [(f"Best-of-{n}", level.value, _GREY, ":") for n, level in sorted(result["best_of"].items())]
     for _, height, colour, style in levels:
         axes.axhline(height, color=colour, linestyle=style, linewidth=1.2)
     # Names of levels that lie close together are moved apart, a line's height each.

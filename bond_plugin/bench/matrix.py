@@ -32,7 +32,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,30 +94,19 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
 
 
 class Measuring(Strict):
-    """How every policy is measured, the same for all.
+    """How every policy is measured, the same for all."""
 
-    Attributes:
-        prompts: JSON lines of held-out prompts; the template of the runs is put around them.
-        input_key, label_key: the keys of prompt and label in it.
-        samples: responses a prompt of each policy.
-        reference_samples: responses a prompt of the reference, for Best-of-N and the limits.
-        quantile_samples: how many of them quantiles and the KLs to Best-of-N are taken among (the paper: 32).
-        bon_levels: the N of those KLs.
-        forward_samples: Best-of-N samples a prompt and level for the forward KL.
-        seed: of the sampling.
-        examples: prompts whose texts are shown.
-    """
-
-    prompts: str
+    prompts: str  # JSON lines of held-out prompts; the template of the runs is put around them
     input_key: str = "input"
     label_key: str | None = None
-    samples: Least = 16
-    reference_samples: Count = 128
+    samples: Least = 16  # responses a prompt of each policy
+    reference_samples: Count = 128  # responses a prompt of the reference, for Best-of-N and the limits
+    # How many of them quantiles and the KLs to Best-of-N are taken among (the paper: 32), and the N of those KLs.
     quantile_samples: Annotated[int, Field(ge=2)] = 32
     bon_levels: Annotated[list[Annotated[int, Field(ge=2)]], AfterValidator(_different)] = Field(default=[4, 8, 16])
-    forward_samples: Least = 4
-    seed: Annotated[int, Field(ge=0, lt=2**32 - 1)] = 1000
-    examples: Count = 4
+    forward_samples: Least = 4  # Best-of-N samples a prompt and level for the forward KL
+    seed: Annotated[int, Field(ge=0, lt=2**32 - 1)] = 1000  # of the sampling
+    examples: Count = 4  # prompts whose texts are shown
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -156,10 +145,8 @@ class Cell:
     label: str
     strength: dict[str, Any]
     seed: int
-    flags: dict[str, Any] = field(repr=False)
-    """Dotted names and values: common, method, strength and seed, without what is in :data:`RESERVED`."""
-    own: dict[str, Any] = field(repr=False)
-    """The part of ``flags`` that is not common to all."""
+    flags: dict[str, Any]  # dotted names and values: common, method and strength
+    own: dict[str, Any]  # the part of them that is not common to all
 
     @property
     def name(self) -> str:
@@ -175,24 +162,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A whole comparison.
-
-    Attributes:
-        cells: what is run, in this order, the first seeds of all methods first.
-        others: cells that are not asked for now. Those that are finished are in the report.
-    """
+    """A whole comparison."""
 
     title: str
     evaluation: Measuring
-    cells: tuple[Cell, ...]
-    others: tuple[Cell, ...] = ()
+    cells: tuple[Cell, ...]  # what is run, in this order, the first seeds of all methods first
+    others: tuple[Cell, ...] = ()  # not asked for now; those that are finished are in the report
 
     def only(self, methods: Sequence[str]) -> Matrix:
-        """Of these methods alone; of all if there are none.
-
-        Raises:
-            MatrixError: the matrix has no such method.
-        """
+        """Of these methods alone; of all if there are none. Raises MatrixError for one that is not in it."""
         known = {cell.method for cell in self.cells}
         for method in methods:
             if method not in known:
@@ -205,11 +183,7 @@ class Matrix:
 
 
 def read(path: Path) -> Matrix:
-    """Read and check a matrix.
-
-    Raises:
-        MatrixError: the first problem found.
-    """
+    """Read and check a matrix. Raises MatrixError for the first problem found."""
     try:
         return parse(recipes.load(path, typed=True))
     except (recipes.RecipeError, MatrixError) as error:

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,35 +29,15 @@ DIGITS = 5
 """Significant digits in the files: what is more is noise."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to measure.
-
-    Attributes:
-        model: the policy's folder; ``None`` for the reference, whose samples are kept.
-        output: the JSON file to write.
-        reference_samples: where the reference's samples are.
-        rows: held-out prompts, from :func:`bond_plugin.offline.prompts.read_rows`.
-        configuration: the host's nested arguments of the training runs: reference, template, reward, the longest
-            response and the temperature are those of training.
-        evaluation: the fields of :class:`bond_plugin.bench.matrix.Measuring`.
-    """
-
-    model: str | None
-    output: str
-    reference_samples: str
-    rows: list[dict[str, Any]]
-    configuration: dict[str, Any]
-    evaluation: dict[str, Any]
-
-    @property
-    def seed(self) -> int:
-        """The reference has another one: a policy that is close to it would draw the same responses."""
-        return self.evaluation["seed"] + (self.model is None)
-
-
-def run(job: Job) -> None:
+def run(job: SimpleNamespace) -> None:
     """Sample, score, measure, and write ``job.output``.
+
+    Args:
+        job: ``model``, the policy's folder, or ``None`` for the reference, whose samples are kept; the files
+            ``output`` and ``reference_samples``; held-out ``rows`` of :func:`bond_plugin.offline.prompts.read_rows`;
+            ``configuration``, the host's nested arguments of the training runs: reference, template, reward, longest
+            response and temperature are those of training; and ``evaluation``, the fields of
+            :class:`bond_plugin.bench.matrix.Measuring`.
 
     Raises:
         DataError, RewardError, SamplingError, TokenizerError: as they say.
@@ -74,7 +53,8 @@ def run(job: Job) -> None:
     # On a cluster, runs of other cells have GPUs of this machine that cannot be told from here.
     engines = 1 if "RAY_ADDRESS" in os.environ else None
     count = settings["reference_samples" if job.model is None else "samples"]
-    drawn = sample(args, model, pairs, score, count, job.seed, engines)
+    # The reference has another seed: a policy that is close to it would draw the same responses.
+    drawn = sample(args, model, pairs, score, count, settings["seed"] + (job.model is None), engines)
     rewards = scoring.rewards(score, pairs, drawn)
     if job.model is None:
         save_samples(Path(job.reference_samples), drawn, rewards=rewards.tolist())
@@ -110,16 +90,14 @@ def sample(
     """``count`` responses of a model to each prompt, as a training with the host's ``args`` draws them.
 
     ``engines`` sample side by side, by default as many as there are GPUs for; beside them the reward has its place.
-
-    Raises:
-        SamplingError: vLLM failed.
+    Raises SamplingError if vLLM failed.
     """
     width = min(args.vllm.tensor_parallel_size, len(engine.gpus()) or 1)
     how = scoring.sampling(args, score, engine.count(width, engines), width)
     return engine.sample(model, [prompt for prompt, _ in pairs], count, seed=seed, progress=progress, **how)
 
 
-def numbers(job: Job, policy: Scored, reference: Scored) -> dict[str, Any]:
+def numbers(job: SimpleNamespace, policy: Scored, reference: Scored) -> dict[str, Any]:
     """All numbers of one policy, rounded: :class:`bond_plugin.bench.results.Measured`."""
     own = job.configuration["actor"]["model_name_or_path"]
     found = measure(
@@ -141,4 +119,4 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    run(Job(**read_json(Path(sys.argv[1]))))
+    run(SimpleNamespace(**read_json(Path(sys.argv[1]))))

@@ -23,7 +23,7 @@ from bond_plugin.bench.document import (
 )
 from bond_plugin.bench.resampling import RESAMPLES, Estimate
 from bond_plugin.bench.results import read_results
-from bond_plugin.bench.summary import BEST_OF_N, MEASURES, Policy, Summary, strength_text
+from bond_plugin.bench.summary import BEST_OF_N, MEASURES, Policy, Summary
 from bond_plugin.files import write_whole
 
 PICTURES = "figures"
@@ -35,19 +35,14 @@ _DIGITS = {"entropy": 2, "length": 1}  # of estimates with others than three
 
 
 def write_report(out_dir: Path, resamples: int = RESAMPLES) -> list[Path]:
-    """Write the report about a results folder into that folder.
-
-    Args:
-        out_dir: holds ``reference.json`` and ``results.jsonl``; an earlier report in it is replaced.
-        resamples: of the bootstrap behind the intervals.
+    """Write the report about a results folder into that folder; an earlier one in it is replaced.
 
     Returns:
         The files written: ``report.html``, ``report.md`` and the pictures of the latter, ``figures/*.png``.
 
     Raises:
-        bond_plugin.bench.results.ResultsError: a file cannot be used.
+        bond_plugin.bench.results.ResultsError: ``reference.json`` or ``results.jsonl`` cannot be used.
     """
-    out_dir = Path(out_dir)
     summary = Summary(read_results(out_dir), resamples)
     title, blocks = summary.results.reference.title, contents(summary)
     files = {f"{PICTURES}/{block.name}.png": block.png for block in blocks if isinstance(block, Picture)}
@@ -70,11 +65,6 @@ def contents(summary: Summary) -> list[Block]:
 
 
 # Numbers and their words.
-
-
-def with_interval(estimate: Estimate) -> str:
-    entry = _entry(estimate)
-    return entry if isinstance(entry, str) else " ".join(entry)
 
 
 def _entry(estimate: Estimate | None, digits: int = 3, scale: float = 1.0) -> Entry:
@@ -128,14 +118,15 @@ def outcome(summary: Summary) -> str:
     """One sentence: whose front is highest, above which others that is sure, and what one sample is worth."""
     if not summary.methods:
         return f"No run finished: all {len(summary.results.cells)} failed."
-    leader = max(summary.methods, key=lambda method: _defined(method.area["reward"].value))
+    defined = [method for method in summary.methods if math.isfinite(method.area["reward"].value)]
+    leader = max(defined or summary.methods, key=lambda method: method.area["reward"].value)
     best = leader.best
-    gain = best.estimates["reward_gain"]
-    strength = strength_text(best.strength)
-    policy = f"its best policy ({strength})" if strength else "its policy"
+    policy = f"its best policy ({best.strength})" if best.strength else "its policy"
     worth = f"one sample of {policy} {_worth(summary, best)}, at a KL of {best.kl:.2f} nats"
-    if gain.low <= 0:
-        worth = f"its reward cannot be told from the reference's (gain {with_interval(gain)})"
+    if best.estimates["reward_gain"].low <= 0:
+        gain = _entry(best.estimates["reward_gain"])
+        said = gain if isinstance(gain, str) else " ".join(gain)
+        worth = f"its reward cannot be told from the reference's (gain {said})"
     if len(summary.methods) == 1:
         return f"{leader.label}: {worth}."
     gaps = {}  # how far the leader lies above each other method
@@ -151,10 +142,6 @@ def outcome(summary: Summary) -> str:
     }
     parts = [text.format(_listed(labels)) for text, labels in said.items() if labels]
     return f"{leader.label} has the highest reward front, {_listed(parts)}; {worth}."
-
-
-def _defined(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -195,14 +182,14 @@ def conditions(summary: Summary) -> str:
 
 
 def failures(summary: Summary) -> list[Block]:
-    failed = summary.results.failed
+    failed = [cell for cell in summary.results.cells if cell.error is not None]
     if not failed:
         return []
     count = f"{len(failed)} of {len(summary.results.cells)} runs failed and {'is' if len(failed) == 1 else 'are'}"
     return [
         Heading("Failed runs"),
         Paragraph(f"{count} in no number below."),
-        *(Log(cell.cell, (cell.error or "").strip()) for cell in failed),
+        *(Log(cell.cell, cell.error.strip()) for cell in failed),
     ]
 
 

@@ -50,14 +50,11 @@ class Resampling:
     methods have nothing in common through their seeds, so these are drawn independently. A resample draws seeds
     with replacement, then prompts, and averages over both (the seeds of a policy share the prompts).
 
-    Args:
-        prompts: P.
-        resamples: B.
-        seed: of the resampling; the same arguments give the same intervals.
+    The same arguments, P and B, give the same intervals.
     """
 
-    def __init__(self, prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, prompts: int, resamples: int = RESAMPLES) -> None:
+        self._generator = torch.Generator().manual_seed(0)
         self.resamples = resamples
         #: ``[B + 1, P]``, rows that add up to 1.
         self.prompts = self.weights(prompts)
@@ -70,15 +67,9 @@ class Resampling:
         return torch.cat([torch.full((1, count), 1 / count, dtype=torch.float64), resampled])
 
     def mean(self, values: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Draws of the mean.
+        """``[B + 1]`` draws of the mean of ``values``, ``[S, P]`` of S seeds, with ``seeds`` of :meth:`weights`.
 
-        Args:
-            values: ``[S, P]``, one row a seed; with ``seeds=None`` ``[P, C]``, C columns that are averaged over
-                prompts alone.
-            seeds: ``[B + 1, S]`` from :meth:`weights`.
-
-        Returns:
-            ``[B + 1]``, or ``[B + 1, C]``.
+        Without seeds ``[B + 1, C]``, of C columns ``[P, C]`` that are averaged over prompts alone.
         """
         if seeds is None:
             return self.prompts @ values

@@ -7,6 +7,7 @@ and the key. P is the number of held-out prompts, M the number of samples of the
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,7 +18,6 @@ from pydantic import Strict as StrictMode
 from torch import Tensor
 from typing_extensions import Self
 
-from bond_plugin.bench.matrix import Measuring
 from bond_plugin.files import ContentError, open_file, parse_json
 from bond_plugin.schema import Open, Strict, explain
 from bond_plugin.words import reason, shorten
@@ -25,8 +25,6 @@ from bond_plugin.words import reason, shorten
 REFERENCE, RESULTS = "reference.json", "results.jsonl"
 #: Values of a policy that come one a prompt.
 PER_PROMPT = ("reward", "win_rate", "kl", "quantile", "log_quantile", "entropy", "length")
-#: Curves over a training run, beside the generated tokens.
-CURVES = ("reward", "kl", "log_quantile")
 
 
 class ResultsError(ContentError):
@@ -65,31 +63,20 @@ class Example(Strict):
 
 
 class Measured(Open):
-    """A policy on the held-out prompts. Tensors are ``[P]`` float64, each entry a mean over samples.
-
-    Attributes:
-        reward: mean reward.
-        win_rate: against the reference's samples.
-        kl, entropy: KL(pi || pi_ref) and the entropy, nats a response.
-        quantile, log_quantile: of the policy's samples among the reference's; nats.
-        length: tokens.
-        backward_kl, forward_kl: N to KL(pi || pi_BoN) and KL(pi_BoN || pi), nats.
-        distinct_1, distinct_2: share of distinct uni- and bigrams among the samples of a prompt.
-        pass_at: k to pass@k, for rewards of 0 and 1; empty for others.
-    """
+    """A policy on the held-out prompts. Tensors are ``[P]`` float64, each entry a mean over samples."""
 
     reward: ByPrompt
-    win_rate: ByPrompt
-    kl: ByPrompt
-    quantile: ByPrompt
-    log_quantile: ByPrompt
-    entropy: ByPrompt
-    length: ByPrompt
-    backward_kl: ByN
-    forward_kl: ByN
-    distinct_1: FiniteFloat
-    distinct_2: FiniteFloat
-    pass_at: ByN = Field(default={})
+    win_rate: ByPrompt  # against the reference's samples
+    kl: ByPrompt  # KL(pi || pi_ref), nats a response
+    quantile: ByPrompt  # of the policy's samples among the reference's
+    log_quantile: ByPrompt  # nats
+    entropy: ByPrompt  # nats a response
+    length: ByPrompt  # tokens
+    backward_kl: ByN  # N to KL(pi || pi_BoN), nats
+    forward_kl: ByN  # N to KL(pi_BoN || pi), nats
+    distinct_1: FiniteFloat  # share of distinct unigrams among the samples of a prompt
+    distinct_2: FiniteFloat  # of bigrams
+    pass_at: ByN = Field(default={})  # k to pass@k, for rewards of 0 and 1; empty for others
 
     @model_validator(mode="after")
     def _has_all_levels(self, info: ValidationInfo) -> Self:
@@ -109,7 +96,7 @@ class Curve(Open):
 
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
-        lengths = {key: len(getattr(self, key)) for key in ("generated_tokens", *CURVES)}
+        lengths = {key: len(getattr(self, key)) for key in Curve.model_fields}
         if len(set(lengths.values())) > 1:
             said = ", ".join(f"{key} {length}" for key, length in lengths.items())
             raise ValueError(f"the lists differ in length: {said}")
@@ -117,14 +104,13 @@ class Curve(Open):
 
 
 class Costs(Open):
-    """What a run cost. ``peak_memory_gib`` is NaN where it was not measured. ``cached_tokens`` are those of the
-    reward cache that the run used, made before it and perhaps for other runs too; 0 without one."""
+    """What a run cost."""
 
     steps: int
     generated_tokens: int
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of the reward cache that the run used, made before it and perhaps for other runs too
     seconds: FiniteFloat
-    peak_memory_gib: Logged
+    peak_memory_gib: Logged  # NaN where it was not measured
     curve: Curve
 
     @property
@@ -157,11 +143,7 @@ class Result(Open):
 
 
 class Reference(Open):
-    """The reference policy, and the settings that all cells have in common.
-
-    Attributes:
-        rewards: ``[P, M]`` float64.
-    """
+    """The reference policy, and the settings that all cells have in common."""
 
     title: str
     command: str
@@ -172,7 +154,7 @@ class Reference(Open):
     quantile_samples: int
     bon_levels: list[int]
     prompts: Annotated[list[str], Field(min_length=1)]
-    rewards: Annotated[Tensor, BeforeValidator(_numbers)]
+    rewards: Annotated[Tensor, BeforeValidator(_numbers)]  # [P, M] float64
     evaluation: Measured
     examples: list[Example]
 
@@ -189,15 +171,11 @@ class Results:
     """A results folder. ``cells`` are in the matrix' order."""
 
     reference: Reference
-    cells: tuple[Result, ...]
+    cells: list[Result]
 
     @property
-    def done(self) -> tuple[Result, ...]:
-        return tuple(cell for cell in self.cells if cell.error is None)
-
-    @property
-    def failed(self) -> tuple[Result, ...]:
-        return tuple(cell for cell in self.cells if cell.error is not None)
+    def done(self) -> list[Result]:
+        return [cell for cell in self.cells if cell.error is None]
 
 
 def read_results(folder: Path) -> Results:
@@ -212,44 +190,37 @@ def read_results(folder: Path) -> Results:
     given = {key: content.get(key) if isinstance(content, dict) else None for key in ("prompts", "bon_levels")}
     prompts, levels = (value if isinstance(value, list) else [] for value in given.values())
     context = {"prompts": len(prompts), "levels": [n for n in levels if isinstance(n, int)]}
-    reference = _checked(Reference, content, f"{path}:", context)
+    reference = checked(Reference, content, f"{path}:", context)
 
     path, cells = folder / RESULTS, {}
-    methods: dict[str, set[str]] = {}  # by label
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
         content = _parse(line, where)
         name = f" cell {shorten(content['cell'])}:" if isinstance(content, dict) and "cell" in content else ""
-        cell = _checked(Result, content, f"{where}:{name}", context)
+        cell = checked(Result, content, f"{where}:{name}", context)
         if cell.cell in cells:
             raise ResultsError(f"{where}: a second cell {cell.cell!r}; remove one of the two lines")
         cells[cell.cell] = cell
-        methods.setdefault(cell.label, set()).add(cell.method)
     if not cells:
         raise ResultsError(f"{path} has no cell: run `bond bench` first")
     # Methods that share a label are told apart by their keys.
-    labels = [
-        f"{cell.label} ({cell.method})" if len(methods[cell.label]) > 1 else cell.label for cell in cells.values()
-    ]
-    told = (cell.model_copy(update={"label": label}) for cell, label in zip(cells.values(), labels, strict=True))
-    return Results(reference, tuple(told))
-
-
-def check(content: Any, where: str, prompts: int, measuring: Measuring) -> Result:
-    """One result, of so many prompts that were measured so; ``where`` it is begins the message.
-
-    Raises:
-        ResultsError: a key is missing, or has the wrong form.
-    """
-    return _checked(Result, content, where, {"prompts": prompts, "levels": measuring.bon_levels})
+    labels = Counter(label for _, label in {(cell.method, cell.label) for cell in cells.values()})
+    for name, cell in cells.items():
+        if labels[cell.label] > 1:
+            cells[name] = cell.model_copy(update={"label": f"{cell.label} ({cell.method})"})
+    return Results(reference, list(cells.values()))
 
 
 _Model = TypeVar("_Model", bound=Strict)
 
 
-def _checked(model: type[_Model], content: Any, where: str, context: dict[str, Any]) -> _Model:
+def checked(model: type[_Model], content: Any, where: str, context: dict[str, Any]) -> _Model:
+    """A reference or a result with so many ``prompts`` and such ``levels`` of Best-of-N as ``context`` says.
+
+    Raises ResultsError, which begins with ``where``, if a key is missing or has the wrong form.
+    """
     try:
         return model.model_validate(content, context=context)
     except ValidationError as error:

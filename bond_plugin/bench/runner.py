@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -58,25 +59,21 @@ class BenchError(RuntimeError):
     """The comparison cannot go on. The message says why and what to do."""
 
 
+@dataclass
 class Processes:
-    """Runs processes, and ends them all when asked."""
+    """Runs processes; once ``stopped`` is set, they are ended, and no more are started."""
 
-    def __init__(self) -> None:
-        self.stopped = False
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(
         self, what: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] = {}, memory: bool = False
     ) -> float | None:
         """Run ``python arguments``, its output in ``log``; ``what`` it is is for the message.
 
-        Returns:
-            With ``memory`` the largest memory of its processes together in GiB (proportional set size, so that what
-            they share counts once).
-
-        Raises:
-            BenchError: it failed, with what its log says; or it was not started, after :meth:`stop`.
+        With ``memory`` returns the largest memory of its processes together in GiB (proportional set size, so that
+        what they share counts once). Raises BenchError if it failed, with what its log says, or was not started.
         """
-        if self.stopped:
+        if self.stopped.is_set():
             raise BenchError("stopped")
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -91,7 +88,7 @@ class Processes:
                     peak = used if peak is None else max(peak, used)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=_LOOK_EVERY)
-                if self.stopped:
+                if self.stopped.is_set():
                     process.terminate()
         finally:
             process.terminate()  # if this was interrupted
@@ -99,10 +96,6 @@ class Processes:
             said = _error(log.read_text(errors="replace"))
             raise BenchError(f"{what} ended with status {process.returncode}: {said}")
         return peak
-
-    def stop(self) -> None:
-        """End everything that runs, within the time between two looks at it."""
-        self.stopped = True
 
 
 def _memory(pid: int) -> float:
@@ -127,27 +120,17 @@ def _memory(pid: int) -> float:
 
 @dataclass
 class Runner:
-    """Checks, trains and measures the cells of a matrix: see :func:`opened`.
-
-    Attributes:
-        matrix: what.
-        output: the folder of results.
-        rows: held-out prompts.
-        say: takes messages, one for each cell among them.
-        parallel: cells at a time; 0 finds out.
-        keep_policies: keep trained weights (they are deleted after they were measured otherwise).
-        command: what made the results, for the report.
-        configurations: by cell, the host's nested arguments, and how many GPUs the run takes.
-    """
+    """Checks, trains and measures the cells of a matrix: see :func:`opened`."""
 
     matrix: Matrix
-    output: Path
-    rows: list[dict[str, Any]]
-    say: Callable[[str], None]
-    parallel: int = 0
-    keep_policies: bool = False
-    command: str = "bond bench"
+    output: Path  # the folder of results
+    rows: list[dict[str, Any]]  # held-out prompts
+    say: Callable[[str], None]  # takes messages, one for each cell among them
+    parallel: int = 0  # cells at a time; 0 finds out
+    keep_policies: bool = False  # keep trained weights (they are deleted after they were measured otherwise)
+    command: str = "bond bench"  # what made the results, for the report
     processes: Processes = field(default_factory=Processes)
+    #: By cell, the host's nested arguments, and how many GPUs the run takes.
     configurations: dict[str, dict[str, Any]] = field(default_factory=dict)
     _contents: dict[str, str | None] = field(default_factory=dict)  # hashes of files and models by path
     free: queue.SimpleQueue[dict[str, str]] = field(default_factory=queue.SimpleQueue)  # of the slots
@@ -157,17 +140,16 @@ class Runner:
     def check(self) -> None:
         """Resolve every cell's flags as the host would, without starting it, and see that all compare alike.
 
-        Raises:
-            BenchError: the cells that cannot run, each with its reason.
+        Raises BenchError with all the cells that cannot run, each with its reason.
         """
-        self.say(f"checking the flags of {len(self.matrix.cells)} cells")
+        first, *_ = cells = self.matrix.cells
+        self.say(f"checking the flags of {len(cells)} cells")
         (self.output / "checks").mkdir(exist_ok=True)
         with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
-            problems = [problem for problem in pool.map(self._check, self.matrix.cells) if problem]
+            problems = [problem for problem in pool.map(self._check, cells) if problem]
         if problems:
             raise BenchError("these cells cannot run:\n  " + "\n  ".join(problems))
-        first = self.matrix.cells[0]
-        for cell, name in itertools.product(self.matrix.cells, (*_SHARED, *_TEMPLATES)):
+        for cell, name in itertools.product(cells, (*_SHARED, *_TEMPLATES)):
             mine, theirs = (_get(self.configurations[one.name], name) for one in (cell, first))
             if mine != theirs:
                 raise BenchError(
@@ -259,23 +241,20 @@ class Runner:
             "seed": cell.seed,
             "flags": cell.own,
         }
-        trained, variables = folder / "trained.json", self.free.get()
+        variables = self.free.get()
         try:
-            known = _kept(trained, self._training_key(cell))
-            if known is None or not (folder / "policy").is_dir():
-                known = self._train_cell(cell, folder, variables)
-                write_json(trained, known)
+            training = self._trained(cell, folder, variables)
             found = self._measure(str(folder / "policy"), folder, self.configurations[cell.name], variables)
             result |= {
                 "status": "done",
-                "training": known["training"] | {"cached_tokens": found["cached_tokens"]},
+                "training": training | {"cached_tokens": found["cached_tokens"]},
                 "examples": found["examples"],
                 "evaluation": found["evaluation"],
             }
             if not self.keep_policies:
                 shutil.rmtree(folder / "policy")
         except BenchError as error:
-            if self.processes.stopped:
+            if self.processes.stopped.is_set():
                 raise
             result |= {"status": "failed", "error": str(error)}
         finally:
@@ -283,7 +262,12 @@ class Runner:
         write_json(folder / "result.json", {"key": self._key(cell, reference), **result})
         return result
 
-    def _train_cell(self, cell: Cell, folder: Path, variables: Mapping[str, str]) -> dict[str, Any]:
+    def _trained(self, cell: Cell, folder: Path, variables: Mapping[str, str]) -> dict[str, Any]:
+        """What a cell's training logged and cost; it is run unless its policy is there."""
+        path, key = folder / "trained.json", self._training_key(cell)
+        known = _kept(path, key)
+        if known is not None and (folder / "policy").is_dir():
+            return known["training"]
         for old in ("policy", "run", "checkpoints"):
             shutil.rmtree(folder / old, ignore_errors=True)
         started = time.monotonic()
@@ -294,7 +278,8 @@ class Runner:
         training = _training(policy / "metrics.jsonl")
         (policy / "metrics.jsonl").replace(folder / "metrics.jsonl")
         training |= {"seconds": round(seconds, 1), "peak_memory_gib": None if peak is None else round(peak, 2)}
-        return {"key": self._training_key(cell), "training": training}
+        write_json(path, {"key": key, "training": training})
+        return training
 
     def _measure(
         self, model: str | None, folder: Path, configuration: dict[str, Any], variables: Mapping[str, str] = {}
@@ -379,7 +364,8 @@ class Runner:
         for cell in (*cells, *self.matrix.others):
             found = results[cell.name] = self.finished(cell, reference)
             if found is not None:
-                stored.check(found, f"{self._folder(cell) / 'result.json'}:", len(self.rows), self.matrix.evaluation)
+                context = {"prompts": len(self.rows), "levels": self.matrix.evaluation.bon_levels}
+                stored.checked(stored.Result, found, f"{self._folder(cell) / 'result.json'}:", context)
         waiting = [cell for cell in cells if results[cell.name] is None]
         done = len(cells) - len(waiting)
         if done:
@@ -401,7 +387,7 @@ class Runner:
                     rest = f"; about {timedelta(seconds=int(left))} left" if count < len(waiting) else ""
                     self.say(f"{done + count}/{len(cells)} {result['cell']}: {self._said(result)}{rest}")
             except BaseException:
-                self.processes.stop()
+                self.processes.stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return sum(result is not None and result["status"] == "failed" for result in results.values())
@@ -424,8 +410,7 @@ class Runner:
 def opened(matrix: Matrix, output: Path, say: Callable[[str], None], **options: Any) -> Iterator[Runner]:
     """The :class:`Runner` of a matrix, while no other one writes its folder.
 
-    Raises:
-        BenchError: the held-out prompts are of no use, or another process writes the folder.
+    Raises BenchError if the held-out prompts are of no use, or another process writes the folder.
     """
     given, template = matrix.evaluation, "data.apply_chat_template"
     names = ("evaluation.input_key", "evaluation.label_key", f"{template} in 'common'")
@@ -517,7 +502,5 @@ def _error(text: str) -> str:
 
 
 def _get(configuration: dict[str, Any], name: str) -> Any:
-    node: Any = configuration
-    for part in name.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
+    group, key = name.split(".")
+    return configuration[group].get(key)

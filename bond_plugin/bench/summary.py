@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +46,8 @@ class Policy:
 
     method: str
     label: str
-    strength: dict[str, Any]
-    cells: tuple[Result, ...]
+    strength: str
+    cells: list[Result]
     examples: list[Example]
     estimates: dict[str, Estimate]
     on_front: dict[str, float] = field(default_factory=dict)
@@ -57,7 +56,7 @@ class Policy:
 
     @property
     def name(self) -> str:
-        return " ".join([self.label, strength_text(self.strength)]).strip()
+        return f"{self.label} {self.strength}".strip()
 
     @property
     def kl(self) -> float:
@@ -79,7 +78,6 @@ class Method:
             method's, averaged over resamples (as in arXiv 2407.06057).
     """
 
-    key: str
     label: str
     points: list[Policy]
     area: dict[str, Estimate]
@@ -106,16 +104,8 @@ class Comparison:
 BEST_OF_N = "Best-of-N"
 
 
-def strength_text(strength: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={short(value)}" for key, value in strength.items())
-
-
 class Summary:
     """Everything that the report says. The same results give the same numbers.
-
-    Args:
-        results: as read.
-        resamples: of the bootstrap.
 
     Attributes:
         reference: the reference policy as a point without cells.
@@ -153,7 +143,7 @@ class Summary:
         self.points = [self._point(cells) for cells in groups.values()]
         reference = self._measured([results.reference.evaluation])
         estimates = {key: Estimate.of(values) for key, values in reference.items()}
-        self.reference = Policy("", "reference", {}, (), results.reference.examples, estimates)
+        self.reference = Policy("", "reference", "", [], results.reference.examples, estimates)
 
         shares = {measure: self._pareto(measure) for measure in MEASURES}
         largest = max((point.kl for point in self.points), default=0.0)
@@ -164,7 +154,7 @@ class Summary:
         for key in dict.fromkeys(point.method for point in self.points):
             own = sorted((point for point in self.points if point.method == key), key=lambda point: point.kl)
             area = {measure: Estimate.of(self._area(own, measure)) for measure in MEASURES}
-            self.methods.append(Method(key, own[0].label, own, area, {m: shares[m][key] for m in MEASURES}))
+            self.methods.append(Method(own[0].label, own, area, {m: shares[m][key] for m in MEASURES}))
         pairs = [*itertools.combinations(self.methods, 2), *((method, None) for method in self.methods)]
         self.comparisons = {measure: [self._compare(*pair, measure) for pair in pairs] for measure in MEASURES}
         self.common_kl = min((method.points[-1].kl for method in self.methods), default=0.0)
@@ -181,8 +171,8 @@ class Summary:
         return Policy(
             method=first.method,
             label=first.label,
-            strength=first.strength,
-            cells=tuple(cells),
+            strength=", ".join(f"{key}={short(value)}" for key, value in first.strength.items()),
+            cells=cells,
             examples=first.examples,
             estimates={key: Estimate.of(values) for key, values in draws.items()},
             matches=Estimate.of(matches.double()),

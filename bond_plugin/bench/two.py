@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,118 +35,69 @@ _EXAMPLES = 4
 
 
 @dataclass(frozen=True)
-class BeforeAfter:
-    """The result of :meth:`Evaluation.of`.
-
-    Attributes:
-        before, after: the two models' folders.
-        prompts: how many.
-        reward_before, reward_after: mean reward.
-        gain: reward of ``after`` minus reward of ``before``, prompt by prompt.
-        win_rate: share of the pairs of samples of a prompt in which ``after`` has the higher reward, a tie
-            counting one half; in [0, 1].
-        kl: KL(after || before) of whole responses, in nats.
-        best_of: N to the mean reward of Best-of-N of ``before``.
-        length_before, length_after: mean response length in tokens, EOS included.
-        examples: a few prompts, each with one sample of either model and their rewards.
-        sampling: how both were sampled.
-    """
-
-    before: str
-    after: str
-    prompts: int
-    reward_before: Estimate
-    reward_after: Estimate
-    gain: Estimate
-    win_rate: Estimate
-    kl: Estimate
-    best_of: dict[int, Estimate]
-    length_before: float
-    length_after: float
-    examples: list[dict[str, Any]]
-    sampling: dict[str, Any]
-
-    def to_json(self) -> str:
-        """The result as a JSON object, indented; the keys of ``best_of`` become strings."""
-
-        def plain(estimate: Estimate) -> dict[str, float]:
-            return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
-
-        found = dict(vars(self))
-        return json.dumps(found | found.pop("sampling"), indent=2, ensure_ascii=False, default=plain)
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """How two models are compared.
+    """How two models are compared, by the command's flags.
 
-    Attributes:
-        pairs: held-out prompts, templates applied, and a label each.
-        score: the reward.
-        args: the host's arguments, as the training has them.
-        samples: a prompt from each model, at least 1.
-        kl_samples: samples a prompt of ``after`` on which the KL is computed, 1 to ``samples``.
-        seed: of the sampling; ``after`` is sampled with ``seed + 1``, so that the two are independent.
-        cache: folder where samples and rewards are kept, so that a second call with the same models and settings
-            reuses them.
-        say: takes progress messages.
-        engines: vLLM engines that sample side by side, by default as many as there are GPUs for.
+    These are the models' folders ``before`` and ``after``, ``samples`` a prompt from each, ``kl_samples`` of them on
+    which the KL is computed, ``seed`` (``after`` is sampled with the next one, so that the two are independent),
+    ``engines``, and ``output_dir``, whose ``cache/`` keeps samples and rewards for a second call with them.
     """
 
-    pairs: Pairs
+    flags: Namespace
+    pairs: Pairs  # held-out prompts, templates applied, and a label each
     score: scoring.Score
-    args: SimpleNamespace
-    samples: int
-    kl_samples: int
-    seed: int
-    cache: Path
-    say: Callable[[str], None]
-    engines: int | None = None
+    args: SimpleNamespace  # the host's, as the training has them
+    say: Callable[[str], None]  # takes progress messages
 
-    def of(self, before: str | Path, after: str | Path) -> BeforeAfter:
+    def run(self) -> dict[str, Any]:
         """Sample both models on the same prompts, score the samples, and compute the KL between the models.
 
-        Args:
-            before: folder of the initial policy.
-            after: folder of the trained policy; the same tokenizer and vocabulary.
+        Returns:
+            What :func:`to_json` writes. Each an :class:`Estimate`: ``reward_before`` and ``reward_after``, the mean
+            rewards; ``gain``, their difference prompt by prompt; ``win_rate``, the share of the pairs of samples of a
+            prompt in which ``after`` has the higher reward, a tie counting one half; ``kl``, KL(after || before) of
+            whole responses in nats; ``best_of``, N to the mean reward of Best-of-N of ``before``. Beside them mean
+            lengths in tokens, EOS included; a few examples; and how both models were sampled.
 
         Raises:
             VocabularyError, TokenizerError: the models cannot be compared.
             RewardError: the reward failed.
             SamplingError: vLLM failed.
         """
-        pairs, count = self.pairs, self.samples
-        self.cache.mkdir(parents=True, exist_ok=True)
-        first, second = self.scored("before", before, self.seed), self.scored("after", after, self.seed + 1)
-        self.say(f"KL: {len(pairs) * self.kl_samples} responses of the trained policy under both models")
+        pairs, flags = self.pairs, self.flags
+        first = self.scored("before", flags.before, flags.seed)
+        second = self.scored("after", flags.after, flags.seed + 1)
+        self.say(f"KL: {len(pairs) * flags.kl_samples} responses of the trained policy under both models")
         found = measure(
-            likelihood.load(after, before),
+            likelihood.load(flags.after, flags.before),
             second,
             first,
-            samples=count,
-            quantile_samples=count,
-            kl_samples=self.kl_samples,
+            samples=flags.samples,
+            quantile_samples=flags.samples,
+            kl_samples=flags.kl_samples,
             temperature=self.args.rollout.temperature,
             progress=engine.ticker(self.say, "KL"),
         )
-        resampling, reward_before = Resampling(len(pairs)), first.rewards.mean(dim=-1)
-
-        def estimate(values: Tensor) -> Estimate:
-            return Estimate.of(resampling.mean(values))
-
-        return BeforeAfter(
-            before=str(before),
-            after=str(after),
-            prompts=len(pairs),
-            reward_before=estimate(reward_before),
-            reward_after=estimate(found["reward"]),
-            gain=estimate(found["reward"] - reward_before),
-            win_rate=estimate(found["win_rate"]),
-            kl=estimate(found["kl"]),
-            best_of={n: estimate(expected_max(first.rewards, n)) for n in BEST_OF if n <= count},
-            length_before=sum(len(ids) for one in first.samples for ids in one.response_ids) / first.rewards.numel(),
-            length_after=found["length"].mean().item(),
-            examples=[
+        reward_before = first.rewards.mean(dim=-1)
+        values = {
+            "reward_before": reward_before,
+            "reward_after": found["reward"],
+            "gain": found["reward"] - reward_before,
+            "win_rate": found["win_rate"],
+            "kl": found["kl"],
+        }
+        tokens = sum(len(ids) for one in first.samples for ids in one.response_ids)
+        best_of = {n: expected_max(first.rewards, n) for n in BEST_OF if n <= flags.samples}
+        mean = Resampling(len(pairs)).mean
+        return {
+            "before": str(flags.before),
+            "after": str(flags.after),
+            "prompts": len(pairs),
+            **{key: Estimate.of(mean(value)) for key, value in values.items()},
+            "best_of": {n: Estimate.of(mean(value)) for n, value in best_of.items()},
+            "length_before": tokens / first.rewards.numel(),
+            "length_after": found["length"].mean().item(),
+            "examples": [
                 {
                     "prompt": pairs[i][0],
                     "before": first.samples[i].queries[0],
@@ -155,22 +107,26 @@ class Evaluation:
                 }
                 for i in range(min(_EXAMPLES, len(pairs)))
             ],
-            sampling=self.sampling() | {"kl_samples": self.kl_samples, "seed": self.seed},
-        )
+            **self.sampling(),
+            "kl_samples": flags.kl_samples,
+            "seed": flags.seed,
+        }
 
     def sampling(self) -> dict[str, Any]:
         """What both models are sampled with."""
         run = self.args.rollout
         settings = {"max_new_tokens": run.max_new_tokens, "temperature": run.temperature}
-        return {"samples": self.samples, **settings, "max_len": self.args.data.max_len}
+        return {"samples": self.flags.samples, **settings, "max_len": self.args.data.max_len}
 
     def scored(self, name: str, model: str | Path, seed: int) -> Scored:
         """Samples of a model and their rewards, each kept under the hash of what it depends on."""
         key: list[Any] = [fingerprints.of_model(model), fingerprints.of_tokenizer(model), self.sampling(), seed]
         key.append([prompt for prompt, _ in self.pairs])
-        samples = self.drawn(name, model, self.cache / f"samples-{name}-{fingerprints.of_value(key)}.json", seed)
+        cache = self.flags.output_dir / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        samples = self.drawn(name, model, cache / f"samples-{name}-{fingerprints.of_value(key)}.json", seed)
         key += [scoring.identity(self.args), self.pairs]
-        rewards = self.cache / f"rewards-{name}-{fingerprints.of_value(key)}.json"
+        rewards = cache / f"rewards-{name}-{fingerprints.of_value(key)}.json"
         return Scored(samples, self.rewards(name, samples, rewards))
 
     def drawn(self, name: str, model: str | Path, path: Path, seed: int) -> list[engine.PromptSamples]:
@@ -178,21 +134,20 @@ class Evaluation:
         if kept is not None:
             self.say(f"{name}: samples reused from {path}")
             return kept[0]
-        self.say(f"{name}: sampling {len(self.pairs)} prompts x {self.samples} from {model} (vLLM starts first)")
+        count, engines = self.flags.samples, self.flags.engines
+        self.say(f"{name}: sampling {len(self.pairs)} prompts x {count} from {model} (vLLM starts first)")
         started, tick = time.monotonic(), engine.ticker(self.say, name)
-        drawn = sample(self.args, model, self.pairs, self.score, self.samples, seed, self.engines, tick)
+        drawn = sample(self.args, model, self.pairs, self.score, count, seed, engines, tick)
         tokens, seconds = sum(len(ids) for one in drawn for ids in one.response_ids), time.monotonic() - started
-        self.say(f"{name}: {len(drawn) * self.samples} responses, {tokens:,} tokens in {seconds:.0f} s")
+        self.say(f"{name}: {len(drawn) * count} responses, {tokens:,} tokens in {seconds:.0f} s")
         save_samples(path, drawn)
         return drawn
 
     def rewards(self, name: str, samples: list[engine.PromptSamples], path: Path) -> Tensor:
         """``[P, K]``. Kept rewards are used if they still hold for a few queries.
 
-        A reward's content is part of the key; what it reads itself (a classifier, a server) cannot be.
-
-        Raises:
-            ContentError: what was kept is something else.
+        A reward's content is part of the key; what it reads itself (a classifier, a server) cannot be. Raises
+        ContentError if what was kept is something else.
         """
         kept = read_json(path, list)
         if kept is not None:
@@ -200,8 +155,8 @@ class Evaluation:
                 values = torch.tensor(kept, dtype=torch.float64)
             except (TypeError, ValueError, RuntimeError, OverflowError):
                 values = torch.tensor(0.0)
-            if values.shape != (len(self.pairs), self.samples) or not values.isfinite().all():
-                raise ContentError(f"{path} has no {self.samples} finite rewards for each prompt; remove it")
+            if values.shape != (len(self.pairs), self.flags.samples) or not values.isfinite().all():
+                raise ContentError(f"{path} has no {self.flags.samples} finite rewards for each prompt; remove it")
             if self.still_hold(values, samples):
                 self.say(f"{name}: rewards reused from {path}")
                 return values
@@ -227,29 +182,38 @@ class Evaluation:
 # What a reader sees.
 
 
-def format_table(result: BeforeAfter) -> str:
+def to_json(result: dict[str, Any]) -> str:
+    """The result as a JSON object, indented; the keys of ``best_of`` become strings."""
+
+    def plain(estimate: Estimate) -> dict[str, float]:
+        return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
+
+    return json.dumps(result, indent=2, ensure_ascii=False, default=plain)
+
+
+def format_table(result: dict[str, Any]) -> str:
     """The result as a plain text table of at most 80 columns, ending without a newline."""
 
     def row(name: str, reward: Estimate, kl: str, length: str) -> str:
         return f"{name:<18}{reward.value:>9.3f}   {_interval(reward):<20}{kl:<22}{length:>6}".rstrip()
 
-    how = result.sampling
-    kl = f"{result.kl.value:.2f} {_interval(result.kl, 2)}"
+    kl = f"{result['kl'].value:.2f} {_interval(result['kl'], 2)}"
     best_of = [
-        row(f"  its Best-of-{n}", level, f"at most {bon_kl_bound(n):.2f}", "") for n, level in result.best_of.items()
+        row(f"  its Best-of-{n}", level, f"at most {bon_kl_bound(n):.2f}", "")
+        for n, level in result["best_of"].items()
     ]
     return "\n".join(
         [
-            f"{result.prompts} held-out prompts x {how['samples']} samples, "
-            f"at most {how['max_new_tokens']} new tokens, temperature {how['temperature']:g}",
+            f"{result['prompts']} held-out prompts x {result['samples']} samples, "
+            f"at most {result['max_new_tokens']} new tokens, temperature {result['temperature']:g}",
             "",
             f"{'':<18}{'reward':>9}   {'95 % interval':<20}{'KL to initial, nats':<22}{'tokens':>6}",
-            row("initial policy", result.reward_before, "0", f"{result.length_before:.1f}"),
+            row("initial policy", result["reward_before"], "0", f"{result['length_before']:.1f}"),
             *best_of,
-            row("trained policy", result.reward_after, kl, f"{result.length_after:.1f}"),
+            row("trained policy", result["reward_after"], kl, f"{result['length_after']:.1f}"),
             "",
-            f"{'gain':<18}{result.gain.value:>+9.3f}   {_interval(result.gain)}   prompt by prompt",
-            f"{'win rate':<18}{result.win_rate.value:>9.3f}   {_interval(result.win_rate)}   "
+            f"{'gain':<18}{result['gain'].value:>+9.3f}   {_interval(result['gain'])}   prompt by prompt",
+            f"{'win rate':<18}{result['win_rate'].value:>9.3f}   {_interval(result['win_rate'])}   "
             "trained against initial, ties 1/2",
             "",
             _verdict(result),
@@ -261,13 +225,13 @@ def _interval(estimate: Estimate, digits: int = 3) -> str:
     return f"[{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
-def _verdict(result: BeforeAfter) -> str:
-    if result.gain.low <= 0 <= result.gain.high:
+def _verdict(result: dict[str, Any]) -> str:
+    if result["gain"].low <= 0 <= result["gain"].high:
         return "No difference in reward can be told from these samples."
-    if result.gain.high < 0:
+    if result["gain"].high < 0:
         return "The trained policy has less reward than the initial policy."
-    levels = {1: result.reward_before, **result.best_of}
-    reached = max(n for n, level in levels.items() if n == 1 or level.value <= result.reward_after.value)
+    levels = {1: result["reward_before"], **result["best_of"]}
+    reached = max(n for n, level in levels.items() if n == 1 or level.value <= result["reward_after"].value)
     missed = [n for n in sorted(levels) if n > reached]
     below = "one sample" if reached == 1 else f"Best-of-{reached}"
     if not missed:

@@ -72,7 +72,6 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
     parser = options.parser("bench", _DESCRIPTION, f"{matrix.__doc__}{_EPILOG}")
     parser.add_argument("matrix", type=Path, metavar="FILE.yaml", help="what is compared; see below")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")

@@ -102,13 +102,12 @@ def main(argv: list[str]) -> int:
     from bond_plugin.host.rewards import RewardError
     from bond_plugin.offline import engine, likelihood, measure
 
-    counts, cache = (args.samples, args.kl_samples, args.seed), args.output_dir / "cache"
     try:
-        result = two.Evaluation(pairs, score, run, *counts, cache, timed(), args.engines).of(args.before, args.after)
+        result = two.Evaluation(args, pairs, score, run, timed()).run()
     except (engine.SamplingError, RewardError, likelihood.VocabularyError, measure.TokenizerError) as error:
         print(f"bond evaluate: error: {error}", file=sys.stderr)
         return 1
-    files = {args.output_dir / "evaluation.json": result.to_json() + "\n"}
+    files = {args.output_dir / "evaluation.json": two.to_json(result) + "\n"}
     if metrics is not None:
         files[args.output_dir / "curves.png"] = figures.png(figures.run_curves(metrics, result))
     for path, content in files.items():
@@ -118,7 +117,6 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
     parser = options.parser("evaluate", _DESCRIPTION, _EPILOG)
     models = parser.add_argument_group("what to compare").add_argument
     models("--before", metavar="DIR", type=Path, required=True, help="initial policy: weights and tokenizer")
@@ -160,11 +158,7 @@ def prompt_flags(add: Callable[..., Any], folder: str) -> None:
 
 
 def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
-    """Look at all that needs neither models nor the host. Returns the metrics, if there are to be curves.
-
-    Raises:
-        ValueError: the first problem found.
-    """
+    """Look at all that needs neither models nor the host: the metrics, if there are to be curves, or a ValueError."""
     check_sampling(args, _NUMBERS)
     options.at_least(vars(args), {"engines": 1})
     if args.kl_samples > args.samples:
@@ -191,11 +185,7 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
 
 def check_sampling(args: argparse.Namespace, numbers: dict[str, tuple[Any, int, str, str]]) -> None:
-    """Look at the numbers and the template.
-
-    Raises:
-        ValueError: the first problem found.
-    """
+    """Raises ValueError for the first of the numbers and the template that is of no use."""
     options.at_least(vars(args), {name: least for name, (_, least, _, _) in numbers.items()})
     if not 0 < args.temperature < float("inf"):
         raise ValueError(f"--temperature must be above 0, got {args.temperature}")
@@ -206,13 +196,11 @@ def check_sampling(args: argparse.Namespace, numbers: dict[str, tuple[Any, int, 
 def arguments(args: argparse.Namespace, policy: Path | None, trained_in: Path | None) -> SimpleNamespace:
     """The host's arguments, as far as prompts and reward need them: the training's, where its folder has them.
 
+    Raises ValueError for what is not as in the training, and for a reward that is nowhere.
+
     Args:
-        args: without a ``reward`` there is none.
         policy: whose tokenizer is meant; without one, that of the reward model.
         trained_in: the folder of a trained policy.
-
-    Raises:
-        ValueError: what is not as in the training, or a reward that is nowhere.
     """
     from bond_plugin.host.inputs import reward as reward_problems
 
@@ -251,11 +239,7 @@ def arguments(args: argparse.Namespace, policy: Path | None, trained_in: Path | 
 
 
 def read_prompts(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, Any]:
-    """The policy's tokenizer, and the prompts with their labels.
-
-    Raises:
-        ValueError: they are of no use.
-    """
+    """The policy's tokenizer, and the prompts with their labels; a ValueError if they are of no use."""
     from bond_plugin.offline import prompts
 
     flags = ("--input-key", "--label-key", "--apply-chat-template")
@@ -270,11 +254,7 @@ def read_prompts(args: argparse.Namespace, run: SimpleNamespace) -> tuple[Any, A
 
 
 def load_reward(run: SimpleNamespace, tokenizer: Any, pair: tuple[str, Any]) -> Any:
-    """The reward, after it was tried on a prompt.
-
-    Raises:
-        ValueError: it is of no use.
-    """
+    """The reward, after it was tried on a prompt; a ValueError if it is of no use."""
     from bond_plugin.host.rewards import RewardError
     from bond_plugin.offline import scoring
 
@@ -287,11 +267,7 @@ def load_reward(run: SimpleNamespace, tokenizer: Any, pair: tuple[str, Any]) -> 
 
 
 def vocabulary(flag: str, folder: Path) -> int | None:
-    """The size of a policy's vocabulary by its configuration, after a look at whether its files are whole.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """The size of a policy's vocabulary by its configuration; a ValueError if its files are not whole."""
     from bond_plugin.host import models
 
     if not folder.is_dir():

@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bond_plugin import options
 from bond_plugin.files import unwritable, write_whole
@@ -152,11 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Look at the flags that do not depend on the algorithm, and at where the results go.
-
-    Raises:
-        ValueError: the first problem found.
-    """
+    """Raises ValueError for the first problem of flags that do not depend on the algorithm, or of the folder."""
     given = [f"--{name}" for name in ("policy", "reward", *_NUMBERS) if getattr(args, name) is not None]
     if args.algorithm is None and given:
         raise ValueError(f"{given[0]} needs --algorithm NAME: without it every method has settings that suit it")
@@ -203,19 +199,16 @@ def _add_method_flags(parser: argparse.ArgumentParser, name: str, found: type[Me
     from bond_plugin.algorithms.base import reward_cache_flag
     from bond_plugin.lab.methods import CACHE
 
+    cached = {
+        "choices": (CACHE,),
+        "default": CACHE if prefix != "bond" else "",  # a transform cannot do without
+        "help": f"'{CACHE}': quantiles come from --cached rewards that the laboratory draws before training",
+    }
     cache = reward_cache_flag().metadata["option"]
     group = parser.add_argument_group(f"{name} ({found.__module__})")
     for dotted, f in found.Config.options(prefix).items():
-        if f.name in _of_the_host():
-            continue
-        changes: dict[str, Any] = {}
-        if dotted == cache:
-            changes = {
-                "choices": (CACHE,),
-                "default": CACHE if prefix != "bond" else "",  # a transform cannot do without
-                "help": f"'{CACHE}': quantiles come from --cached rewards that the laboratory draws before training",
-            }
-        options.add_flag(group, dotted, f, **changes)
+        if f.name not in _of_the_host():
+            options.add_flag(group, dotted, f, **(cached if dotted == cache else {}))
 
 
 def _of_the_host() -> set[str]:

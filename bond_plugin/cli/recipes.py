@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import importlib.resources
 import re
 import sys
 from pathlib import Path
+
+from bond_plugin import options
 
 _EPILOG = """\
 examples:
@@ -44,12 +45,8 @@ def purpose(path: Path) -> str:
 
 def main(argv: list[str]) -> int:
     """List recipes, or print one. Returns the exit status (2 for an unknown name)."""
-    parser = argparse.ArgumentParser(
-        prog="bond recipes",
-        description="List the recipes that come with the package, or print one to the standard output.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "List the recipes that come with the package, or print one to the standard output."
+    parser = options.parser("recipes", about, _EPILOG)
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this file; .yaml may be left out")
     parser.add_argument("--path", action="store_true", help="print the folder that holds them")
     args = parser.parse_args(argv)

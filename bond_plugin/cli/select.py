@@ -8,14 +8,15 @@ import functools
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from bond_plugin import options
 from bond_plugin.cli import evaluate
 from bond_plugin.files import Busy, unwritable
+from bond_plugin.words import timed
 
 _DESCRIPTION = """\
 Sample N responses to each prompt, score them, and select one:
@@ -72,11 +73,7 @@ def main(argv: list[str]) -> int:
         from bond_plugin.offline import engine, selecting
         from bond_plugin.rewards.answers import SelectionError
 
-        started = time.monotonic()
-
-        def say(message: str) -> None:
-            print(f"[{time.monotonic() - started:6.1f} s] {message}", flush=True)
-
+        say = timed()
         say(f"{job.total} prompts into {args.output}" + (f"; {len(lines)} are there already" if lines else ""))
         tick = engine.ticker(say, "selected", "prompts")
         try:
@@ -98,13 +95,7 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="bond select",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("select", _DESCRIPTION, _EPILOG)
     what = parser.add_argument_group("what to select from").add_argument
     what("--model", metavar="DIR", type=Path, help="the policy to sample: weights and tokenizer")
     what("--prompts", metavar="FILE.jsonl", type=Path, help="prompts, a JSON object a line")
@@ -144,11 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Look at all that needs neither models nor the host.
-
-    Raises:
-        ValueError: the first problem found.
-    """
+    """Raises ValueError for the first problem that neither models nor the host are needed to see."""
     evaluate.check_sampling(args, _NUMBERS)
     if not 0 < args.reward_temperature < math.inf:
         raise ValueError(f"--reward-temperature must be above 0, got {args.reward_temperature}")
@@ -178,8 +165,7 @@ def check(args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace, run: SimpleNamespace) -> SimpleNamespace:
     """Everything before the sampling: prompts, reward, answers, and the settings by which a file is known again.
 
-    Raises:
-        ValueError: one of them is of no use.
+    Raises ValueError if one of them is of no use.
     """
     from bond_plugin.offline import engine, fingerprints, prompts, scoring, selecting
     from bond_plugin.rewards import answers, calls

@@ -16,23 +16,13 @@ from bond_plugin.lab.problem import EnumerablePolicy, Goal, Problem
 
 @dataclass(frozen=True)
 class GradientError:
-    """How far the mean of a gradient estimator is from the exact gradient g.
+    """How far the mean of a gradient estimator is from the exact gradient g; norms are relative to that of g."""
 
-    Attributes:
-        bias: the norm of the bias over the norm of g, from an unbiased estimate of its square (0 where that is
-            negative).
-        resolution: the norm of the standard error of the mean over the norm of g: biases far below it cannot
-            be seen.
-        z: that estimate of the square in units of its standard deviation without bias; above 4 is a bias.
-        noise: the norm of one batch's standard deviation over the norm of g.
-        cosine: of the angle between the mean and g; 1 for an estimator that is right up to its scale.
-    """
-
-    bias: float
-    resolution: float
-    z: float
-    noise: float
-    cosine: float
+    bias: float  # norm of the bias, from an unbiased estimate of its square (0 where that is negative)
+    resolution: float  # norm of the standard error of the mean: biases far below it cannot be seen
+    z: float  # that estimate of the square in units of its standard deviation without bias; above 4 is a bias
+    noise: float  # norm of one batch's standard deviation
+    cosine: float  # of the angle between the mean and g; 1 for an estimator that is right up to its scale
 
     @property
     def biased(self) -> bool:
@@ -46,18 +36,10 @@ def draw_gradients(
     training: Training,
     batches: int = 200,
 ) -> Tensor:
-    """The gradients of independent batches, with the reference for an anchor and a classifier that has learned p_<=.
+    """``[batches, d]``: gradients of independent batches, by the reference for an anchor and a perfect classifier.
 
-    Args:
-        problem, method, policy: as for :func:`train`; the policy stays where it is.
-        training: of which prompts, samples, cached and seed count.
-        batches: how many. Cached rewards are drawn anew for each, so that a bias of the cache's size M shows.
-
-    Returns:
-        ``[batches, d]``.
-
-    Raises:
-        ContractError: see :meth:`Learner.losses`.
+    The arguments are those of :func:`~bond_plugin.lab.learner.train`, and so are the errors; the policy stays where
+    it is. Cached rewards are drawn anew for each batch, so that a bias of the cache's size M shows.
     """
     learner = Learner(problem, method, policy, training)
     learner.anchor.zero_()  # all zeros is the reference
@@ -66,19 +48,15 @@ def draw_gradients(
     for _ in range(batches):
         if learner.cache is not None:
             learner.draw_cache()
-        found.append(learner.gradient())
+        found.append(torch.autograd.grad(learner.losses()[0], policy.parameters)[0])
     return torch.stack(found)
 
 
 def gradient_error(gradients: Tensor, exact: Tensor) -> GradientError:
-    """Compare the mean of independent gradients with the exact one.
+    """Compare the mean of independent ``gradients``, ``[B, d]`` with B >= 2, with the ``exact`` one, ``[d]``.
 
     With b_i = g_i - g, the mean of b_i . b_j over pairs i != j is an unbiased estimate of the square of the
     bias.
-
-    Args:
-        gradients: ``[B, d]``, from :func:`draw_gradients`; B >= 2.
-        exact: ``[d]``, from :func:`exact_gradient`.
     """
     batches = len(gradients)
     off = gradients - exact

@@ -38,35 +38,24 @@ _EVERY = 5  # steps between two measurements
 class Training:
     """How a policy is trained.
 
-    Attributes:
-        steps: optimiser steps (Adam).
-        lr: learning rate. It falls to 0 along a cosine over the run, or from each renewal of a periodic anchor
-            to the next; under a moving average, whose target never rests, it stays.
-        prompts: P, copies of the one problem in a batch.
-        samples: n, samples of the policy a prompt.
-        cached: M, rewards of the reference a prompt that are drawn before training, where they are wanted.
-        seed: of everything that is drawn.
+    The learning rate falls to 0 along a cosine over the run, or from each renewal of a periodic anchor to the next;
+    under a moving average, whose target never rests, it stays.
     """
 
-    steps: int = 160
-    lr: float = 0.25
-    prompts: int = 256
-    samples: int = 8
-    cached: int = 300
-    seed: int = 0
+    steps: int = 160  # optimiser steps (Adam)
+    lr: float = 0.25  # learning rate
+    prompts: int = 256  # P, copies of the one problem in a batch
+    samples: int = 8  # n, samples of the policy a prompt
+    cached: int = 300  # M, rewards of the reference a prompt that are drawn before training, where they are wanted
+    seed: int = 0  # of everything that is drawn
 
 
 @dataclass(frozen=True)
 class Run:
-    """What :func:`train` returns.
+    """What :func:`train` returns."""
 
-    Attributes:
-        trajectory: exact measurements, the first before any step and the last at the end.
-        rounds: one at the end of each period of a periodic anchor.
-    """
-
-    trajectory: list[Point]
-    rounds: list[Point]
+    trajectory: list[Point]  # exact measurements, the first before any step and the last at the end
+    rounds: list[Point]  # one at the end of each period of a periodic anchor
 
     @property
     def end(self) -> Point:
@@ -108,12 +97,11 @@ class Learner:
     def losses(self) -> tuple[Tensor, Tensor | None]:
         """The loss of one fresh batch, and that of the classifier, each ``[]`` with gradient.
 
-        Raises:
-            ContractError: the method returns something of another shape than its interface says, or not finite.
+        Raises ContractError if the method returns something of another shape than its interface says, or not finite.
         """
         tokens = self.policy.token_log_probs()
-        offline = self._parameters("stored") if self.needs.offline else None
-        drawn = self._draw(self.policy.log_probs(offline).detach(), self.training.samples)
+        behaviour = self._log_probs("stored") if self.needs.offline else self.policy.log_probs()
+        drawn = self._draw(behaviour.detach(), self.training.samples)
         made = self._transformed if isinstance(self.method, RewardTransform) else self._assembled
         with torch.no_grad():
             rows, under, advantages, targets = made(drawn, tokens.detach())
@@ -137,29 +125,21 @@ class Learner:
         self.step += 1
         return found.row_loss.sum() / self.training.prompts, classified
 
-    def gradient(self) -> Tensor:
-        """``[d]``: the gradient that one batch gives."""
-        return torch.autograd.grad(self.losses()[0], self.policy.parameters)[0]
-
     def move_anchor(self, step: int) -> bool:
         """After optimiser step ``step`` (from 1); returns whether a periodic anchor has been renewed."""
-        with torch.no_grad():
-            if self.needs.anchor_eta is not None:
-                self.anchor += self.needs.anchor_eta * (self.policy.parameters - self.anchor)
-            elif self.needs.anchor_interval is not None and step % self.needs.anchor_interval == 0:
-                self.anchor.copy_(self.policy.parameters)
-                return True
-        return False
+        parameters = self.policy.parameters.detach()
+        if self.needs.anchor_eta is not None:
+            self.anchor += self.needs.anchor_eta * (parameters - self.anchor)
+        renewed = self.needs.anchor_interval is not None and step % self.needs.anchor_interval == 0
+        if renewed:
+            self.anchor.copy_(parameters)
+        return renewed
 
-    def _parameters(self, name: str) -> Tensor:
-        """Of the anchor or the reference, of which stored responses are too."""
-        return self.anchor if name == "anchor" else torch.zeros_like(self.anchor)
-
-    def _token_log_probs(self, name: str) -> Tensor:
-        """``[S, A]`` under other weights."""
+    def _log_probs(self, name: str) -> Tensor:
+        """``[S]`` under other weights; stored responses are the reference's."""
         if name == "teacher":
-            return token_log_probs(self.problem.best_of(TEACHER))
-        return self.policy.token_log_probs(self._parameters(name))
+            return self.problem.best_of(TEACHER)
+        return self.policy.log_probs(self.anchor if name == "anchor" else torch.zeros_like(self.anchor))
 
     def _token_losses(self, rows: Tensor) -> Tensor:
         """``[B, A]``, of the method's loss on logits; the hidden states are the logits themselves."""
@@ -172,14 +152,6 @@ class Learner:
         losses = assemble.checked("token_losses", losses, (int(mask.sum()),), finite=False)
         return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, losses)
 
-    def _behaviour(self, rows: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """What each of the rows was drawn from, where some are stored responses: ``[P, n + f, A]``."""
-        if not (self.needs.offline or self.needs.source == "stored"):
-            return {}
-        stored = self.policy.token_log_probs(self._parameters("stored"))[rows]
-        own = torch.arange(rows.shape[-1]) < (0 if self.needs.offline else self.rows.policy)
-        return {"behaviour": torch.where(own.unsqueeze(-1), tokens[rows], stored)}
-
     def _draw(self, log_probs: Tensor, count: int) -> Tensor:
         size = self.training.prompts * count
         drawn = torch.multinomial(log_probs.exp(), max(size, 1), replacement=True, generator=self.generator)
@@ -188,10 +160,7 @@ class Learner:
     def _transformed(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, None]:
         """REINFORCE on the transformed reward less its KL penalty, with the mean of the others as baseline."""
         rewards = self.problem.rewards[drawn]
-        under = {
-            "policy": tokens[drawn],
-            "reference": self.policy.token_log_probs(self._parameters("reference"))[drawn],
-        }
+        under = {"policy": tokens[drawn], "reference": token_log_probs(self._log_probs("reference"))[drawn]}
         batch = AdvantageInputs(rewards, rewards[:, :0], under, self.generator, self.cache)
         rewards = assemble.checked("rewards", self.method.transform(batch).rewards, drawn.shape)
         returns = rewards - (self.method.kl_coefficient or 0.0) * batch.log_ratio("reference")
@@ -200,11 +169,14 @@ class Learner:
 
     def _assembled(self, drawn: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
         needs, rewards = self.needs, self.problem.rewards
-        source = self._draw(self.policy.log_probs(self._parameters(needs.source)), needs.source_samples)
+        source = self._draw(self._log_probs(needs.source), needs.source_samples)
         places = assemble.select(self.method, drawn.shape[-1], rewards[source], self.generator)
         rows = torch.cat([drawn, source], dim=-1).gather(-1, places)
-        under = {name: self._token_log_probs(name)[rows] for name in needs.log_probs}
-        under |= self._behaviour(rows, tokens)
+        under = {name: token_log_probs(self._log_probs(name))[rows] for name in needs.log_probs}
+        if needs.offline or needs.source == "stored":  # what each of the rows was drawn from
+            own = torch.arange(rows.shape[-1]) < (0 if needs.offline else self.rows.policy)
+            stored = token_log_probs(self._log_probs("stored"))[rows]
+            under["behaviour"] = torch.where(own.unsqueeze(-1), tokens[rows], stored)
         inputs = AdvantageInputs(
             rewards[drawn],
             rewards[source],
@@ -221,12 +193,7 @@ class Learner:
 def train(problem: Problem, method: Method, policy: EnumerablePolicy, n: Goal, training: Training) -> Run:
     """Train ``policy`` in place, measuring it exactly against Best-of-n of the reference every few steps.
 
-    Args:
-        problem: where rewards and reference come from.
-        method: an algorithm or a reward transform, as training builds it.
-        policy: from :meth:`Problem.policy`; its parameters move.
-        n: of the Best-of-n it is measured against, or another target; it need not be the method's own.
-        training: batch, steps, learning rate and seed.
+    ``n`` may be another target, too; it need not be the method's own.
 
     Raises:
         ContractError: see :meth:`Learner.losses`.

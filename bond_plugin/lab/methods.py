@@ -29,8 +29,7 @@ Method = Algorithm | RewardTransform
 def method_class(name: str) -> type[Method]:
     """The algorithm or reward transform that an installed package registers as ``name``, or that it is the path of.
 
-    Raises:
-        RegistryError: nobody does, it cannot be imported, or it is not of the class it should be.
+    Raises RegistryError if nobody does, it cannot be imported, or it is not of the class it should be.
     """
     if ":" in name:  # package.module:Class
         return registry.load_class(registry.ADVANTAGE_ESTIMATORS, name, Algorithm)

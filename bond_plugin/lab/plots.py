@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -57,11 +58,7 @@ _STYLES = {
 
 def _front(axes: Axes, report: Report) -> None:
     """Reward against the KL to the reference."""
-    table = next(iter(report.tables.values()))
-
-    def of(p: Point) -> tuple[float, float]:
-        return p.kl_ref, p.reward
-
+    table, of = next(iter(report.tables.values())), attrgetter("kl_ref", "reward")
     rows = {row.name: row for row in table.rows}
     _line(axes, [p for _, p in report.curve], of, color=_GREY, linewidth=5, alpha=0.4, label="Best-of-N, exact")
     axes.set(title="Reward against KL to the reference", xlabel="KL(pi || ref), nats", ylabel="expected reward")
@@ -120,11 +117,7 @@ def _directions(axes: Axes, report: Report) -> None:
 def _convergence(axes: Axes, report: Report) -> None:
     """KL(pi || BoN) over the steps."""
     table = report.tables["full"]
-    rows = {row.name: row.trajectory for row in table.rows}
-
-    def of(p: Point) -> tuple[float, float]:
-        return p.step, p.kl_to_bon
-
+    rows, of = {row.name: row.trajectory for row in table.rows}, attrgetter("step", "kl_to_bon")
     for name, (colour, marker, line) in _STYLES.items():
         look = {"color": colour, "linestyle": line, "linewidth": 1.8, **_marker(marker)}
         _line(axes, rows[name], of, markevery=8, markersize=7, label=name, **look)
@@ -159,9 +152,9 @@ def _both_directions(axes: Axes, report: Report) -> None:
     """Both KLs over the steps of one method."""
     table = report.tables["one"]
     points, aim = table.rows[2].trajectory, "BoN" if table.n else "aim"
-    _line(axes, points, lambda p: (p.step, p.kl_to_bon), color=_BLUE, linewidth=2, label=f"KL(pi || {aim}), backward")
-    _line(axes, points, lambda p: (p.step, p.kl_from_bon), color=_ORANGE, linewidth=2, linestyle="--",
-          label=f"KL({aim} || pi), forward")  # fmt: skip
+    backward, forward = attrgetter("step", "kl_to_bon"), attrgetter("step", "kl_from_bon")
+    _line(axes, points, backward, color=_BLUE, linewidth=2, label=f"KL(pi || {aim}), backward")
+    _line(axes, points, forward, color=_ORANGE, linewidth=2, linestyle="--", label=f"KL({aim} || pi), forward")
     axes.set_yscale("log")
     axes.set(title=table.title, xlabel="step", ylabel="nats")
     axes.legend(frameon=False, fontsize=11, loc="best")

@@ -68,9 +68,9 @@ class EnumerablePolicy:
         at = self.parameters if parameters is None else parameters
         return (self.log_ref + self.features @ at).log_softmax(dim=-1)
 
-    def token_log_probs(self, parameters: Tensor | None = None) -> Tensor:
+    def token_log_probs(self) -> Tensor:
         """``[S, A]``, log pi(token | tokens before it), 0 outside the mask; rows add up to :meth:`log_probs`."""
-        return token_log_probs(self.log_probs(parameters))
+        return token_log_probs(self.log_probs())
 
 
 def token_log_probs(log_probs: Tensor) -> Tensor:
@@ -92,45 +92,31 @@ def _log_mass(log_probs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Point:
-    """A distribution, measured exactly. Divergences in nats.
+    """A distribution, measured exactly. Divergences in nats."""
 
-    Attributes:
-        step: optimiser steps taken.
-        kl_to_bon: KL(pi || pi_BoN), backward; of another target, to that.
-        kl_from_bon: KL(pi_BoN || pi), forward.
-        reward: E[r(y)].
-        quantile: E[(p_< + p_<=) / 2], the quantile of the reward under the reference; 0.5 for the reference.
-        kl_ref: KL(pi || pi_ref).
-        jeffreys: half the sum of both directions, Eq. 11 of arXiv 2407.14622 at beta = 0.5.
-    """
-
-    step: int
-    kl_to_bon: float
-    kl_from_bon: float
-    reward: float
-    quantile: float
-    kl_ref: float
-    jeffreys: float
+    step: int  # optimiser steps taken
+    kl_to_bon: float  # KL(pi || pi_BoN), backward; of another target, to that
+    kl_from_bon: float  # KL(pi_BoN || pi), forward
+    reward: float  # E[r(y)]
+    quantile: float  # E[(p_< + p_<=) / 2], the quantile of the reward under the reference; 0.5 for the reference
+    kl_ref: float  # KL(pi || pi_ref)
+    jeffreys: float  # half the sum of both directions, Eq. 11 of arXiv 2407.14622 at beta = 0.5
 
 
 @dataclass(frozen=True)
 class Problem:
     """A reference distribution over :data:`RESPONSES` and a reward.
 
-    Attributes:
-        log_ref: ``[S]`` float64, normalised.
-        rewards: ``[S]`` float64.
-        features: ``[S, 2]``, what the restricted policy can change: how many tokens 3 a response has, and
-            whether it has a token 1.
+    ``features`` are what the restricted policy can change: how many tokens 3 a response has, and whether a token 1.
     """
 
-    log_ref: Tensor
-    rewards: Tensor
-    features: Tensor
+    log_ref: Tensor  # [S] float64, normalised
+    rewards: Tensor  # [S] float64
+    features: Tensor  # [S, 2] float64
 
     @classmethod
     def make(cls, rewards: str = "strict") -> Problem:
-        """The laboratory's problem.
+        """The laboratory's problem. Raises KeyError for other ``rewards`` than the two below.
 
         Token 3 is skill: each one raises the reward by 1/2. Token 1 is risk: with it the reward has five times
         the spread, so that the best responses have it and the worst ones too. A policy that can only have more
@@ -140,9 +126,6 @@ class Problem:
         Args:
             rewards: ``strict``, all different; ``tied``, 1 for the best of those, about a quarter of the
                 reference's mass, and 0 for the others.
-
-        Raises:
-            KeyError: another name.
         """
         generator = torch.Generator().manual_seed(_PROBLEM_SEED)
         table = 0.5 * torch.randn(len(_PREFIXES), VOCABULARY, generator=generator, dtype=torch.float64)
@@ -158,11 +141,7 @@ class Problem:
         return cls(log_ref, values[rewards], features)
 
     def policy(self, kind: str = "full") -> EnumerablePolicy:
-        """A policy that starts at the reference: ``full`` (any distribution) or ``restricted`` (two numbers).
-
-        Raises:
-            KeyError: another name.
-        """
+        """A policy that starts at the reference: ``full`` (any distribution) or ``restricted`` (two numbers)."""
         features = {"full": torch.eye(len(RESPONSES), dtype=torch.float64), "restricted": self.features}
         return EnumerablePolicy(self.log_ref, features[kind])
 

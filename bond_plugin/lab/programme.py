@@ -48,18 +48,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Round:
-    """The end of a period of iterative BOND: the policy beside Best-of-n^m of the reference.
+    """The end of a period of iterative BOND: the policy beside Best-of-n^m of the reference, ``exact``."""
 
-    Attributes:
-        n: n^m.
-        policy, exact: the policy, and that Best-of-N, measured.
-        worth, gap: where the policy stands beside the whole curve, see :meth:`Problem.worth`.
-    """
-
-    n: int
+    n: int  # n^m
     policy: Point
     exact: Point
-    worth: float
+    worth: float  # where the policy stands beside the whole curve, and how far off it: see Problem.worth
     gap: float
 
 
@@ -74,19 +68,12 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Cached:
-    """What M cached rewards of the reference are good for: see :func:`sensitivity`.
+    """What M cached rewards of the reference are good for: see :func:`sensitivity`."""
 
-    Attributes:
-        bound: of vBoN.
-        samples: M.
-        kl_to_bon: mean KL(pi* || pi_BoN) over the caches, in nats.
-        low, high: the middle 90 % of the caches.
-    """
-
-    bound: str
-    samples: int
-    kl_to_bon: float
-    low: float
+    bound: str  # of vBoN
+    samples: int  # M
+    kl_to_bon: float  # mean KL(pi* || pi_BoN) over the caches, in nats
+    low: float  # the middle 90 % of the caches
     high: float
 
 
@@ -122,8 +109,6 @@ def programme(seed: int, say: Say) -> Report:
     def vbon(bound: str) -> Method:
         return build("vbon", n=N, bound=bound)
 
-    cached = bond(reward_cache=CACHE)
-    harmonic = {"vbon": HarmonicVBoN(vbon("l1").config), "bond": HarmonicBOND(cached.config)}
     full = {
         "bond beta 1, k 16": bond(),
         "bond beta 1, k 64": bond(n_anchor_samples=64),
@@ -136,9 +121,9 @@ def programme(seed: int, say: Say) -> Report:
         "vbon exact, by 1/N": VBoNByN(vbon("exact").config),
         "vbon tied": vbon("tied"),
         "vbon l1": vbon("l1"),
-        "vbon l1, harmonic": harmonic["vbon"],
-        "bond beta 1, cached": cached,
-        "bond beta 1, cached, harmonic": harmonic["bond"],
+        "vbon l1, harmonic": HarmonicVBoN(vbon("l1").config),
+        "bond beta 1, cached": bond(reward_cache=CACHE),
+        "bond beta 1, cached, harmonic": HarmonicBOND(bond(reward_cache=CACHE).config),
         "bond n 2, periodic": bond(n=2, beta=0.5, n_anchor_samples=64, anchor="periodic", anchor_interval=_PERIOD),
         "bond n 2, ema 0.01": bond(n=2, beta=0.5, anchor="ema", eta=0.01),
         "bond beta 1, pooled": bond(n_anchor_samples=0),
@@ -150,21 +135,18 @@ def programme(seed: int, say: Say) -> Report:
     restricted = {
         "bond beta 0, k 64": bond(beta=0.0, n_anchor_samples=64),
         "bond beta 0.5, k 64": bond(beta=0.5, n_anchor_samples=64),
-        "bond beta 1, k 64": bond(n_anchor_samples=64),
+        "bond beta 1, k 64": full["bond beta 1, k 64"],
         "bon_sft": full["bon_sft"],
         "vbon exact": full["vbon exact"],
     }
+    again = ("vbon tied", "vbon exact", "vbon l1", "vbon l1, harmonic")
+    again += ("bond beta 1, cached", "bond beta 1, cached, harmonic")
     binary = {
         "bond beta 1": bond(),
         "bond beta 1, without (B)": bond(correction=False),
         "bond beta 0.5": bond(beta=0.5),
         "bond beta 0.5, without (B)": bond(beta=0.5, correction=False),
-        "vbon tied": vbon("tied"),
-        "vbon exact": vbon("exact"),
-        "vbon l1": vbon("l1"),
-        "vbon l1, harmonic": harmonic["vbon"],
-        "bond beta 1, cached": cached,
-        "bond beta 1, cached, harmonic": harmonic["bond"],
+        **{name: full[name] for name in again},
         "jbond paper, ties expected": paper(),
         "jbond paper, ties textbook": paper(ties="textbook"),
         "jbond pooled": build("jbond", eta=0.01),
@@ -239,14 +221,11 @@ def examine(name: str, method: Method, n: Goal, training: Training, policy: str,
 
     Args:
         name: for the table.
-        method: from :func:`build`.
         n: of the Best-of-n that it is measured against, or another target.
-        training: batch, steps, learning rate and seed.
         policy, rewards: see :meth:`Problem.policy` and :meth:`Problem.make`.
 
     Raises:
-        ContractError: see :meth:`Learner.losses`.
-        RegistryError: the method's policy loss is not registered.
+        ContractError, FloatingPointError, RegistryError: as :func:`train`.
     """
     problem = Problem.make(rewards)
     run = train(problem, method, problem.policy(policy), n, training)
