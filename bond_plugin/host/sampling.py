@@ -78,7 +78,7 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
     :class:`Engines`.
     """
     original(self, strategy, *args, **kwargs)
-    hooks.attach(self, "openrlhf.trainer.ppo_trainer:BasePPOTrainer")
+    hooks.attach(self)
     kept = state.share(self)
     kept.log = metrics.MetricsFile(self.args)
     run = plan.of(self.args)
