@@ -175,3 +175,19 @@ def test_an_anchor_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     torch.save({"ranks": 4, "anchor": []}, last)
     with pytest.raises(CheckpointError, match="was written by another run"):
         checkpoints._anchor_states(tmp_path)
+
+
+def test_a_first_checkpoint_that_was_cut_short_is_the_hosts_beginning(tmp_path: Path) -> None:
+    import transformers.modeling_utils  # noqa: F401, which looks for flash-attn
+
+    from bond_plugin.host import cpu
+
+    with cpu.flash_attn_stand_in():
+        from openrlhf.trainer.ppo_trainer import BasePPOTrainer
+    folder = folder_of(tmp_path, {"global_step2": None})  # no `latest` names it
+    args, said = run_of(tmp_path, 1, 2), []
+    args.ckpt.load_enable = False
+    strategy = SimpleNamespace(args=args, print=said.append)
+    path, states = checkpoints.load_ckpt(None, strategy, None, str(folder))
+    assert path is None and states == BasePPOTrainer.init_checkpoint_states(SimpleNamespace(args=args))
+    assert said == [f"bond: note: {folder} holds no whole checkpoint: the run starts at step 0"]

@@ -216,7 +216,8 @@ def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, tag: str | No
     tag = tag or latest(self.args, Path(load_dir), universal)
     if tag is None:
         self.print(f"bond: note: {load_dir} holds no whole checkpoint: the run starts at step 0")
-        return None, {}
+        # What the host says of a run without one. (An asynchronous run asks for it past the hook below.)
+        return None, {"episode": 0, "global_step": 0, "total_consumed_prompts": 0, "data_loader_state_dict": {}}
     optimizer = weights.engine_of(model).optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     decays = [group["weight_decay"] for group in inner.param_groups]
@@ -237,9 +238,6 @@ def load_ckpt(original: Any, self: Any, model: Any, load_dir: str, tag: str | No
 def init_checkpoint_states(original: Any, self: Any) -> dict:
     """Resuming: the step, and with it all seeds, go on where the checkpoint was written."""
     states, kept = original(self), state.of(self)
-    if not states:  # a first checkpoint that was cut short
-        self.args.ckpt.load_enable = False
-        states = original(self)
     kept.step = states["global_step"]
     kept.log.resume(kept.step)
     return states
