@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Tiny
+from conftest import Tiny, without, written
 
 from bond_plugin.files import lock
 from bond_plugin.host import flags as flags_module
@@ -90,17 +90,40 @@ def test_a_table_that_is_none(dry: Callable[..., Any], tmp_path: Path) -> None:
     assert found.status == 2 and f"--data.prompt_dataset {path}: " in found.text and "Traceback" not in found.text
 
 
-def test_of_many_faulty_lines_the_first_are_named(dry: Callable[..., Any], tmp_path: Path) -> None:
+LINES = {
+    "empty file": ("", "is empty: it needs a line for each prompt"),
+    "no JSON": ('{"input": "a"}\n{"input": \n', "line 2 is not JSON"),
+    "no object": ('{"input": "a"}\n["a"]\n', "line 2 is no JSON object: ['a']"),
+    "no key": (
+        '{"input": "a"}\n{"prompt": "b"}\n',
+        "line 2 has no key 'input' (it has 'prompt'): set --data.input_key",
+    ),
+    "empty prompt": ('{"input": ""}\n', "line 1 has an empty 'input'"),
+    "blank prompt": ('{"input": " \\n"}\n', "line 1 has an empty 'input'"),
+    "null": ('{"input": "a"}\n\n{"input": null}\n', "line 3 has no text under 'input', but None"),
+    "number": ('{"input": 3}\n', "line 1 has no text under 'input', but 3"),
+    "conversation": (
+        '{"input": [{"role": "user", "content": "a"}]}\n',
+        "line 1 has a conversation under 'input': set --data.apply_chat_template",
+    ),
+    "many": ('{"input": 1}\n' * 9, "and 4 more lines"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_prompts_that_are_no_use(dry: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    content, says = LINES[name]
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"input": "a"}\n\n' + '{"input": 1}\n' * 9)
+    path.write_text(content)
     for dest in ("data.prompt_dataset", "eval.dataset"):
         found = dry({dest: str(path)})
-        assert found.status == 2 and f"--{dest} {path}, line 3 has no text under 'input', but 1" in found.text
-        assert ", line 7 " in found.text and ", line 8 " not in found.text and "and 4 more lines" in found.text
+        assert found.status == 2 and f"--{dest} {path}" in found.text and says in found.text, found.text[-2000:]
 
 
-def test_prompts_without_labels_and_twice(dry: Callable[..., Any], tmp_path: Path) -> None:
+def test_prompts_in_another_encoding_without_labels_and_twice(dry: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"input": "größer"}\n'.encode("latin-1"))
+    assert f"{path}, line 1 is not UTF-8" in dry({"data.prompt_dataset": str(path)}).text
     path.write_text('{"input": "a", "label": 1}\n{"input": "b"}\n')
     found = dry({"data.prompt_dataset": str(path), "data.label_key": "label"})
     assert f"{path}, line 2 has no key 'label' (it has 'input'): set --data.label_key" in found.text
@@ -113,8 +136,59 @@ def test_prompts_without_labels_and_twice(dry: Callable[..., Any], tmp_path: Pat
     assert re.search(rf"{few} \d+: a step has no more than these", found.text)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
-def test_output_into_a_closed_folder(dry: Callable[..., Any], tmp_path: Path) -> None:
+def _cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _positions(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (without("config.json"), "it has no config.json; is it a model's folder?"),
+    "config cut": (written("config.json", b'{"a": '), "config.json is not JSON"),
+    "no weights": (without("model.safetensors"), "it has no weights"),
+    "weights cut": (_cut, "model.safetensors is cut short"),
+    "no header": (written("model.safetensors", b"\x05" + b"\0" * 7 + b"abcdefgh"), "has no header of safetensors"),
+    "empty": (written("model.safetensors", b""), "model.safetensors is cut short (0 bytes)"),
+    "Git LFS": (written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
+    "a part is missing": (
+        written("model.safetensors.index.json", b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+        "model-00001-of-00002.safetensors is missing",
+    ),
+    "positions": (_positions, "--data.max_len 32 is more than the 16 positions of"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_models_folder_that_is_not_whole(dry: Callable[..., Any], tiny: Tiny, tmp_path: Path, name: str) -> None:
+    spoil, says = MODELS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    spoil(folder)
+    found = dry({"actor.model_name_or_path": str(folder)})
+    assert found.status == 2 and says in found.text, found.text[-2000:]
+
+
+def test_no_tokenizer_and_no_chat_template(dry: Callable[..., Any], tiny: Tiny, tmp_path: Path) -> None:
+    found = dry({"data.apply_chat_template": True})
+    assert found.status == 2 and f"the tokenizer of {tiny.model} has no chat template" in found.text
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    found = dry({"actor.model_name_or_path": str(folder)})
+    assert found.status == 2 and "it has no tokenizer" in found.text
+
+
+def test_output_where_nothing_can_be_written(dry: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = dry({"ckpt.output_dir": str(tmp_path / "file" / "out")})
+    assert found.status == 2 and "a file is where the folder should be" in found.text
+    if os.geteuid() == 0:
+        pytest.skip("root can write everywhere")
     (tmp_path / "closed").mkdir(mode=0o500)
     found = dry({"ckpt.path": str(tmp_path / "closed" / "ckpt")})
     assert found.status == 2 and "nothing can be written into this folder" in found.text
@@ -169,8 +243,12 @@ REWARDS = {
     "defaults": (b"def reward_func(q, p, l, scale=1.0): ...\n", None),
     "decorated": (b"@one_by_one\ndef reward_func(query, label): ...\n", None),
     "set from inside": (b"def make():\n    global reward_func\n    def reward_func(q, p, l): ...\nmake()\n", None),
+    "async": (b"async def reward_func(q, p, l): ...\n", "reward_func is async"),
+    "two arguments": (b"def reward_func(queries, prompts): ...\n", "must take three arguments"),
     "four arguments": (b"def reward_func(q, p, l, more): ...\n", "must take three arguments"),
     "only by keyword": (b"def reward_func(q, p, l, *, more): ...\n", "must take three arguments"),
+    "none": (b"def reward(q, p, l): ...\n", "it defines no reward_func"),
+    "no Python": (b"def reward_func(:\n", "invalid syntax"),
     "a null byte": (b"def reward_func(q, p, l): ...\n\0", "null bytes"),
 }
 
@@ -182,6 +260,12 @@ def test_a_reward_file_is_judged_by_what_python_would_see(tmp_path: Path, name: 
     path.write_bytes(content)
     found = list(inputs.reward(str(path)))
     assert found == [] if says is None else says in found[0], found
+
+
+@pytest.mark.parametrize("url", ["localhost:5000/score", "127.0.0.1:80", "reward"])
+def test_a_server_without_its_scheme(dry: Callable[..., Any], url: str) -> None:
+    found = dry({"reward.remote_url": url})
+    assert found.status == 2 and f"--reward.remote_url {url}: is neither a Python file" in found.text
 
 
 def test_columns_have_values_of_one_kind_in_all_files(dry: Callable[..., Any], tmp_path: Path) -> None:
