@@ -549,6 +549,13 @@ def test_bond_cache_takes_a_vbon_run_whose_cache_is_to_be_made(dry: Any, tmp_pat
         assert f"output: {tmp_path / 'r.jsonl'}" in done.out
 
 
+def test_cache_help_teaches(dry: Any) -> None:
+    done = dry(extra=("--help",), base=False, command="cache")
+    assert done.status == 0
+    for words in ("--cache.samples", "about 300", "goes on", "--rollout.temperature", "bond cache --recipe"):
+        assert words in done.text
+
+
 @pytest.mark.parametrize("max_new_tokens", [10, None])
 @pytest.mark.parametrize("length", [4, 6, 7, 16, 20])
 def test_prompts_are_cut_as_the_host_cuts_them(tiny: Tiny, length: int, max_new_tokens: int | None) -> None:
