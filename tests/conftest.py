@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,12 @@ class Run:
     output: str
     folder: Path
     seconds: float
+
+    @property
+    def said(self) -> str:
+        """The end of its output, for a failed assertion: what engines tell at their start would hide the error."""
+        lines = (line for line in self.output.splitlines() if not re.search(" (INFO|WARNING) |Loading safe", line))
+        return "\n".join(lines)[-6000:]
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -298,7 +305,7 @@ def bond_command(forks: dict[str, str]) -> Callable[..., Run]:
     def run(folder: Path, *argv: object, **environment: str) -> Run:
         command = [python_of(forks), "-m", "bond_plugin", *map(str, argv)]
         done = execute(command, folder, **{"OMP_NUM_THREADS": "1", **environment, **forks})
-        assert done.status == 0, f"bond {argv[0]} failed ({done.seconds:.0f} s):\n{done.output[-4000:]}"
+        assert done.status == 0, f"bond {argv[0]} failed ({done.seconds:.0f} s):\n{done.said}"
         return done
 
     return run
@@ -324,7 +331,7 @@ def bond(tiny: Tiny, forks: dict[str, str]) -> Callable[..., Run]:
             environment |= forks
         done = execute([python, "-m", "bond_plugin", "train", *to_argv(wanted)], folder, **environment)
         if check:
-            assert done.status == 0, f"bond train failed ({done.seconds:.0f} s):\n{done.output[-6000:]}"
+            assert done.status == 0, f"bond train failed ({done.seconds:.0f} s):\n{done.said}"
         return done
 
     return run

@@ -69,7 +69,7 @@ def results(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def test_cells_are_trained_and_measured_and_a_failed_one_stops_no_other(first: Run) -> None:
-    assert first.status == 1, first.output[-3000:]
+    assert first.status == 1, first.said
     found = results(first)
     assert [cell["status"] for cell in found.values()] == ["done", "failed", "done"]
     assert "status 1: bond_plugin.host.advantages.EngineGapError: " in found["broken"]["error"]

@@ -158,7 +158,7 @@ def patched(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
         PYTHONPATH=str(target),
         OMP_NUM_THREADS="1",
     )
-    assert done.status == 0, done.output[-4000:]
+    assert done.status == 0, done.said
     return done
 
 
@@ -333,7 +333,7 @@ def test_running_cluster_and_submitted_job(
             if "please try again later" not in submitted.output:  # a busy machine's agent has not answered yet
                 break
             time.sleep(6)
-        assert submitted.status == 0, submitted.output[-4000:]
+        assert submitted.status == 0, submitted.said
         assert len(submitted.metrics) == 3
         # The same policy on the same prompts with the same seeds.
         assert submitted.metrics[0]["reward/policy"] == pytest.approx(steps[0]["reward/policy"], rel=1e-6)

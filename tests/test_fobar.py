@@ -292,7 +292,7 @@ def test_a_server_of_vllm_and_the_answer_that_is_wrong_most_often(
     question = {"BOND_REWARD_QUESTION": "(.*)="}
     command = [sys.executable, "-m", "bond_plugin", "cache", *to_argv(wanted)]
     done = execute(command, tmp_path, OMP_NUM_THREADS="1", **settings, **question, **path)
-    assert done.status == 0, done.output[-4000:]
+    assert done.status == 0, done.said
     lines = [json.loads(line) for line in (tmp_path / "cache.jsonl").read_text().splitlines()[1:]]
     rewards: dict[bool, list[float]] = {True: [], False: []}
     for line in lines:
