@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Tiny, moved_model
+import torch
+from conftest import POOLED, Tiny, moved_model
 
 from bond_plugin.bench import measure as bench_measure
 from bond_plugin.cli import evaluate as command
@@ -201,3 +202,50 @@ def test_another_template_than_that_of_the_training_is_refused(
     flags[1] = str(tiny.model)
     assert command.main(flags) == 2
     assert "does not fit the tokenizer's chat template (roles: user)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "jbond"])
+def test_the_order_of_prompts_is_that_of_train_seed_and_a_resumed_run_goes_on_with_it(
+    estimator: str, tiny: Tiny, dry: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two episodes, by the host's sampler; the host's own generator is another one in every run."""
+    from openrlhf.trainer.ppo_utils import samples_generator
+
+    from bond_plugin.host import cpu, flags
+
+    with cpu.flash_attn_stand_in():
+        from openrlhf.utils.deepspeed.deepspeed import DeepspeedStrategy
+
+    def generate(self: Any, dataloader_iter: Any, num_prompts: int, **_: Any) -> tuple[list[Any], int, bool]:
+        prompts, _, _, ended = samples_generator._collect_prompt_batch(dataloader_iter, num_prompts)
+        drawn = [SimpleNamespace(prompts=[text], action_mask=torch.ones(1)) for text in prompts]
+        return [sample for sample in drawn for _ in range(4)], len(prompts), ended
+
+    monkeypatch.setattr(samples_generator.SamplesGenerator, "_generate_vllm", generate)
+
+    anchor = 0 if estimator == "jbond" else None
+
+    def sampler(seed: int, resumed: dict[str, Any] | None = None) -> Any:
+        done = dry(
+            {**POOLED, "bond.n_anchor_samples": anchor, "algo.advantage.estimator": estimator, "train.seed": seed}
+        )
+        assert done.status == 0, done.text
+        rows = [(str(i), f"prompt {i}", "", None) for i in range(64)]
+        loader = DeepspeedStrategy.setup_dataloader(
+            None, rows, 1, collate_fn=lambda batch: list(zip(*batch, strict=True))
+        )
+        if resumed is not None:
+            loader.load_state_dict(resumed)
+        strategy = SimpleNamespace(args=flags.current().args)
+        return samples_generator.SamplesGenerator(strategy, loader, None, None, [])
+
+    def rollouts(of: Any, count: int) -> list[list[str]]:
+        return [[sample.prompts[0] for sample in of.generate_samples()[0]] for _ in range(count)]
+
+    whole = sampler(3)
+    seen = rollouts(whole, 3)
+    state = whole.prompts_dataloader.state_dict()
+    seen += rollouts(whole, 7)
+    assert rollouts(sampler(3), 10) == seen
+    assert rollouts(sampler(4), 10) != seen
+    assert rollouts(sampler(5, state), 7) == seen[3:]

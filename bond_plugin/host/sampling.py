@@ -121,6 +121,10 @@ def generate_samples(original: Any, self: Any, **options: Any) -> tuple[list[Any
             f"--data.prompt_dataset has {len(self.prompts_dataloader)} prompts, fewer than one rollout of "
             f"--rollout.batch_size {rollout.batch_size}: nothing would be trained"
         )
+    if not hasattr(self, "_dataloader_iter"):
+        # The host's loader draws its order of prompts from a generator that no flag seeds, so that the order was
+        # another one in each run. Here it is that of --train.seed. A resumed run's comes from its checkpoint.
+        self.prompts_dataloader.sampler.generator.manual_seed(kept.seed("prompts"))
     kept.timings, kept.metrics = {}, {TOKENS: 0}
     if kept.engines is not None or run.needs.offline:
         samples, pass_rate, prompts, exhausted = _of_several(self, options)
@@ -148,9 +152,6 @@ def _of_several(sampler: Any, options: dict[str, Any]) -> tuple[list[Any], None,
 
     args, kept, needs = sampler.args, state.of(sampler), plan.of(sampler.args).needs
     if getattr(sampler, "_dataloader_iter", None) is None:
-        # The host's loader draws its order from a generator that no flag seeds. Here it depends on the seed and
-        # on the step at which the episode begins, so that a resumed run has it too.
-        sampler.prompts_dataloader.sampler.generator.manual_seed(kept.seed("prompts"))
         sampler._dataloader_iter = iter(sampler.prompts_dataloader)
     prompts, labels, _images, exhausted = _collect_prompt_batch(sampler._dataloader_iter, args.rollout.batch_size)
     if len(prompts) < args.rollout.batch_size:
