@@ -172,6 +172,17 @@ def test_a_models_folder_that_is_not_whole(dry: Callable[..., Any], tiny: Tiny, 
     assert found.status == 2 and says in found.text, found.text[-2000:]
 
 
+def test_weights_of_another_kind_beside_whole_ones_are_not_looked_at(
+    dry: Callable[..., Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    (folder / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}')
+    found = dry({"actor.model_name_or_path": str(folder)})
+    assert found.status == 0, found.text
+
+
 def test_no_tokenizer_and_no_chat_template(dry: Callable[..., Any], tiny: Tiny, tmp_path: Path) -> None:
     found = dry({"data.apply_chat_template": True})
     assert found.status == 2 and f"the tokenizer of {tiny.model} has no chat template" in found.text

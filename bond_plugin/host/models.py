@@ -32,7 +32,9 @@ def files(folder: Path, policy: bool) -> Iterator[str]:
         yield config
         return
     yield from _known(config, folder, policy)
-    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    # Where there are safetensors, neither transformers nor vLLM looks at others.
+    kind = "*.safetensors" if any(folder.glob("*.safetensors*")) else "pytorch_model*.bin"
+    index = next(iter(sorted(folder.glob(f"{kind}.index.json"))), None)
     if index is not None:
         content = _json(index)
         if isinstance(content, str):
@@ -43,7 +45,7 @@ def files(folder: Path, policy: bool) -> Iterator[str]:
             yield f"{index.name} has no 'weight_map' of files"
             return
     else:
-        files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+        files = sorted(folder.glob(kind))
     if not files and not any(folder.glob("*.bin")):
         yield "it has no weights (*.safetensors or *.bin)"
     for file in files:
