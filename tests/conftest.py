@@ -113,6 +113,12 @@ def make_tiny(folder: Path) -> Tiny:
     return made
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run the real host come first: the light ones, which are short, end together whoever takes them."""
+    long = {item.path for item in items if item.get_closest_marker("e2e")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished ``bond`` command."""
