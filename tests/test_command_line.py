@@ -377,6 +377,12 @@ def pooled(**flags: Any) -> dict[str, Any]:
 
 
 #: Flags of estimators that J-BOND replaces, or of GPUs, and what the line says of each.
+def test_steps_of_evaluation_without_prompts_for_it_are_told(dry: Any) -> None:
+    note = "bond: note: --eval.steps 5 evaluates nothing without --eval.dataset"
+    assert note in dry(pooled(**{"eval.steps": 5})).text
+    assert "evaluates nothing" not in dry(pooled(**{"eval.steps": -1})).text
+
+
 ASIDE = [
     ({"algo.kl.init_coef": 0.01}, "--algo.kl.init_coef is set aside under jbond"),
     ({"algo.kl.use_loss": True, "algo.kl.estimator": "k3"}, "--algo.kl.use_loss is set aside under jbond"),

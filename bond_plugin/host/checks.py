@@ -154,6 +154,8 @@ def complete(args: SimpleNamespace, given: frozenset[str], critic: str | None = 
     _absolute_paths(args)
     if args.ckpt.load_enable and not args.bond.require_checkpoint and not identity.has_checkpoint(args):
         notes.append(f"--ckpt.load_enable: {args.ckpt.path} holds no whole checkpoint, so the run starts at step 0")
+    if not args.eval.dataset and args.eval.steps > 0:
+        notes.append(f"--eval.steps {args.eval.steps} evaluates nothing without --eval.dataset")
     run = plan.of(args)
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
     if run.algorithm is None and samples % args.train.batch_size:
@@ -298,6 +300,7 @@ def problems(args: SimpleNamespace) -> Iterator[str]:
     if args.ckpt.disable_ds and args.ckpt.save_steps > 0 and not args.ckpt.save_hf:
         yield "--ckpt.save_steps saves nothing with --ckpt.disable_ds: drop one of them, or add --ckpt.save_hf"
     run = plan.of(args)
+    yield from _idle(args, run)
     loss = args.actor.policy_loss_type
     if loss not in HOST_LOSSES:
         registry.policy_loss(loss, run.algorithm)
@@ -318,6 +321,19 @@ def problems(args: SimpleNamespace) -> Iterator[str]:
             mib, name = args.bond.logits_mb, args.algo.advantage.estimator
             yield f"--bond.logits_mb {mib:g} cannot be used with {name}: {_PIECES}"
     yield from _other_reference(args, run)
+
+
+def _idle(args: SimpleNamespace, run: plan.Run) -> Iterator[str]:
+    """Flags of ours that would change nothing, which whoever gives them does not expect."""
+    for dest, used, why in (
+        ("bond.save_anchor", run.needs.anchor, "this run keeps no anchor"),
+        ("bond.cache_samples", run.needs.reward_cache, f"this run reads no {flags.REWARD_CACHE}"),
+        ("bond.reward_cache_mismatch", run.needs.reward_cache, f"this run reads no {flags.REWARD_CACHE}"),
+        ("ref.eta", args.ref.update == "ema", "it is of --ref.update ema"),
+        ("ref.interval", args.ref.update == "periodic", "it is of --ref.update periodic"),
+    ):
+        if not used and inputs.value(args, dest) != flags.RUN_FLAGS[f"--{dest}"]["default"]:
+            yield f"--{dest} has no effect here: {why}. Drop it"
 
 
 def _host_cannot(args: SimpleNamespace) -> Iterator[str]:
