@@ -8,6 +8,7 @@ whole optimiser step.
 from __future__ import annotations
 
 import copy
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,10 @@ def setup_distributed(original: Any, self: Any, *args: Any, **kwargs: Any) -> No
     rows = plan.of(self.args).rows
     if rows.selected:
         self.train_batch_size = self.args.train.batch_size // rows.policy * rows.all
+    if os.environ.get("WORLD_SIZE") == "1":
+        # The host chose a free port when this worker began, seconds ago: another process may have it by now. Alone it
+        # needs none that others know.
+        os.environ["MASTER_PORT"] = "0"
     original(self, *args, **kwargs)
 
 
