@@ -81,6 +81,9 @@ def trainer_init(original: Any, self: Any, strategy: Any, *args: Any, **kwargs: 
     hooks.attach(self)
     kept = state.share(self)
     kept.log = metrics.MetricsFile(self.args)
+    if self.wandb_logger:
+        # The host ends the W&B run and not W&B's own process, which Ray then kills, whatever it has written by then.
+        self.wandb_logger.close = self.wandb_logger.handle.teardown
     run = plan.of(self.args)
     if run.log_probs and not run.taught:
         self.experience_maker.initial_model_group = log_probs.SLOT
